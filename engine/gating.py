@@ -1,0 +1,352 @@
+"""`gate`: remove units by masks, without changing a shape, so that many plans run as one batch.
+
+Junk may flow through removed units as long as nobody reads it. Selects stand at the borders of every operation that
+mixes positions, on both sides, so that junk (infinities and NaN included) reaches neither a value nor a gradient:
+
+- before a contraction or reduction, removed positions of what it mixes hold the identity of the operation;
+- after a contraction, removed positions of its result are zero; in the backward pass that select zeroes the
+  cotangent before the transposed contraction mixes it;
+- where something is broadcast along a prunable axis, its broadcast is selected too: the transpose of a broadcast is
+  a sum;
+- parameters are selected as they enter, except kernels (see `flow.shared_kernels`): those stay one array for a whole
+  population of masks. A removed slice of a kernel meets only zeros, so it is enough that it is finite: entries that
+  are not are zeroed, and a result that reads such an entry through kept units is NaN, as it would be in the dense
+  model;
+- a dropped block computes on zeros, and its exit is its entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from treesurgeon.engine.axes import Axis
+from treesurgeon.engine.errors import NarrowError, PlanError
+from treesurgeon.engine.flow import shared_kernels
+from treesurgeon.engine.graph import Graph
+from treesurgeon.engine.jaxprs import Eqn, Literal, Operand, bind, is_float, is_key, standing_at
+from treesurgeon.engine.masks import axis_count, axis_mask
+from treesurgeon.engine.narrowing import call_custom_jvp, check_leaves
+from treesurgeon.engine.retrace import Retraced, Retracer
+from treesurgeon.engine.rules import Contraction, Site, lookup
+from treesurgeon.engine.rules.base import identity
+from treesurgeon.engine.solve import Solution
+
+
+def gate(fn: Callable, graph: Graph) -> Callable:
+    """The model under masks: `gate(fn, graph)(params, masks, *args, **kwargs)`, with dense parameters and shapes.
+
+    On kept entries it equals `narrow(fn, graph, plan)(cut(params, graph, plan), …)` for `masks = graph.masks(plan)`.
+    `jax.vmap` over stacked masks evaluates a population: kernels stay shared, and what no mask touches is computed
+    once. Groups and blocks that `masks` leaves out are kept and cost nothing.
+
+    Masks that are not closed over the ties of dropped blocks are allowed: the exit of a dropped block then holds zeros
+    where its entry was removed.
+
+    Raises:
+        PlanError: on call, masks name what is not there or have another shape.
+        StructureError: on call, the parameters are not the dense ones.
+        NarrowError: on call, `fn` reads a group in a way that the traced function did not.
+    """
+    retracer = Retracer(fn, graph)
+    shapes: dict[str, tuple[int, ...] | None] = {path: leaf.shape for path, leaf in graph.leaves.items()}
+
+    def gated(params: Any, masks: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        leaves = check_leaves(params, shapes, "gate")
+        units, blocks = _check_masks(graph, masks)
+        found, call = retracer(args, kwargs)
+        for name in found.conflicts:
+            if name in units:
+                raise NarrowError(
+                    f"this function reads group {name!r} in a way that the traced function did not, so it cannot be "
+                    f"gated: trace this function instead, or leave the group out of the masks"
+                )
+        outs = _Gate(units).main(found, graph, [*leaves.values(), *call.arrays], blocks)
+        return jax.tree.unflatten(found.analysis.traced.out_tree, outs)
+
+    return gated
+
+
+def _check_masks(graph: Graph, masks: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    unknown = set(masks) - {"units", "blocks"}
+    if unknown:
+        raise PlanError(f"masks: expected the keys 'units' and 'blocks', got also {sorted(unknown)}")
+    units, blocks = dict(masks.get("units", {})), dict(masks.get("blocks", {}))
+    for kind, given, there in (("units", units, graph.groups), ("blocks", blocks, graph.blocks)):
+        for name, mask in given.items():
+            if name not in there:
+                raise PlanError(f"masks[{kind!r}] names {name!r}, which is not in the graph")
+            shape = (graph.groups[name].size,) if kind == "units" else ()
+            if np.shape(mask) != shape:
+                raise PlanError(
+                    f"masks[{kind!r}][{name!r}]: expected shape {shape}, got {np.shape(mask)}; "
+                    f"stacks of masks go through jax.vmap"
+                )
+            given[name] = jnp.asarray(mask, bool)
+    return units, blocks
+
+
+def select(mask: Any, x: Any, fill: Any, dims: Sequence[int]) -> Any:
+    """`x` where the mask is True along `dims`, else `fill`; a select, never a product: 0 × inf is NaN."""
+    return lax.select(lax.broadcast_in_dim(mask, x.shape, tuple(dims)), x, lax.full_like(x, fill))
+
+
+class _Gate:
+    """Runs a solved program under masks."""
+
+    def __init__(self, units: Mapping[str, Any]):
+        self.units = units
+        self.cache: dict[int, tuple[Axis, Any]] = {}
+        self.on: Any = None  # whether the block that is being run is kept, None for always
+
+    def mask(self, axis: Axis) -> Any:
+        """The kept positions of an axis, None where nothing can be removed."""
+        if id(axis) not in self.cache:
+            self.cache[id(axis)] = (axis, axis_mask(axis, self.units, jnp))
+        return self.cache[id(axis)][1]
+
+    def clear(self, x: Any, axes: Mapping[int, Axis], fill: Any, on: Any = None) -> Any:
+        """`x` with `fill` at the removed positions of `axes` (dimension -> axis), and everywhere if `on` is False."""
+        masks = {d: m for d, axis in axes.items() if (m := self.mask(axis)) is not None}
+        if on is not None and len(masks) == 1:  # one select for both
+            masks = {d: m & on for d, m in masks.items()}
+        elif on is not None:
+            x = select(on, x, fill, ())
+        for d, mask in masks.items():
+            x = select(mask, x, fill, (d,))
+        return x
+
+    def main(self, found: Retraced, graph: Graph, inputs: list[Any], blocks: Mapping[str, Any]) -> list[Any]:
+        """Run a whole function."""
+        analysis = found.analysis
+        program, solution, kinds = analysis.program, analysis.solution, analysis.kinds
+        shared = shared_kernels(program, kinds)
+        bits = {b: blocks[name] for b, name in found.blocks.items() if name in blocks}
+        missing = set(blocks) - set(found.blocks.values())
+        if missing:
+            raise NarrowError(f"the block {sorted(missing)[0]!r} is not a block of this function: trace it instead")
+        exits = {analysis.regions[b].exit: (analysis.regions[b].entry, bit) for b, bit in bits.items()}
+        entries: dict[int, list[int]] = {}
+        for b in bits:
+            entries.setdefault(analysis.regions[b].entry, []).append(b)
+        alive = _Alive(bits)
+        env: dict[int, Any] = dict(program.consts)
+        for k, (v, x) in enumerate(zip(program.inputs, inputs, strict=True)):
+            if k < len(graph.leaves) and not shared[v] and not is_key(program.avals[v]):
+                used = analysis.uses.values[v]
+                x = self.clear(jnp.asarray(x), dict(enumerate(solution.axes[v])), 1, alive(used))
+            env[v] = x
+        for i, eqn in enumerate(program.eqns):
+            contexts = analysis.uses.eqns[i]
+            if contexts is None:
+                continue
+            self.on = alive(contexts)
+            inside = frozenset.intersection(*contexts)
+
+            def read(v: Operand, inside: frozenset[int] = inside) -> Any:
+                if isinstance(v, Literal):
+                    return v.value
+                x = env[v]
+                for b in entries.get(v, ()):
+                    if b in inside and is_float(x):
+                        x = select(bits[b], x, 0, ())
+                return x
+
+            with standing_at(eqn):
+                values = [read(v) for v in eqn.ins]
+                kernel = [isinstance(v, int) and shared[v] for v in eqn.ins]
+                constant = [not isinstance(v, int) or kinds.leaves[v] == frozenset() for v in eqn.ins]
+                outs = self.apply(i, eqn, solution, values, kernel, constant)
+                for v, x in zip(eqn.outs, outs, strict=True):
+                    env[v] = x
+                    if v in exits:
+                        entry, bit = exits[v]
+                        env[v] = lax.select(
+                            lax.broadcast_in_dim(bit, x.shape, ()), x, self.clear(env[entry], self._lost(solution, entry, v), 0)
+                        )
+        self.on = None
+        return [v.value if isinstance(v, Literal) else env[v] for v in program.outputs]
+
+    def _lost(self, solution: Solution, entry: int, exit_: int) -> dict[int, Axis]:
+        """The axes of a block's entry that its exit does not share: removed positions there must be zero."""
+        pairs = zip(solution.axes[entry], solution.axes[exit_], strict=True)
+        return {d: a for d, (a, b) in enumerate(pairs) if self.mask(a) is not self.mask(b)}
+
+    def run(self, solution: Solution, inputs: Sequence[Any]) -> list[Any]:
+        """Run a call body."""
+        program = solution.program
+        env: dict[int, Any] = {**dict(zip(program.inputs, inputs, strict=True)), **program.consts}
+        constant = _constants(program)
+        for i, eqn in enumerate(program.eqns):
+            values = [v.value if isinstance(v, Literal) else env[v] for v in eqn.ins]
+            flags = [not isinstance(v, int) or constant[v] for v in eqn.ins]
+            with standing_at(eqn):
+                outs = self.apply(i, eqn, solution, values, [False] * len(values), flags)
+            env.update(zip(eqn.outs, outs, strict=True))
+        return [v.value if isinstance(v, Literal) else env[v] for v in program.outputs]
+
+    def apply(
+        self,
+        i: int,
+        eqn: Eqn,
+        solution: Solution,
+        values: list[Any],
+        kernel: Sequence[bool],
+        constant: Sequence[bool],
+    ) -> list[Any]:
+        """One equation under the masks. `kernel` marks operands that are shared kernels, `constant` constants."""
+        if eqn.body is not None:
+            if self._plain(solution.bodies[i]):
+                return bind(eqn, eqn.params, values)
+            return call_custom_jvp(eqn, solution.bodies[i], values, self._resume, (self.units, self.on))
+        rule = lookup(eqn.name)
+        if rule is None:
+            return bind(eqn, eqn.params, values)
+        site = solution.site(i)
+        if rule.contraction is not None:
+            return [self._contract(eqn, site, rule.contraction(site), values, kernel)]
+        for operand, dims, kind in rule.mixes(site) if rule.mixes else ():
+            x = values[operand]
+            values[operand] = self.clear(x, {d: site.ins[operand][d] for d in dims}, identity(kind, x.dtype))
+        if i in solution.divisors:
+            values[solution.divisors[i].operand] = self._divisor(solution, i)
+        if eqn.name == "broadcast_in_dim":
+            out = bind(eqn, eqn.params, values)[0]
+            if constant[0] or not is_float(out):
+                return [out]
+            source = dict(zip(eqn.params["broadcast_dimensions"], site.in_shapes[0], strict=True))
+            new = {d: axis for d, axis in enumerate(site.outs[0]) if not source.get(d, 0) == site.out_shapes[0][d]}
+            return [self.clear(out, new, 0)]
+        for k, x in enumerate(values):
+            if not constant[k]:
+                values[k] = self._stretch(site, k, x)
+        return bind(eqn, eqn.params, values)
+
+    @staticmethod
+    def _resume(aux: Any, solution: Solution, inputs: Sequence[Any]) -> list[Any]:
+        units, on = aux
+        inner = _Gate(units)
+        inner.on = on
+        return inner.run(solution, inputs)
+
+    def _plain(self, body: Solution) -> bool:
+        """Whether no mask acts inside a body, so that it can be called as it is."""
+        constant = _constants(body.program)
+        for i, eqn in enumerate(body.program.eqns):
+            rule = lookup(eqn.name)
+            if eqn.body is not None:
+                if not self._plain(body.bodies[i]):
+                    return False
+            elif rule is not None and (rule.mixes or rule.contraction):
+                return False
+            else:
+                shape = body.program.avals[eqn.outs[0]].shape
+                for v in eqn.ins:
+                    if isinstance(v, int) and not constant[v] and body.program.avals[v].shape != shape:
+                        return False
+        return True
+
+    def _stretch(self, site: Site, k: int, x: Any) -> Any:
+        """An operand that broadcasts implicitly along a masked axis, stretched and selected there."""
+        if len(site.outs) != 1 or not is_float(x) or site.eqn.name in _NOT_BROADCASTING:
+            return x
+        shape, target = site.in_shapes[k], site.out_shapes[0]
+        if shape and len(shape) != len(target):
+            return x
+        grown = [
+            d
+            for d in range(len(target))
+            if (not shape or (shape[d] == 1 and not target[d] == 1)) and self.mask(site.outs[0][d]) is not None
+        ]
+        if not grown:
+            return x
+        full = tuple(target) if not shape else tuple(target[d] if d in grown else n for d, n in enumerate(shape))
+        x = lax.broadcast_in_dim(x, full, tuple(range(len(shape))))
+        return self.clear(x, {d: site.outs[0][d] for d in grown}, 0)
+
+    def _contract(
+        self, eqn: Eqn, site: Site, contraction: Contraction, values: list[Any], kernel: Sequence[bool]
+    ) -> Any:
+        summed = [(0, contraction.lhs), (1, contraction.rhs)]
+        free = {out: site.outs[0][out] for m in (contraction.lhs_out, contraction.rhs_out) for out in m.values()}
+        masked = any(self.mask(site.ins[k][d]) is not None for k, dims in summed for d in dims)
+        masked = masked or any(self.mask(axis) is not None for axis in free.values())
+        if not masked and self.on is None:
+            return bind(eqn, eqn.params, values)[0]
+        bad = None
+        for k, dims in summed:
+            axes = {d: site.ins[k][d] for d in dims}
+            if not kernel[k]:
+                values[k] = self.clear(values[k], axes, 0, self.on)
+            elif is_float(values[k]):
+                finite = lax.is_finite(values[k])
+                out_of = contraction.rhs_out if k else contraction.lhs_out
+                gone = tuple(d for d in range(values[k].ndim) if d not in out_of)
+                bad = (jnp.any(self.clear(~finite, axes, False), axis=gone), [out_of[d] for d in sorted(out_of)])
+                values[k] = lax.select(finite, values[k], lax.full_like(values[k], 0))
+        out = bind(eqn, eqn.params, values)[0]
+        if bad is not None:
+            unread, dims = bad
+            order = np.argsort(dims)
+            out = select(~unread.transpose(tuple(order)), out, np.nan, sorted(dims))
+        return self.clear(out, free, 0, self.on)
+
+    def _divisor(self, solution: Solution, i: int) -> Any:
+        divisor = solution.divisors[i]
+        operand = solution.program.eqns[i].ins[divisor.operand]
+        aval = solution.program.aval(operand)
+        count: Any = 1
+        for axis in divisor.axes:
+            count = count * axis_count(axis, self.units)
+        value = jnp.asarray(count - divisor.ddof).astype(aval.dtype)
+        value = 1 / value if divisor.inverse else value
+        return lax.broadcast_in_dim(value, aval.shape, ())
+
+
+_NOT_BROADCASTING = {
+    "concatenate", "conv_general_dilated", "dot_general", "dynamic_slice", "expand_dims", "gather", "pad", "reduce_max",
+    "reduce_min", "reduce_prod", "reduce_sum", "reduce_window_max", "reduce_window_min", "reduce_window_sum",
+    "reshape", "slice", "split", "squeeze", "transpose",
+}  # fmt: skip
+
+
+class _Alive:
+    """Whether anything in a set of contexts is kept, as a traced bool; None for always."""
+
+    def __init__(self, bits: Mapping[int, Any]):
+        self.bits = bits
+        self.known: dict[Any, Any] = {}
+
+    def __call__(self, contexts: Any) -> Any:
+        if contexts is None:
+            return None
+        if contexts not in self.known:
+            self.known[contexts] = self._any(contexts)
+        return self.known[contexts]
+
+    def _any(self, contexts: Any) -> Any:
+        out = None
+        for context in contexts:
+            bits = [self.bits[b] for b in sorted(context) if b in self.bits]
+            if not bits:
+                return None
+            whole = bits[0]
+            for bit in bits[1:]:
+                whole = whole & bit
+            out = whole if out is None else out | whole
+        return out
+
+
+def _constants(program: Any) -> list[bool]:
+    out = [False] * len(program.avals)
+    for v in program.consts:
+        out[v] = True
+    for eqn in program.eqns:
+        for v in eqn.outs:
+            out[v] = all(not isinstance(w, int) or out[w] for w in eqn.ins)
+    return out

@@ -1,0 +1,251 @@
+"""What tracing finds (`Graph`) and what a user asks of it (`Plan`): plain data, no JAX in here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from treesurgeon.engine.axes import Axis, Reason
+from treesurgeon.engine.errors import PlanError
+from treesurgeon.engine.masks import axis_mask
+
+
+class Member(NamedTuple):
+    """One axis of one parameter leaf that holds units of a group.
+
+    `index[i]` is the unit at position i of that axis, -1 where the position belongs to another group or to none.
+    """
+
+    path: str
+    axis: int
+    index: np.ndarray
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that can be removed one by one; every member loses the same units."""
+
+    name: str
+    size: int
+    members: tuple[Member, ...]
+
+
+class Tie(NamedTuple):
+    """When a block is dropped, `entry_units[i]` of one group and `exit_units[i]` of the other are one unit."""
+
+    entry: str
+    entry_units: np.ndarray
+    exit: str
+    exit_units: np.ndarray
+
+
+@dataclass(frozen=True)
+class Block:
+    """A region of the dataflow that identity can replace.
+
+    `leaves` are the parameters used nowhere else; `kernels` those of them that enter a contraction; `parent` is the
+    smallest block around it, if any.
+    """
+
+    name: str
+    leaves: tuple[str, ...]
+    kernels: tuple[str, ...]
+    shape: tuple[Any, ...]
+    parent: str | None
+    where: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to keep of each group (sorted unit numbers; all of a group that is not named) and which blocks to drop."""
+
+    keep: Mapping[str, np.ndarray] = field(default_factory=dict)
+    drop: frozenset[str] = frozenset()
+
+    def __post_init__(self):
+        keep = {name: np.asarray(units) for name, units in self.keep.items()}
+        for name, units in keep.items():
+            if units.ndim != 1 or (units.size and not np.issubdtype(units.dtype, np.integer)):
+                raise PlanError(
+                    f"Plan.keep[{name!r}]: expected a 1-d array of unit numbers, got shape {units.shape} "
+                    f"of {units.dtype}; a bool mask m becomes np.flatnonzero(m)"
+                )
+            if (np.diff(units) <= 0).any():
+                raise PlanError(f"Plan.keep[{name!r}] must be sorted without repeats: pass np.unique(units)")
+        if isinstance(self.drop, str):
+            raise PlanError(f"Plan.drop takes a set of block names, got the string {self.drop!r}")
+        object.__setattr__(self, "keep", keep)
+        object.__setattr__(self, "drop", frozenset(self.drop))
+
+    def then(self, later: Plan) -> Plan:
+        """The one plan that does what this plan and then `later`, made for the narrowed model, do."""
+        keep = dict(self.keep)
+        for name, units in later.keep.items():
+            keep[name] = keep[name][units] if name in keep else units
+        return Plan(keep, self.drop | later.drop)
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One array of the parameters. `contexts` are the sets of blocks inside which it is used (see blocks.py)."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    axes: tuple[Axis, ...]
+    trainable: bool
+    contexts: frozenset[frozenset[str]] | None
+
+
+class Term(NamedTuple):
+    """A count that masks change: `scale` times the kept positions of every axis, while a context is kept."""
+
+    scale: int
+    axes: tuple[Axis, ...]
+    contexts: frozenset[frozenset[str]]
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """The coupled groups and droppable blocks of a traced function.
+
+    Attributes:
+        groups: prunable groups by name, in order of execution.
+        blocks: droppable blocks by name, in order of execution.
+        pinned: why an axis of a parameter may not change, by `path[axis]`.
+        ties: which units a dropped block makes one, by block.
+        divisors: the mean and variance divisors that shrink with their axis, in words.
+    """
+
+    groups: Mapping[str, Group]
+    blocks: Mapping[str, Block]
+    pinned: Mapping[str, Reason]
+    ties: Mapping[str, tuple[Tie, ...]]
+    divisors: tuple[str, ...]
+    leaves: Mapping[str, Leaf]
+    macs: tuple[Term, ...]
+    activations: tuple[Term, ...]
+    tree: Any
+
+    def masks(self, plan: Plan) -> dict[str, dict[str, np.ndarray]]:
+        """A plan as masks: `{"units": {group: bool[size]}, "blocks": {block: bool[]}}`, True = kept.
+
+        Keeps are closed by intersection over the ties of dropped blocks.
+
+        Raises:
+            PlanError: the plan names what is not there, is out of range, or empties a group.
+        """
+        for name in plan.drop:
+            self._known(name, self.blocks, "Plan.drop", "block")
+        units = {name: np.ones(group.size, bool) for name, group in self.groups.items()}
+        for name, kept in plan.keep.items():
+            self._known(name, self.groups, "Plan.keep", "group")
+            size = self.groups[name].size
+            if kept.size == 0:
+                raise PlanError(f"Plan.keep[{name!r}] empties the group: keep at least one of its {size} units")
+            if kept[0] < 0 or kept[-1] >= size:
+                raise PlanError(f"Plan.keep[{name!r}]: units run from 0 to {size - 1}, got {kept[0]} to {kept[-1]}")
+            units[name] = np.isin(np.arange(size), kept)
+        self._close(units, plan.drop)
+        blocks = {name: np.asarray(name not in plan.drop) for name in self.blocks}
+        return {"units": units, "blocks": blocks}
+
+    def _close(self, units: dict[str, np.ndarray], drop: Iterable[str]) -> None:
+        dropped = set(drop)
+        active = [name for name in self.blocks if name in dropped and not dropped & set(self.around(name))]
+        changed = True
+        while changed:
+            changed = False
+            for name in active:
+                for tie in self.ties[name]:
+                    a, b = units[tie.entry][tie.entry_units], units[tie.exit][tie.exit_units]
+                    if (a != b).any():
+                        units[tie.entry][tie.entry_units] = units[tie.exit][tie.exit_units] = a & b
+                        changed = True
+        for name, mask in units.items():
+            if not mask.any():
+                raise PlanError(
+                    f"dropping blocks ties group {name!r} to groups that keep other units, and nothing is left: "
+                    f"keep some of the same units in each, or keep the block"
+                )
+
+    def around(self, block: str) -> list[str]:
+        """The blocks that enclose a block, the nearest first."""
+        out = []
+        while (parent := self.blocks[block].parent) is not None:
+            out.append(parent)
+            block = parent
+        return out
+
+    def _known(self, name: str, names: Mapping[str, Any], where: str, kind: str) -> None:
+        if name not in names:
+            close = get_close_matches(name, names, 3) or list(names)[:3]
+            hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"this graph has no {kind}s"
+            raise PlanError(f"{where} names the {kind} {name!r}, which is not there; {hint}")
+
+    def shapes(self, masks: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
+        """The shape of each leaf under concrete masks, None for leaves that go."""
+        return {
+            path: tuple(len(kept) for kept in indices) if indices is not None else None
+            for path, indices in self.indices(masks).items()
+        }
+
+    def indices(self, masks: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, ...] | None]:
+        """The kept positions on each axis of each leaf under concrete masks, None for leaves that go."""
+        out: dict[str, tuple[np.ndarray, ...] | None] = {}
+        for path, leaf in self.leaves.items():
+            if not alive(leaf.contexts, masks["blocks"]):
+                out[path] = None
+                continue
+            kept = []
+            for axis, size in zip(leaf.axes, leaf.shape, strict=True):
+                mask = axis_mask(axis, masks["units"])
+                kept.append(np.arange(size) if mask is None else np.flatnonzero(mask))
+            out[path] = tuple(kept)
+        return out
+
+    def __str__(self) -> str:
+        return describe(self)
+
+
+def alive(contexts: frozenset[frozenset[str]] | None, blocks: Mapping[str, Any]) -> bool:
+    """Whether something used in these contexts is still used; what is used nowhere stays."""
+    return contexts is None or any(all(blocks[name] for name in context) for context in contexts)
+
+
+def describe(graph: Graph) -> str:
+    """The graph as a table that a person can read."""
+    out = [f"{len(graph.groups)} groups"]
+    rows: list[Sequence[str]] = [
+        (name, str(g.size), ", ".join(f"{m.path}[{m.axis}]" for m in g.members)) for name, g in graph.groups.items()
+    ]
+    out += _table(("group", "units", "members"), rows)
+    out.append(f"\n{len(graph.blocks)} blocks")
+    rows = [
+        (name, "x".join(map(str, b.shape)), ", ".join(b.leaves) + (f"  (inside {b.parent})" if b.parent else ""))
+        for name, b in graph.blocks.items()
+    ]
+    out += _table(("block", "shape", "goes with it"), rows)
+    out.append(f"\n{len(graph.pinned)} pinned axes")
+    out += _table(("axis", "why"), [(axis, str(reason)) for axis, reason in graph.pinned.items()])
+    if graph.divisors:
+        out.append(f"\n{len(graph.divisors)} divisors follow their axis")
+        out += [f"  {line}" for line in graph.divisors]
+    return "\n".join(out)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], most: int = 110) -> list[str]:
+    if not rows:
+        return []
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = []
+    for row in [head, *rows]:
+        line = "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        lines.append(line if len(line) <= most else line[: most - 1] + "…")
+    return lines
+
+

@@ -1,0 +1,279 @@
+"""The only door to JAX's internals: a traced function as a flat, plain program.
+
+A `Program` is a jaxpr with its `jit` calls inlined and its variables numbered, so that the rest of the engine works
+on integers, shapes and parameters and never on `jax._src` types. Calls that carry a meaning of their own
+(`custom_jvp_call`) stay equations and hold their body in `Eqn.body`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+from jax.extend import source_info_util
+from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
+
+INLINED = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2"}
+CALLS = {"custom_jvp_call": "call_jaxpr"}
+
+
+@dataclass(frozen=True)
+class Literal:
+    """A scalar written into the program."""
+
+    value: Any
+    aval: Any
+
+
+Operand: TypeAlias = int | Literal
+
+
+@dataclass(frozen=True, eq=False)
+class Eqn:
+    """One primitive application; `ins` and `outs` are value numbers of its program."""
+
+    primitive: Any
+    ins: tuple[Operand, ...]
+    outs: tuple[int, ...]
+    params: Mapping[str, Any]
+    stack: Any
+    source: Any
+    context: Any
+    effects: bool
+    body: Program | None = None
+
+    @property
+    def name(self) -> str:
+        """The primitive's name."""
+        return self.primitive.name
+
+    @property
+    def scope(self) -> tuple[str, ...]:
+        """The path of module scopes around the equation, transformations (`jvp(…)`) stripped."""
+        text = str(self.stack)
+        while (bare := re.sub(r"\b\w+\(([^()]*)\)", r"\1", text)) != text:
+            text = bare
+        return tuple(part for part in text.split("/") if part)
+
+    @property
+    def where(self) -> str:
+        """The user's source line, `file.py:12`."""
+        line = source_info_util.summarize(self.source).split(" ")[0]
+        head, _, tail = line.partition(":")
+        return f"{head.rsplit('/', 1)[-1]}:{tail.split(':')[0]}" if tail else line
+
+
+@dataclass(eq=False)
+class Program:
+    """Equations in execution order; `avals[v]` is the shape and dtype of value `v`."""
+
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[Operand, ...] = ()
+    eqns: list[Eqn] = field(default_factory=list)
+    avals: list[Any] = field(default_factory=list)
+    consts: dict[int, Any] = field(default_factory=dict)
+
+    def aval(self, operand: Operand) -> Any:
+        """Shape and dtype of an operand."""
+        return operand.aval if isinstance(operand, Literal) else self.avals[operand]
+
+
+def flatten_program(closed: Any) -> Program:
+    """A closed jaxpr as a `Program`."""
+    program = Program()
+    jaxpr = getattr(closed, "jaxpr", closed)
+
+    def new(aval: Any) -> int:
+        program.avals.append(aval)
+        return len(program.avals) - 1
+
+    def const(value: Any, aval: Any) -> Operand:
+        v = new(aval)
+        program.consts[v] = value
+        return v
+
+    def inline(jaxpr: Any, consts: Sequence[Any], args: Sequence[Operand], stack: Any) -> list[Operand]:
+        env: dict[Any, Operand] = dict(zip(jaxpr.invars, args, strict=True))
+        env |= {v: const(c, v.aval) for v, c in zip(jaxpr.constvars, consts, strict=True)}
+
+        def read(atom: Any) -> Operand:
+            if hasattr(atom, "val"):
+                return Literal(atom.val, atom.aval) if np.ndim(atom.val) == 0 else const(atom.val, atom.aval)
+            return env[atom]
+
+        for eqn in jaxpr.eqns:
+            ins = tuple(read(v) for v in eqn.invars)
+            name = eqn.primitive.name
+            inner_stack = stack + eqn.source_info.name_stack
+            if name in INLINED:
+                inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+                results = inline(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), ins, inner_stack)
+                env.update(zip(eqn.outvars, results, strict=True))
+                continue
+            outs = tuple(new(v.aval) for v in eqn.outvars)
+            env.update(zip(eqn.outvars, outs, strict=True))
+            body = flatten_program(eqn.params[CALLS[name]]) if name in CALLS else None
+            program.eqns.append(
+                Eqn(
+                    eqn.primitive,
+                    ins,
+                    outs,
+                    eqn.params,
+                    inner_stack,
+                    eqn.source_info,
+                    eqn.ctx,
+                    bool(eqn.effects),
+                    body,
+                )
+            )
+        return [read(v) for v in jaxpr.outvars]
+
+    program.inputs = tuple(new(v.aval) for v in jaxpr.invars)
+    consts = getattr(closed, "consts", ())
+    program.outputs = tuple(inline(jaxpr, consts, program.inputs, source_info_util.new_name_stack()))
+    return program
+
+
+@contextmanager
+def standing_at(eqn: Eqn):
+    """Bind primitives as if in the equation's own place: same module scope, source line and context."""
+    stack = source_info_util.current_name_stack() + eqn.stack
+    with source_info_util.user_context(eqn.source.traceback, name_stack=stack), eqn.context.manager:
+        yield
+
+
+def bind(eqn: Eqn, params: Mapping[str, Any], values: Sequence[Any]) -> list[Any]:
+    """Apply the equation's primitive to values, with these parameters in place of its own."""
+    out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(dict(params)))
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def jvp_program(eqn: Eqn, differentiable: Sequence[int]) -> Program:
+    """The derivative rule of a `custom_jvp_call` at its own shapes.
+
+    Inputs are the primals, then a tangent for each operand listed in `differentiable`; outputs are the primal
+    results, then their tangents.
+    """
+    avals = [_struct(aval) for aval in _operand_avals(eqn)]
+
+    def rule(primals, tangents):
+        def call(*chosen):
+            values = list(primals)
+            for i, value in zip(differentiable, chosen, strict=True):
+                values[i] = value
+            return bind(eqn, eqn.params, values)
+
+        return jax.jvp(call, [primals[i] for i in differentiable], tangents)
+
+    return flatten_program(jax.make_jaxpr(rule)(avals, [avals[i] for i in differentiable]))
+
+
+def _operand_avals(eqn: Eqn) -> list[Any]:
+    assert eqn.body is not None
+    return [eqn.body.avals[v] for v in eqn.body.inputs]
+
+
+def _struct(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=getattr(x, "weak_type", False))
+
+
+def is_key(aval: Any) -> bool:
+    """Whether values of this kind are PRNG keys."""
+    return jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key)
+
+
+def is_float(aval: Any) -> bool:
+    """Whether values of this kind have derivatives."""
+    return bool(jax.dtypes.issubdtype(aval.dtype, np.inexact))
+
+
+# Calling conventions: pytrees in, pytrees out, everything that is not an array held static.
+
+
+def path_name(path: Any) -> str:
+    """A tree path as `a/b/0`."""
+    return keystr(path, simple=True, separator="/")
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves of a pytree by path, in tree order."""
+    return {path_name(path): leaf for path, leaf in tree_flatten_with_path(tree)[0]}
+
+
+def is_array(x: Any) -> bool:
+    """Arrays, tracers and shape structs are traced; every other argument leaf is held static."""
+    return isinstance(x, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
+
+
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """A function as a program: inputs are the parameter leaves, then the array leaves of the other arguments."""
+
+    program: Program
+    out_paths: tuple[str, ...]
+    out_tree: Any
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call, arrays apart from what is static."""
+
+    arrays: tuple[Any, ...]
+    names: tuple[str, ...]
+    key: Hashable
+    rebuild: Callable[[Sequence[Any]], tuple[tuple, dict]]
+
+
+def split_call(args: tuple, kwargs: dict) -> Call:
+    """Separate the array leaves of a call's arguments from the rest."""
+    leaves, tree = tree_flatten((args, kwargs))
+    paths = [path_name(p) for p, _ in tree_flatten_with_path((args, kwargs))[0]]
+    chosen = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
+    static = [None if is_array(leaf) else leaf for leaf in leaves]
+
+    def rebuild(arrays: Sequence[Any]) -> tuple[tuple, dict]:
+        full = list(static)
+        for i, value in zip(chosen, arrays, strict=True):
+            full[i] = value
+        return tree_unflatten(tree, full)
+
+    arrays = tuple(leaves[i] for i in chosen)
+    try:
+        shapes = tuple((np.shape(a), a.dtype, getattr(a, "weak_type", False)) for a in arrays)
+        key: Hashable = (tree, tuple(chosen), tuple(static), shapes)
+        hash(key)
+    except TypeError:
+        key = None
+    names = tuple(f"args[{p[2:]}]" if p.startswith("0/") else p[2:] for p in (paths[i] for i in chosen))
+    return Call(arrays, names, key, rebuild)
+
+
+def trace_call(fn: Callable, params: Any, call: Call) -> Traced:
+    """Trace `fn(params, …)` to a program at the shapes of `params` and of the call."""
+    leaves, tree = tree_flatten(params)
+    result: list[Any] = []
+
+    def flat(leaves: Sequence[Any], arrays: Sequence[Any]) -> list[Any]:
+        args, kwargs = call.rebuild(arrays)
+        out = fn(tree_unflatten(tree, leaves), *args, **kwargs)
+        with_paths, out_tree = tree_flatten_with_path(out)
+        result[:] = [tuple(path_name(p) for p, _ in with_paths), out_tree]
+        return [leaf for _, leaf in with_paths]
+
+    structs = [_struct(leaf) if is_array(leaf) else _struct(np.asarray(leaf)) for leaf in leaves]
+    closed = jax.make_jaxpr(flat)(structs, [_struct(a) for a in call.arrays])
+    return Traced(flatten_program(closed), result[0], result[1])
+
+
+def concrete(program: Program) -> bool:
+    """Whether the program can be kept: nothing in it belongs to a trace that is under way."""
+    return not any(isinstance(c, jax.core.Tracer) for c in program.consts.values()) and all(
+        e.body is None or concrete(e.body) for e in program.eqns
+    )
+
+

@@ -1,0 +1,321 @@
+"""`cut` and `narrow`: make a plan physical.
+
+`cut` slices the leaves. `narrow` runs the function's program at the small shapes: each primitive is bound again with
+the parameters that hold sizes recomputed, constants are sliced where they meet a narrow operand, and a dropped block's
+exit is its entry. Only what the outputs need is run, so dropped parameters are never read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.tree_util import tree_map_with_path, tree_unflatten
+
+from treesurgeon.engine.axes import Axis
+from treesurgeon.engine.errors import NarrowError, StructureError
+from treesurgeon.engine.graph import Graph, Plan
+from treesurgeon.engine.jaxprs import (
+    Eqn,
+    Literal,
+    Operand,
+    bind,
+    is_float,
+    jvp_program,
+    named_leaves,
+    path_name,
+    standing_at,
+)
+from treesurgeon.engine.masks import axis_count, axis_mask
+from treesurgeon.engine.retrace import Retraced, Retracer
+from treesurgeon.engine.rules import lookup
+from treesurgeon.engine.rules.base import Axes, Kept
+from treesurgeon.engine.solve import Divisor, Solution, solve
+
+GONE = object()
+
+
+def cut(params: Any, graph: Graph, plan: Plan) -> Any:
+    """Slice a pytree of parameters down to what a plan keeps.
+
+    Leaves whose every use lies in dropped blocks are removed: their keys leave mappings (and mappings that this
+    empties), elsewhere `None` takes their place. `jax.ShapeDtypeStruct` leaves give structs.
+
+    Raises:
+        PlanError: the plan does not fit the graph.
+        StructureError: the pytree is not the one that was traced.
+    """
+    indices = graph.indices(graph.masks(plan))
+    check_leaves(params, {path: leaf.shape for path, leaf in graph.leaves.items()}, "cut")
+
+    def one(path: Any, leaf: Any) -> Any:
+        kept = indices[path_name(path)]
+        return GONE if kept is None else _take(leaf, kept)
+
+    return without_gone(tree_map_with_path(one, params))
+
+
+def _take(leaf: Any, kept: Sequence[np.ndarray]) -> Any:
+    shape = tuple(len(k) for k in kept)
+    if shape == np.shape(leaf):
+        return leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(shape, leaf.dtype)
+    for d, k in enumerate(kept):
+        if len(k) != leaf.shape[d]:
+            leaf = leaf.take(k, axis=d)
+    return leaf
+
+
+def without_gone(tree: Any) -> Any:
+    """The pytree without the leaves marked GONE."""
+    if isinstance(tree, Mapping):
+        rest = {k: without_gone(v) for k, v in tree.items() if v is not GONE}
+        rest = {k: v for k, v in rest.items() if not (isinstance(v, Mapping) and not v and tree[k])}
+        return rest if type(tree) is dict else type(tree)(rest)
+    return jax.tree.map(
+        lambda x: without_gone(x) if isinstance(x, Mapping) else None if x is GONE else x,
+        tree,
+        is_leaf=lambda x: x is GONE or isinstance(x, Mapping),
+    )
+
+
+def check_leaves(params: Any, shapes: Mapping[str, tuple[int, ...] | None], verb: str) -> dict[str, Any]:
+    """The leaves of `params` by path, after checking that they are those of `shapes` (None: must not be there).
+
+    Raises:
+        StructureError: lists what is missing, unexpected or of another shape.
+    """
+    leaves = named_leaves(params)
+    wrong = []
+    for path, shape in shapes.items():
+        if shape is None:
+            continue
+        if path not in leaves:
+            wrong.append(f"{path}: expected {shape}, missing")
+        elif tuple(np.shape(leaves[path])) != tuple(shape):
+            wrong.append(f"{path}: expected {shape}, got {tuple(np.shape(leaves[path]))}")
+    wrong += [f"{path}: not expected" for path in leaves if shapes.get(path) is None]
+    if wrong:
+        more = f"\n  … and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        hint = {
+            "cut": "pass the pytree that was traced",
+            "narrow": "pass what cut(params, graph, plan) returns for the same plan",
+            "gate": "pass the dense pytree that was traced",
+        }[verb]
+        raise StructureError(f"{verb}: the parameters do not fit; {hint}\n  " + "\n  ".join(wrong[:8]) + more)
+    return leaves
+
+
+def narrow(fn: Callable, graph: Graph, plan: Plan) -> Callable:
+    """The pruned model as a function: `narrow(fn, graph, plan)(cut(params, graph, plan), *args, **kwargs)`.
+
+    `fn` is the traced function or any other primal function of the same parameters: the loss, training mode, another
+    method. Take derivatives outside: `jax.grad(narrow(loss, graph, plan))`. Outputs that mirror parameters (new batch
+    statistics) come out narrow, those of removed leaves do not come out.
+
+    Raises:
+        PlanError: the plan does not fit the graph.
+        StructureError: on call, the parameters are not what `cut` gives for this plan.
+        NarrowError: on call, `fn` reads pruned parameters in a way that the traced function did not.
+    """
+    masks = graph.masks(plan)
+    shapes = graph.shapes(masks)
+    retracer = Retracer(fn, graph)
+
+    def narrowed(params: Any, *args: Any, **kwargs: Any) -> Any:
+        leaves = check_leaves(params, shapes, "narrow")
+        found, call = retracer(args, kwargs)
+        _check_conflicts(found, masks["units"])
+        inputs = [leaves.get(path, GONE) for path in graph.leaves]
+        outs = _Narrow(masks["units"]).main(found, [*inputs, *call.arrays], masks["blocks"])
+        return without_gone(tree_unflatten(found.analysis.traced.out_tree, outs))
+
+    return narrowed
+
+
+def _check_conflicts(found: Retraced, units: Mapping[str, np.ndarray]) -> None:
+    for name, axis in found.conflicts.items():
+        mask = axis_mask(axis, units)
+        if (np.ones(axis.size, bool) if mask is None else mask).tolist() != units[name].tolist():
+            raise NarrowError(
+                f"this function reads group {name!r} in a way that the traced function did not, so its units cannot "
+                f"go one by one: trace this function instead, or keep the whole group"
+            )
+
+
+class _Narrow:
+    """Runs a solved program on narrow values."""
+
+    def __init__(self, units: Mapping[str, np.ndarray]):
+        self.units = units
+        self.cache: dict[int, tuple[Axis, np.ndarray | None, Any]] = {}
+        self.kept = Kept(lambda axis: self._look(axis)[2], lambda axis: self._look(axis)[1])
+
+    def _look(self, axis: Axis) -> tuple[Axis, np.ndarray | None, Any]:
+        if id(axis) not in self.cache:
+            mask = axis_mask(axis, self.units)
+            if mask is not None and mask.all():
+                mask = None
+            count = axis_count(axis, self.units)
+            self.cache[id(axis)] = (axis, mask, int(count) if isinstance(count, np.integer) else count)
+        return self.cache[id(axis)]
+
+    def whole(self, axes: Axes) -> bool:
+        """Whether nothing of these axes is removed."""
+        return all(self.kept.mask(axis) is None for axis in axes)
+
+    def slim(self, value: Any, axes: Axes) -> Any:
+        """A wide value at the kept positions of its axes."""
+        for d, axis in enumerate(axes):
+            mask = self.kept.mask(axis)
+            if mask is not None:
+                value = jnp.take(value, np.flatnonzero(mask), axis=d)
+        return value
+
+    def main(self, found: Retraced, inputs: list[Any], blocks: Mapping[str, Any]) -> list[Any]:
+        """Run a whole function; blocks that are not kept pass their entry on."""
+        analysis = found.analysis
+        program, regions = analysis.program, analysis.regions
+        dropped = [regions[b] for b, name in found.blocks.items() if not blocks[name]]
+        lost = {name for name, kept in blocks.items() if not kept} - set(found.blocks.values())
+        leaf_gone = [value is GONE for value in inputs]
+        if lost and any(self._reads_gone(analysis, leaf_gone, lost)):
+            raise NarrowError(
+                f"the block {sorted(lost)[0]!r} is not a block of this function, so it cannot be dropped from it: "
+                f"trace this function instead"
+            )
+        wanted = [
+            GONE if (leaf := analysis.mirror_of.get(i)) is not None and leaf_gone[leaf] else v
+            for i, v in enumerate(program.outputs)
+        ]
+        skip = {region.exit: region.entry for region in dropped}
+        return self.run(analysis.solution, inputs, wanted, skip)
+
+    def _reads_gone(self, analysis: Any, gone: list[bool], lost: set[str]) -> list[bool]:
+        used = analysis.uses.values
+        return [g and used[v] is not None for g, v in zip(gone, analysis.program.inputs, strict=False)]
+
+    def run(
+        self,
+        solution: Solution,
+        inputs: Sequence[Any],
+        wanted: Sequence[Any] | None = None,
+        skip: Mapping[int, int] | None = None,
+    ) -> list[Any]:
+        """Run a program on narrow inputs; a value in `skip` is replaced by another one of its shape."""
+        program = solution.program
+        wanted = program.outputs if wanted is None else wanted
+        skip = skip or {}
+        env: dict[int, Any] = dict(zip(program.inputs, inputs, strict=True))
+        env |= {v: self.slim(value, solution.axes[v]) for v, value in program.consts.items()}
+        needed = self._needed(solution, wanted, skip)
+
+        def read(v: Operand) -> Any:
+            return v.value if isinstance(v, Literal) else env[v]
+
+        for i, eqn in enumerate(program.eqns):
+            if i in needed:
+                with standing_at(eqn):
+                    outs = self.apply(i, eqn, solution, [read(v) for v in eqn.ins])
+                env.update(zip(eqn.outs, outs, strict=True))
+            for v in eqn.outs:
+                if v in skip:
+                    env[v] = self._pass_on(env[skip[v]], solution.axes[skip[v]], solution.axes[v])
+        return [v if v is GONE else read(v) for v in wanted]
+
+    def _needed(self, solution: Solution, wanted: Sequence[Any], skip: Mapping[int, int]) -> set[int]:
+        eqns = solution.program.eqns
+        values = {v for v in wanted if isinstance(v, int)}
+        out = set()
+        for i in range(len(eqns) - 1, -1, -1):
+            passed = [v for v in eqns[i].outs if v in skip and v in values]
+            if passed:
+                values.update(skip[v] for v in passed)
+                values.difference_update(passed)
+            if eqns[i].effects or any(v in values for v in eqns[i].outs):
+                out.add(i)
+                values.update(v for v in eqns[i].ins if isinstance(v, int))
+        return out
+
+    def _pass_on(self, value: Any, entry: Axes, exit_: Axes) -> Any:
+        """A dropped block's entry as its exit: the positions that the exit keeps."""
+        for d, (a, b) in enumerate(zip(entry, exit_, strict=True)):
+            have, want = self.kept.mask(a), self.kept.mask(b)
+            if have is want or (have is not None and want is not None and (have == want).all()):
+                continue
+            if want is None or (have is not None and (want & ~have).any()):
+                raise NarrowError("a dropped block's exit keeps units that its entry removed: build plans with Plan")
+            places = np.flatnonzero(want if have is None else want[have])
+            value = jnp.take(value, places, axis=d)
+        return value
+
+    def apply(self, i: int, eqn: Eqn, solution: Solution, values: list[Any]) -> list[Any]:
+        """One equation at the small sizes."""
+        if eqn.body is not None:
+            return self._call(eqn, solution.bodies[i], values)
+        site = solution.site(i)
+        rule = lookup(eqn.name)
+        if rule is None:
+            if not all(self.whole(axes) for axes in (*site.ins, *site.outs)):
+                raise NarrowError(
+                    f"{eqn.where}: the primitive `{eqn.name}` has no rule and meets a pruned axis: "
+                    f"trace this function instead, or register a rule"
+                )
+            return bind(eqn, eqn.params, values)
+        if rule.positional:
+            wide = bind(eqn, eqn.params, values)
+            return [self.slim(value, axes) for value, axes in zip(wide, site.outs, strict=True)]
+        if i in solution.divisors:
+            divisor = solution.divisors[i]
+            values[divisor.operand] = self._divisor(eqn, solution, divisor)
+        params = eqn.params if rule.resize is None else {**eqn.params, **rule.resize(site, self.kept)}
+        return bind(eqn, params, values)
+
+    def _divisor(self, eqn: Eqn, solution: Solution, divisor: Divisor) -> Any:
+        operand = eqn.ins[divisor.operand]
+        count = 1
+        for axis in divisor.axes:
+            count *= self.kept.count(axis)
+        value = count - divisor.ddof
+        aval = solution.program.aval(operand)
+        scalar = np.asarray(1 / value if divisor.inverse else value, aval.dtype)
+        if not aval.shape:
+            return scalar
+        return lax.full(tuple(self.kept.count(axis) for axis in solution.of(operand)), scalar)
+
+    def _call(self, eqn: Eqn, body: Solution, values: Sequence[Any]) -> list[Any]:
+        """A `custom_jvp` function made anew: its body and its derivative rule both run narrow."""
+        return call_custom_jvp(eqn, body, values, lambda _, solution, xs: self.run(solution, xs), ())
+
+
+def call_custom_jvp(
+    eqn: Eqn, body: Solution, values: Sequence[Any], run: Callable[[Any, Solution, Sequence[Any]], list[Any]], aux: Any
+) -> list[Any]:
+    """Rebuild a `custom_jvp_call`: `run(aux, solution, values)` runs its body and, when asked for, its rule.
+
+    `aux` is passed through as an argument, since a `custom_jvp` function must not close over traced values.
+    """
+    inputs = [body.program.avals[v] for v in body.program.inputs]
+    chosen = [k for k, aval in enumerate(inputs) if is_float(aval)]
+
+    @jax.custom_jvp
+    def call(aux, *xs):
+        return tuple(run(aux, body, xs))
+
+    @call.defjvp
+    def rule(primals, tangents):
+        aux, *xs = primals
+        axes = [body.axes[v] for v in body.program.inputs]
+        derivative = solve(jvp_program(eqn, chosen), [*axes, *(axes[k] for k in chosen)])
+        outs = run(aux, derivative, [*xs, *(tangents[1 + k] for k in chosen)])
+        half = len(outs) // 2
+        return tuple(outs[:half]), tuple(outs[half:])
+
+    return list(call(aux, *values))
+
+

@@ -1,0 +1,86 @@
+"""Trace a function again for a call at hand, against a graph that is known: what `narrow` and `gate` start from.
+
+The graph's atoms come in as they are, so solving only finds the axes of the new function's own values. Where the new
+function couples or splits groups in a way that the traced one did not, the atoms no longer say what the graph says;
+`Retraced.conflicts` lists those groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.tree_util import tree_unflatten
+
+from treesurgeon.engine.axes import Atom, Axis, Fixed, Prod, Sum, product, resolve, total
+from treesurgeon.engine.coupling import Analysis, analyse
+from treesurgeon.engine.graph import Graph
+from treesurgeon.engine.jaxprs import Call, concrete, split_call, trace_call
+
+
+@dataclass(frozen=True, eq=False)
+class Retraced:
+    """A solved function of a graph's parameters; `blocks` names those of its regions that are blocks of the graph."""
+
+    analysis: Analysis
+    blocks: Mapping[int, str]
+    conflicts: Mapping[str, Axis]
+
+
+class Retracer:
+    """Retraces a function once for every shape it is called at."""
+
+    def __init__(self, fn: Callable, graph: Graph):
+        self.fn, self.graph = fn, graph
+        self.known: dict[Any, Retraced] = {}
+
+    def __call__(self, args: tuple, kwargs: dict) -> tuple[Retraced, Call]:
+        """The solved program for these arguments."""
+        call = split_call(args, kwargs)
+        key = None if call.key is None else (call.key, bool(jax.config.jax_enable_x64))
+        if key in self.known:
+            return self.known[key], call
+        found = _retrace(self.fn, self.graph, call)
+        if key is not None and concrete(found.analysis.program):
+            self.known[key] = found
+        return found, call
+
+
+def _retrace(fn: Callable, graph: Graph, call: Call) -> Retraced:
+    leaves = list(graph.leaves.values())
+    structs = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+    traced = trace_call(fn, tree_unflatten(graph.tree, structs), call)
+    own = {name: Atom(group.size, label=name) for name, group in graph.groups.items()}
+    axes = [tuple(_instance(axis, own) for axis in leaf.axes) for leaf in leaves]
+    paths = [leaf.path for leaf in leaves]
+    analysis = analyse(traced, paths, axes, call.names)
+    by_kernels = {frozenset(block.kernels): name for name, block in graph.blocks.items()}
+    blocks = {}
+    for b, region in enumerate(analysis.regions):
+        name = by_kernels.get(frozenset(paths[leaf] for leaf in region.kernels))
+        if name is not None:
+            blocks[b] = name
+    conflicts = {name: resolve(atom) for name, atom in own.items() if not _intact(atom)}
+    return Retraced(analysis, blocks, conflicts)
+
+
+def _instance(axis: Axis, own: Mapping[str, Atom]) -> Axis:
+    """A copy of a graph's axis over atoms of its own, so that solving does not touch the graph."""
+    if isinstance(axis, Atom):
+        assert axis.label is not None
+        return own[axis.label]
+    if isinstance(axis, Sum):
+        return total(_instance(part, own) for part in axis.parts)
+    if isinstance(axis, Prod):
+        return product(_instance(f, own) for f in axis.factors)
+    return Fixed(axis.size, axis.why)
+
+
+def _intact(atom: Atom) -> bool:
+    """Whether a group's atom still is itself, or its own parts end to end."""
+    axis = resolve(atom)
+    if axis is atom:
+        return True
+    return isinstance(axis, Sum) and all(isinstance(p, Atom) and p.whole is atom for p in axis.parts)

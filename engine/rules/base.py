@@ -1,0 +1,119 @@
+"""What a rule is, and what it sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from treesurgeon.engine.axes import Axis, Fixed, Reason, Size, pin
+from treesurgeon.engine.jaxprs import Eqn
+
+Axes: TypeAlias = tuple[Axis, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """An equation as its rule sees it: parameters, shapes, and the axes of its operands (and results, once known)."""
+
+    eqn: Eqn
+    params: Mapping[str, Any]
+    ins: Sequence[Axes]
+    in_shapes: Sequence[tuple[Size, ...]]
+    out_shapes: Sequence[tuple[Size, ...]]
+    outs: Sequence[Axes] = ()
+
+    def why(self, text: str) -> Reason:
+        """A reason for pinning that names this equation's source line."""
+        return Reason(text, self.eqn.where)
+
+
+class Mix(NamedTuple):
+    """An operand whose axes `dims` are mixed: removed positions must first hold the operation's identity."""
+
+    operand: int
+    dims: tuple[int, ...]
+    identity: str  # a key of IDENTITIES
+
+
+class Contraction(NamedTuple):
+    """Sums of products of two operands over the paired axes `lhs` and `rhs`.
+
+    `lhs_out` and `rhs_out` say which axis of the result each remaining axis becomes; `extra` counts the products a
+    result element sums besides those (a convolution's window).
+    """
+
+    lhs: tuple[int, ...]
+    rhs: tuple[int, ...]
+    lhs_out: Mapping[int, int]
+    rhs_out: Mapping[int, int]
+    extra: int = 1
+
+
+class Kept(NamedTuple):
+    """How many positions of an axis a plan keeps, and which, for rules whose parameters hold sizes."""
+
+    count: Callable[[Axis], Size]
+    mask: Callable[[Axis], np.ndarray | None]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a primitive relates axes.
+
+    `axes` unifies the operands' axes and returns the results'. `resize` gives the parameters at a plan's sizes (left
+    out where no parameter holds a size). `mixes` lists what is mixed; `contraction` does so for sums of products.
+    `positional` results depend on where a position stands (iota, random bits): they are made wide and sliced.
+    """
+
+    axes: Callable[[Site], list[Axes]]
+    resize: Callable[[Site, Kept], dict[str, Any]] | None = None
+    mixes: Callable[[Site], list[Mix]] | None = None
+    contraction: Callable[[Site], Contraction] | None = None
+    positional: bool = False
+
+
+_RULES: dict[str, Rule] = {}
+
+
+def register(name: str, rule: Rule) -> None:
+    """Give the primitive called `name` a rule; a later one replaces an earlier one."""
+    _RULES[name] = rule
+
+
+def lookup(name: str) -> Rule | None:
+    """The rule of the primitive called `name`, if it has one."""
+    return _RULES.get(name)
+
+
+def fixed_axes(shape: Sequence[Size], why: Reason) -> Axes:
+    """An axis for each size, none of which may change."""
+    return tuple(Fixed(n, why) for n in shape)
+
+
+def pin_all(site: Site, text: str) -> list[Axes]:
+    """Pin every axis that an equation touches."""
+    why = site.why(text)
+    for operand in site.ins:
+        for axis in operand:
+            pin(axis, why)
+    return [fixed_axes(shape, why) for shape in site.out_shapes]
+
+
+def identity(kind: str, dtype: Any) -> Any:
+    """The identity element of a reduction, as a scalar of the dtype."""
+    if kind == "zero":
+        return np.zeros((), dtype)
+    if kind == "one":
+        return np.ones((), dtype)
+    if dtype == np.bool_:
+        return np.asarray(kind == "highest")
+    if np.issubdtype(dtype, np.integer):
+        info = np.iinfo(dtype)
+        return np.asarray(info.min if kind == "lowest" else info.max, dtype)
+    return np.asarray(-np.inf if kind == "lowest" else np.inf, dtype)
+
+
+IDENTITIES = ("zero", "one", "lowest", "highest")

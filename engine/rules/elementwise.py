@@ -1,0 +1,39 @@
+"""Operations that act on each position alone: the axes of all operands are the same axes.
+
+Operands broadcast implicitly: a scalar or a size-1 axis says nothing about the axis it meets.
+"""
+
+from __future__ import annotations
+
+from treesurgeon.engine.axes import Fixed, unify
+from treesurgeon.engine.rules.base import Axes, Rule, Site, register
+
+NAMES = """
+    abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt ceil
+    clamp clz complex conj convert_element_type copy cos cosh digamma div eq erf erf_inv erfc exp exp2
+    expm1 floor ge gt igamma igammac imag integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg
+    nextafter not optimization_barrier or polygamma population_count pow real reduce_precision regularized_incomplete_beta
+    rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square
+    stop_gradient sub tan tanh xor zeta
+""".split()
+
+
+def axes(site: Site) -> list[Axes]:
+    """Unify, dimension by dimension, every operand axis that is not broadcast."""
+    if len(site.out_shapes) > 1:  # position by position on each operand: optimization_barrier
+        return [tuple(operand) for operand in site.ins]
+    out = []
+    for d, size in enumerate(site.out_shapes[0]):
+        met = [
+            operand[d]
+            for operand, shape in zip(site.ins, site.in_shapes, strict=True)
+            if shape and not (isinstance(shape[d], int) and shape[d] == 1)
+        ]
+        for other in met[1:]:
+            unify(met[0], other, site.why(f"the two sides of `{site.eqn.name}` split this axis differently"))
+        out.append(met[0] if met else Fixed(size, site.why("a single position")))
+    return [tuple(out)]
+
+
+for _name in NAMES:
+    register(_name, Rule(axes))

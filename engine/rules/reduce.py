@@ -1,0 +1,92 @@
+"""Operations that run along axes: reductions, scans, windows, and those whose result is a position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from treesurgeon.engine.axes import Axis, Fixed, fresh, pin
+from treesurgeon.engine.rules.base import Axes, Mix, Rule, Site, pin_all, register
+
+
+def reduction(identity: str) -> Rule:
+    """The axes `axes` go; removed positions are given the reduction's identity first."""
+
+    def axes(site: Site) -> list[Axes]:
+        gone = site.params["axes"]
+        return [tuple(axis for d, axis in enumerate(site.ins[0]) if d not in gone)]
+
+    return Rule(axes, mixes=lambda site: [Mix(0, tuple(site.params["axes"]), identity)])
+
+
+def pinning(dims: Callable[[Site], tuple[int, ...]], text: str, drop: bool = False) -> Rule:
+    """Axes that the operation cannot lose positions of; the others pass through (all operands alike)."""
+
+    def axes(site: Site) -> list[Axes]:
+        fast = dims(site)
+        why = site.why(text)
+        for operand in site.ins:
+            for d in fast:
+                if d < len(operand):
+                    pin(operand[d], why)
+        first = site.ins[0]
+        out = tuple(axis for d, axis in enumerate(first) if not (drop and d in fast))
+        return [
+            tuple(a if shape[d] == a.size else Fixed(shape[d], why) for d, a in enumerate(out))
+            for shape in site.out_shapes
+        ]
+
+    return Rule(axes)
+
+
+def window_axes(site: Site) -> list[Axes]:
+    """Windows slide over some axes, which are pinned; an axis with a trivial window passes through."""
+    p = site.params
+    why = site.why("a window slides over this axis")
+    rank = len(site.out_shapes[0])
+    base = p.get("base_dilation", (1,) * rank)
+    plain = [
+        p["window_dimensions"][d] == 1
+        and p["window_strides"][d] == 1
+        and base[d] == 1
+        and tuple(p["padding"][d]) == (0, 0)
+        for d in range(rank)
+    ]
+    out: list[Axis] = []
+    for d, size in enumerate(site.out_shapes[0]):
+        if plain[d]:
+            out.append(site.ins[0][d])
+        else:
+            pin(site.ins[0][d], why)
+            out.append(Fixed(size, why))
+    return [tuple(out)]
+
+
+def general_window_axes(site: Site) -> list[Axes]:
+    """`reduce_window` with a computation of the user's: one array and its initial value, or all pinned."""
+    return window_axes(site) if len(site.out_shapes) == 1 else pin_all(site, "a window over several arrays")
+
+
+def random_axes(site: Site) -> list[Axes]:
+    """Random bits stand at positions of the dense array: drawn wide, then sliced, so kept units keep their noise."""
+    return [tuple(fresh(n) for n in site.out_shapes[0])]
+
+
+for _name, _identity in {
+    "reduce_sum": "zero",
+    "reduce_prod": "one",
+    "reduce_max": "lowest",
+    "reduce_min": "highest",
+    "reduce_and": "highest",
+    "reduce_or": "lowest",
+}.items():
+    register(_name, reduction(_identity))
+for _name in ("argmax", "argmin"):
+    register(_name, pinning(lambda s: tuple(s.params["axes"]), f"`{_name}` yields positions of this axis", drop=True))
+for _name in ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"):
+    register(_name, pinning(lambda s: (s.params["axis"],), f"`{_name}` runs along this axis"))
+register("sort", pinning(lambda s: (s.params["dimension"],), "`sort` runs along this axis"))
+register("rev", pinning(lambda s: tuple(s.params["dimensions"]), "`rev` turns this axis round"))
+for _name in ("reduce_window_sum", "reduce_window_max", "reduce_window_min"):
+    register(_name, Rule(window_axes))
+register("reduce_window", Rule(general_window_axes))
+register("random_bits", Rule(random_axes, positional=True))

@@ -1,0 +1,41 @@
+"""The model zoo: plain Flax linen modules whose widths are arguments, and the checkpoints they read.
+
+```python
+from treesurgeon import models
+
+preset = models.get("resnet56")                       # factory, input shape, normalisation
+module = models.resolve("resnet56", num_classes=10)   # or "package.module:factory"
+variables = models.load_checkpoint("resnet56.safetensors", preset, template)
+```
+
+A model is written down as `{"model": spec, "kwargs": {...}}`, and `resolve(spec, **kwargs)` builds it again.
+Reading order: `mlp.py`, `vgg.py`, `resnet.py`, `digits_cnn.py`, `weights.py`.
+"""
+
+from treesurgeon.models.digits_cnn import DigitsCNN, digits_cnn
+from treesurgeon.models.errors import CheckpointError, ModelError, ModelSpecError, UnknownModelError
+from treesurgeon.models.mlp import MLP, mlp
+from treesurgeon.models.presets import ZOO, Preset, get, resolve
+from treesurgeon.models.resnet import ResNet, resnet
+from treesurgeon.models.vgg import VGG, vgg
+from treesurgeon.models.weights import load_checkpoint
+
+__all__ = [
+    "MLP",
+    "VGG",
+    "ZOO",
+    "CheckpointError",
+    "DigitsCNN",
+    "ModelError",
+    "ModelSpecError",
+    "Preset",
+    "ResNet",
+    "UnknownModelError",
+    "digits_cnn",
+    "get",
+    "load_checkpoint",
+    "mlp",
+    "resnet",
+    "resolve",
+    "vgg",
+]

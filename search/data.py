@@ -1,0 +1,309 @@
+"""The four roles of data, split once: `train`, `search`, `certify`, `test`.
+
+`train` fits; `search` scores candidates and stops fine-tuning; `certify` is opened once, at the end; `test`
+is reported once. What the checkpoint was fitted on is not clean, so the last three come only from splits it
+has not seen. Where it is unknown what it has seen, the roles still are disjoint, but no claim about a gap can
+be made, and `Roles.clean` says so.
+
+The split is a function of the labels and the seed alone: it uses the raw stream of PCG64, which NumPy keeps
+the same in every version (NEP 19), and no method whose stream may change.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+
+from treesurgeon.search.sources import BATCH, DataError, Source, default_data_dir, open_source
+
+__all__ = ["DataError", "Roles", "Source", "Split", "default_data_dir", "open_source", "split_roles"]
+
+ROLES = ("train", "search", "certify", "test")
+FRACTIONS: Mapping[str, float] = MappingProxyType({"search": 0.4, "certify": 0.2, "test": 0.4})
+TRAIN_FRACTION = 0.5  # of all images, where no split is known to be the one that was fitted
+
+
+@dataclass(frozen=True)
+class Split:
+    """The images of one role, in an order without meaning: any prefix is a random sample.
+
+    Attributes:
+        images: `[N, H, W, C]` float32, normalised.
+        labels: `[N]` int32.
+        indices: `[N]` int64, positions in the dataset's splits named by `origin`, laid end to end.
+        origin: those splits.
+        fingerprint: SHA-256 over the images as stored and their labels, in the dataset's order. It does not
+            depend on the normalisation: the same images are the same evidence.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    indices: np.ndarray
+    origin: tuple[str, ...]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The four roles, pairwise disjoint.
+
+    Attributes:
+        train: what may be fitted on.
+        search: what scores candidates.
+        certify: opened once.
+        test: reported once.
+        clean: whether `search`, `certify` and `test` hold nothing the checkpoint was fitted on, as far as it
+            was declared. No gap is claimed where it is False.
+        label_names: names of the classes, by label.
+    """
+
+    train: Split
+    search: Split
+    certify: Split
+    test: Split
+    clean: bool
+    label_names: tuple[str, ...]
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """SHA-256 of each role."""
+        return {role: getattr(self, role).fingerprint for role in ROLES}
+
+
+def split_roles(
+    source: Source,
+    fitted: Sequence[str] | None,
+    *,
+    num_classes: int | None = None,
+    input_shape: Sequence[int] | None = None,
+    mean: Sequence[float] = (0.0,),
+    std: Sequence[float] = (1.0,),
+    seed: int = 0,
+    fractions: Mapping[str, float] = FRACTIONS,
+    caps: Mapping[str, int] | None = None,
+) -> Roles:
+    """Give every image of a dataset one role, and read the images.
+
+    Args:
+        source: an open dataset.
+        fitted: the splits the checkpoint was fitted on; `train` comes from them and the rest from the others.
+            `()`: it has seen none of this data. None: unknown. In both, all roles come from all splits.
+        num_classes: of the model; by default the dataset's.
+        input_shape: `(H, W, C)` of the model's input, if known.
+        mean: subtracted, a number or one per channel, after uint8 images were scaled to 0..1.
+        std: divided by, likewise.
+        seed: of the split. Same dataset, same seed: same roles.
+        fractions: shares of the clean images of `search`, `certify` and `test`.
+        caps: the most images of a role, stratified. A cap changes no other role.
+
+    Raises:
+        DataError: splits, labels or images that do not fit, or too few of them.
+    """
+    num_classes = source.num_classes if num_classes is None else num_classes
+    _check_arguments(source, fractions, caps or {}, seed)
+    unfitted = tuple(split for split in source.splits if split not in (fitted or ()))
+    shares = [fractions[role] for role in ROLES[1:]]
+    if fitted:
+        _check_fitted(source, fitted, unfitted)
+        origins = {"train": tuple(dict.fromkeys(fitted)), **dict.fromkeys(ROLES[1:], unfitted)}
+        plan = {("train",): [1.0], ROLES[1:]: shares}
+    else:
+        origins = dict.fromkeys(ROLES, unfitted)
+        plan = {ROLES: [TRAIN_FRACTION, *(share * (1 - TRAIN_FRACTION) for share in shares)]}
+
+    splits: dict[str, Split] = {}
+    for stream, (roles, weights) in enumerate(plan.items()):
+        origin = origins[roles[0]]
+        labels = _read_labels(source, origin, num_classes)
+        order = np.argsort(np.random.PCG64([seed, stream]).random_raw(len(labels)), kind="stable")
+        parts = _divide(source, origin, labels, order, roles, weights, caps or {})
+        for role, indices in parts.items():
+            splits[role] = _read_split(source, origin, indices, labels[indices], input_shape, mean, std)
+    return Roles(**splits, clean=fitted is not None, label_names=source.label_names)
+
+
+def _check_arguments(
+    source: Source, fractions: Mapping[str, float], caps: Mapping[str, int], seed: int
+) -> None:
+    if (
+        set(fractions) != set(ROLES[1:])
+        or min(fractions.values()) <= 0
+        or abs(sum(fractions.values()) - 1) > 1e-9
+    ):
+        raise DataError(
+            f"data {source.spec!r}: expected fractions above 0 of search, certify and test with sum 1, "
+            f"got {dict(fractions)}"
+        )
+    if not set(caps) <= set(ROLES) or min(caps.values(), default=1) < 1:
+        raise DataError(
+            f"data {source.spec!r}: expected caps of at least 1 for roles {ROLES}, got {dict(caps)}"
+        )
+    if seed < 0:
+        raise DataError(f"data {source.spec!r}: expected a seed of at least 0, got {seed}")
+    if not any(source.splits.values()):
+        raise DataError(f"data {source.spec!r}: it has no images (splits: {dict(source.splits) or 'none'})")
+
+
+def _check_fitted(source: Source, fitted: Sequence[str], unfitted: Sequence[str]) -> None:
+    there = ", ".join(f"{split} ({size})" for split, size in source.splits.items())
+    absent = [split for split in fitted if split not in source.splits]
+    if absent:
+        raise DataError(
+            f"data {source.spec!r}: no split {', '.join(map(repr, absent))}, on which the checkpoint is said "
+            f"to be fitted; the dataset has {there}. Name the one it was fitted on with --fitted-split"
+        )
+    if not any(source.splits[split] for split in unfitted):
+        raise DataError(
+            f"data {source.spec!r}: the checkpoint was fitted on every split there is ({there}), so nothing "
+            "is left to judge it on. Add a split it has not seen, or correct --fitted-split"
+        )
+
+
+def _read_labels(source: Source, origin: Sequence[str], num_classes: int) -> np.ndarray:
+    """Labels `[N]` of these splits end to end, all of them within `0..num_classes-1`."""
+    parts = []
+    for split in origin:
+        if source.splits[split] == 0:
+            raise DataError(f"data {source.spec!r}: split {split!r} is empty; leave it out or fill it")
+        labels = source.read_labels(split)
+        if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+            raise DataError(
+                f"data {source.spec!r}, split {split!r}: expected one integer label per image, got "
+                f"{labels.dtype} of shape {list(labels.shape)}; encode the classes as 0, 1, …"
+            )
+        bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
+        if bad.size:
+            raise DataError(
+                f"data {source.spec!r}, split {split!r}: expected labels 0 to {num_classes - 1}, since the "
+                f"model has {num_classes} classes, got {labels[bad[0]]} at index {bad[0]} ({bad.size} of "
+                f"{labels.size} labels out of range). Choose a model with more classes, or relabel"
+            )
+        parts.append(labels.astype(np.int32))
+    return np.concatenate(parts)
+
+
+def _divide(
+    source: Source,
+    origin: Sequence[str],
+    labels: np.ndarray,
+    order: np.ndarray,
+    roles: Sequence[str],
+    weights: Sequence[float],
+    caps: Mapping[str, int],
+) -> dict[str, np.ndarray]:
+    """Deal the images of each class out to the roles; returns each role's indices in the order of `order`."""
+    dealt: dict[str, list[np.ndarray]] = {role: [] for role in roles}
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
+        if len(members) < len(roles):
+            name = source.label_names[label] if label < source.num_classes else label
+            raise DataError(
+                f"data {source.spec!r}: class {name!r} has {len(members)} images in {'+'.join(origin)}, "
+                f"expected at least one for each of {', '.join(roles)}. Add images, or leave the class out"
+            )
+        ends = np.cumsum(_apportion(len(members), weights))[:-1]
+        for role, part in zip(roles, np.split(members, ends), strict=True):
+            dealt[role].append(part)
+
+    place = np.argsort(order)
+    chosen = {}
+    for role, classes in dealt.items():
+        sizes = [len(part) for part in classes]
+        cap = caps.get(role, sum(sizes))
+        if cap < len(classes):
+            raise DataError(
+                f"data {source.spec!r}: expected a cap on {role} of at least {len(classes)}, an image of "
+                f"each class, got {cap}"
+            )
+        if cap < sum(sizes):
+            sizes = _apportion(cap, sizes)
+        indices = np.concatenate([part[:size] for part, size in zip(classes, sizes, strict=True)])
+        chosen[role] = indices[np.argsort(place[indices])]
+    return chosen
+
+
+def _apportion(total: int, weights: Sequence[float]) -> list[int]:
+    """Whole numbers of sum `total`, as the weights by largest remainders, none below 1."""
+    quota = total * np.asarray(weights, np.float64) / np.sum(weights)
+    sizes = np.maximum(np.floor(quota + 1e-9).astype(int), 1)
+    while sizes.sum() < total:
+        sizes[np.argmax(quota - sizes)] += 1
+    while sizes.sum() > total:
+        sizes[np.argmax(np.where(sizes > 1, sizes - quota, -np.inf))] -= 1
+    return sizes.tolist()
+
+
+def _read_split(
+    source: Source,
+    origin: tuple[str, ...],
+    indices: np.ndarray,
+    labels: np.ndarray,
+    input_shape: Sequence[int] | None,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Split:
+    """Read images in the dataset's order, batch by batch; put them, normalised, in the order of `indices`."""
+    images = np.zeros(0, np.float32)  # allocated when the first batch shows the shape
+    offset = scale = np.ones(1, np.float32)
+    digest = hashlib.sha256()
+    position = np.argsort(indices)  # position[k]: where the k-th image of the dataset's order goes
+    ascending = indices[position]
+    start = 0
+    for split in origin:
+        inside = np.flatnonzero((ascending >= start) & (ascending < start + source.splits[split]))
+        for k in range(0, len(inside), BATCH):
+            batch = inside[k : k + BATCH]
+            local = ascending[batch] - start
+            raw = source.read_images(split, local)
+            raw = raw[..., None] if raw.ndim == 3 else raw
+            where = f"data {source.spec!r}, split {split!r}"
+            _check_images(where, raw, local, images.shape[1:] if images.size else input_shape)
+            if not images.size:
+                images = np.empty((len(indices), *raw.shape[1:]), np.float32)
+                offset, scale = _per_channel(where, mean, std, raw.shape[-1])
+                digest.update(f"{raw.dtype} {raw.shape[1:]}".encode())
+            digest.update(np.ascontiguousarray(raw).tobytes())
+            unit = raw.astype(np.float32) / 255 if raw.dtype == np.uint8 else raw.astype(np.float32)
+            images[position[batch]] = (unit - offset) / scale
+        start += source.splits[split]
+    digest.update(labels[position].astype("<i4").tobytes())
+    return Split(images, labels, indices, origin, digest.hexdigest())
+
+
+def _check_images(where: str, raw: np.ndarray, local: np.ndarray, shape: Sequence[int] | None) -> None:
+    if raw.dtype != np.uint8 and not np.issubdtype(raw.dtype, np.floating):
+        raise DataError(
+            f"{where}: expected images of dtype uint8 (0 to 255) or floating point, "
+            f"got {raw.dtype}; convert them"
+        )
+    if raw.ndim != 4 or (shape is not None and raw.shape[1:] != tuple(shape)):
+        expected = "[H, W, C]" if shape is None else list(shape)
+        raise DataError(
+            f"{where}: expected images {expected}, as the model takes them, got {list(raw.shape[1:])}; "
+            "resize them, or choose a model of that input"
+        )
+    finite = np.isfinite(raw).all(axis=(1, 2, 3))
+    if not finite.all():
+        raise DataError(
+            f"{where}: expected finite images, got NaN or infinity in image {local[np.argmin(finite)]} "
+            f"({np.sum(~finite)} of {len(raw)} images read together); mend or remove it"
+        )
+
+
+def _per_channel(
+    where: str, mean: Sequence[float], std: Sequence[float], channels: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation as arrays `[C]` or `[1]`."""
+    offset, scale = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+    fits = all(value.shape in ((1,), (channels,)) for value in (offset, scale))
+    if not fits or not (np.isfinite(offset).all() and np.isfinite(scale).all() and (scale > 0).all()):
+        raise DataError(
+            f"{where}: expected --mean and --std of 1 or {channels} finite numbers, --std above 0, got "
+            f"{list(mean)} and {list(std)}"
+        )
+    return offset, scale

@@ -1,0 +1,253 @@
+"""Fine-tuning on small shapes, stopped where the model is best on `search`.
+
+    loss = objective(train_apply, temperature=4.0, distill=0.5)
+    result = fit(loss, params, trainable, {"x": x, "y": y, "teacher": logits}, recipe, key, evaluate)
+
+An epoch is one compiled `scan` over the batches of a fresh permutation. All batches have one size: the last
+one is filled up with the first images of the same permutation, so that an epoch sees every image at least
+once and at most `batch_size - 1` of them twice. Leaves that are not trainable (batch statistics) have no
+gradient and no optimiser state; the values that the forward pass returns for them take their place.
+
+Distillation follows G. Hinton, O. Vinyals, J. Dean: "Distilling the knowledge in a neural network",
+arXiv:1503.02531; the schedule I. Loshchilov, F. Hutter: "SGDR", arXiv:1608.03983, without restarts.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.tree_util import keystr
+
+from treesurgeon.engine.errors import TreesurgeonError
+
+Params = Any  # a pytree of arrays
+Batch = Mapping[str, Array]
+TrainApply = Callable[[Params, Array, Array], tuple[Array, Any]]
+LossAndUpdates = Callable[[Params, Batch, Array], tuple[Array, Any]]
+Evaluate = Callable[[Params], tuple[Any, Any]]
+
+
+class FinetuneError(TreesurgeonError, ValueError):
+    """Data, parameters or a recipe that do not fit each other."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to fine-tune.
+
+    Attributes:
+        epochs: passes over `train`, at most.
+        batch_size: images a step; all of them where there are fewer.
+        optimizer: `sgd` has Nesterov momentum; in both, weight decay leaves norm scales and biases alone.
+        learning_rate: its peak; a linear warm-up leads to it and a cosine to 0.
+        weight_decay: for `sgd` added to the gradient, for `adamw` decoupled.
+        momentum: of `sgd`.
+        warmup: share of all steps.
+        monitor: what "best on search" goes by; the other number breaks ties.
+        patience: stop after so many epochs without a better one; None runs them all.
+    """
+
+    epochs: int = 10
+    batch_size: int = 128
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: float = 0.01
+    weight_decay: float = 5e-4
+    momentum: float = 0.9
+    warmup: float = 0.05
+    monitor: Literal["error", "loss"] = "error"
+    patience: int | None = None
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One line of the learning curve; `train_loss` is the mean over the epoch's steps, None before any."""
+
+    number: int
+    train_loss: float | None
+    search_loss: float
+    search_error: float
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """The best parameters seen, and how it went; `best_epoch` 0 means that no step improved on the start."""
+
+    params: Params
+    history: tuple[Epoch, ...]
+    best_epoch: int
+
+
+def fit(
+    loss_and_updates: LossAndUpdates,
+    params: Params,
+    trainable: Params,
+    data: Mapping[str, Any],
+    recipe: Recipe,
+    key: Array,
+    evaluate: Evaluate,
+) -> FitResult:
+    """Minimise a loss on `data`; return the parameters that were best on `search`, the initial ones included.
+
+    Args:
+        loss_and_updates: `(params, batch, key) -> (loss, updates)`; updates is None, or a part of the pytree
+            (`{"batch_stats": …}`) whose leaves replace those at the same paths.
+        params: pytree of arrays, narrow or not.
+        trainable: the same pytree with a bool at each leaf.
+        data: arrays with one row an image; a batch holds the same names.
+        recipe: optimiser, schedule, stopping.
+        key: drives shuffling and the loss's own randomness.
+        evaluate: `params -> (loss, error)` on `search`, in inference mode.
+    """
+    rows = _rows(data)
+    size = min(recipe.batch_size, rows)
+    steps = -(-rows // size)
+    trained, frozen, join = _divide(jax.tree.map(jnp.asarray, params), trainable)
+    optimizer = transformation(recipe, recipe.epochs * steps, _decayed(params, trainable))
+
+    def step(state: Any, batch: Batch, key: Array) -> Any:
+        trained, frozen, memory = state
+
+        def loss(trained: Any) -> tuple[Array, Any]:
+            return loss_and_updates(join(trained, frozen), batch, key)
+
+        (value, updates), slopes = jax.value_and_grad(loss, has_aux=True)(trained)
+        change, memory = optimizer.update(slopes, memory, trained)
+        trained = optax.apply_updates(trained, change)
+        frozen = _divide(replace(join(trained, frozen), updates), trainable)[1]
+        return (trained, frozen, memory), value
+
+    @jax.jit
+    def epoch(state: Any, arrays: Batch, key: Array) -> Any:
+        def take(state: Any, at: tuple[Array, Array]) -> Any:
+            index, key = at
+            return step(state, {name: array[index] for name, array in arrays.items()}, key)
+
+        shuffle, noise = jax.random.split(key)
+        order = jnp.resize(jax.random.permutation(shuffle, rows), (steps, size))
+        state, losses = jax.lax.scan(take, state, (order, jax.random.split(noise, steps)))
+        return state, losses.mean()
+
+    arrays = {name: jnp.asarray(array) for name, array in data.items()}
+    state = trained, frozen, optimizer.init(trained)
+    history = [Epoch(0, None, *map(float, evaluate(params)))]
+    best, best_epoch = params, 0
+    for number in range(1, recipe.epochs + 1):
+        now = jax.random.fold_in(key, number)
+        state, loss = epoch(state, arrays, now)
+        current = join(*state[:2])
+        history.append(Epoch(number, float(loss), *map(float, evaluate(current))))
+        if _merit(history[-1], recipe) < _merit(history[best_epoch], recipe):
+            best, best_epoch = current, number
+        if recipe.patience is not None and number - best_epoch >= recipe.patience:
+            break
+    return FitResult(best, tuple(history), best_epoch)
+
+
+def objective(train_apply: TrainApply, *, distill: float = 0.0, temperature: float = 4.0) -> LossAndUpdates:
+    """Cross-entropy with the labels `y`, mixed with the divergence from the teacher's softened answers.
+
+    Args:
+        train_apply: `(params, x, key) -> (logits, updates)`, in training mode.
+        distill: weight of the teacher, 0 to 1; above 0 a batch needs `teacher`, its logits for each image.
+        temperature: divides both models' logits in the teacher's term.
+    """
+
+    def loss_and_updates(params: Params, batch: Batch, key: Array) -> tuple[Array, Any]:
+        logits, updates = train_apply(params, batch["x"], key)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
+        if distill:
+            if "teacher" not in batch:
+                raise FinetuneError(
+                    f"distill = {distill} needs the teacher's logits: pass data['teacher'], [images, classes]"
+                )
+            soft = jax.nn.log_softmax(batch["teacher"] / temperature)
+            ours = jax.nn.log_softmax(logits / temperature)
+            divergence = (jnp.exp(soft) * (soft - ours)).sum(-1).mean()
+            loss = (1 - distill) * loss + distill * temperature**2 * divergence
+        return loss, updates
+
+    return loss_and_updates
+
+
+def transformation(recipe: Recipe, steps: int, decayed: Any) -> optax.GradientTransformation:
+    """The recipe's optimiser; `decayed` says for each trained leaf whether weight decay applies."""
+    if recipe.optimizer not in ("sgd", "adamw"):
+        raise FinetuneError(f"recipe.optimizer: expected 'sgd' or 'adamw', got {recipe.optimizer!r}")
+    rate = optax.warmup_cosine_decay_schedule(
+        init_value=recipe.learning_rate / 10,
+        peak_value=recipe.learning_rate,
+        warmup_steps=min(round(recipe.warmup * steps), max(steps - 1, 0)),
+        decay_steps=max(steps, 1),
+    )
+    if recipe.optimizer == "adamw":
+        return optax.adamw(rate, weight_decay=recipe.weight_decay, mask=decayed)
+    return optax.chain(
+        optax.add_decayed_weights(recipe.weight_decay, mask=decayed),
+        optax.sgd(rate, momentum=recipe.momentum, nesterov=True),
+    )
+
+
+def replace(params: Params, updates: Any) -> Params:
+    """The pytree with the leaves of `updates`, a part of it, in their places."""
+    new = {keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(updates)}
+    old = {keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    for path, leaf in new.items():
+        if path not in old or jnp.shape(old[path]) != jnp.shape(leaf):
+            expected = f"shape {list(jnp.shape(old[path]))}" if path in old else "a path of the parameters"
+            raise FinetuneError(
+                f"updates{path}: expected {expected}, got shape {list(jnp.shape(leaf))}; "
+                "train_apply returns logits and the new values of leaves of its parameters"
+            )
+
+    def pick(path: Any, leaf: Any) -> Any:
+        return jnp.asarray(new[keystr(path)], leaf.dtype) if keystr(path) in new else leaf
+
+    return jax.tree_util.tree_map_with_path(pick, params)
+
+
+def _divide(params: Params, trainable: Params) -> tuple[list[Any], list[Any], Callable[..., Params]]:
+    """Trained leaves, the others, and the function that puts them together again."""
+    leaves, structure = jax.tree.flatten(params)
+    flags, expected = jax.tree.flatten(trainable)
+    if structure != expected:
+        raise FinetuneError(
+            f"trainable: expected a bool for each leaf of the parameters, {structure}, got {expected}"
+        )
+    if not any(flags):
+        raise FinetuneError(f"trainable: none of the {len(flags)} leaves is; mark those that may change")
+
+    def join(trained: list[Any], frozen: list[Any]) -> Params:
+        a, b = iter(trained), iter(frozen)
+        return structure.unflatten([next(a) if flag else next(b) for flag in flags])
+
+    pairs = list(zip(leaves, flags, strict=True))
+    return [x for x, flag in pairs if flag], [x for x, flag in pairs if not flag], join
+
+
+def _decayed(params: Params, trainable: Params) -> list[bool]:
+    """For each trained leaf: is it a kernel? Scales and biases are vectors, or go by those names."""
+    kernels = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: (
+            jnp.ndim(leaf) > 1 and not keystr(path[-1:], simple=True).lower().endswith(("scale", "bias"))
+        ),
+        params,
+    )
+    return _divide(kernels, trainable)[0]
+
+
+def _merit(epoch: Epoch, recipe: Recipe) -> tuple[float, float]:
+    pair = (epoch.search_error, epoch.search_loss)
+    first, second = pair if recipe.monitor == "error" else pair[::-1]
+    return (np.inf, np.inf) if np.isnan(first) or np.isnan(second) else (first, second)
+
+
+def _rows(data: Mapping[str, Any]) -> int:
+    counts = {name: len(array) for name, array in data.items()}
+    if len(set(counts.values())) != 1 or not min(counts.values()):
+        raise FinetuneError(f"data: expected arrays with the same number of images, at least 1, got {counts}")
+    return next(iter(counts.values()))

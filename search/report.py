@@ -1,0 +1,183 @@
+"""What a search leaves for people and for spreadsheets: the table, `candidates.csv`, `front.csv`."""
+
+import csv
+import io
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from treesurgeon.engine.errors import TreesurgeonError
+
+COLUMNS = ("variant", "params", "MACs", "train", "search", "test", "gap")
+CANDIDATE_COLUMNS = (
+    "generation",
+    "candidate",
+    "loss",
+    "error",
+    "violation",
+    "params",
+    "macs",
+    "activation_bytes",
+    "genome",
+)
+FRONT_COLUMNS = (
+    "variant",
+    "selected",
+    "params",
+    "macs",
+    "activation_bytes",
+    "train_error",
+    "search_error",
+    "gap",
+    "best_epoch",
+    "reason",
+    "description",
+    "genome",
+)
+UNKNOWN = "–"
+
+
+class ReportError(TreesurgeonError, ValueError):
+    """Records that do not fit a table's columns."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table. Accuracies are shares, 0 to 1; None is shown as unknown."""
+
+    variant: str
+    params: int
+    macs: int
+    train: float | None
+    search: float | None
+    test: float | None = None
+    selected: bool = False
+
+    @property
+    def gap(self) -> float | None:
+        """Accuracy lost from `train` to `search`."""
+        return None if self.train is None or self.search is None else self.train - self.search
+
+
+def show(lines: Sequence[Line], console: Console | None = None, title: str | None = None) -> None:
+    """Print the table, dense first: with rich on a terminal, as aligned plain text anywhere else."""
+    console = console or Console(file=sys.stdout)
+    if not console.is_terminal:
+        console.file.write((f"{title}\n" if title else "") + text(lines) + "\n")
+        return
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(COLUMNS):
+        table.add_column(name, justify="right" if i else "left", no_wrap=True)
+    for line, cells in zip(lines, _cells(lines), strict=True):
+        table.add_row(*cells, style="bold green" if line.selected else None)
+    console.print(table)
+
+
+def text(lines: Sequence[Line]) -> str:
+    """The table as aligned plain text."""
+    rows = [COLUMNS, *_cells(lines)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, tuple("-" * width for width in widths))
+    return "\n".join(
+        "  ".join(
+            cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+
+
+def markdown(lines: Sequence[Line]) -> str:
+    """The table for a README or a model card; the selected variant in bold."""
+    rows = [
+        [f"**{cell}**" if line.selected else cell for cell in (c.replace("|", r"\|") for c in cells)]
+        for line, cells in zip(lines, _cells(lines), strict=True)
+    ]
+    head = [list(COLUMNS), ["---", *["---:"] * (len(COLUMNS) - 1)]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in head + rows)
+
+
+def write_front(path: str | os.PathLike[str], records: Sequence[Mapping[str, Any]]) -> None:
+    """Write `front.csv`, a record for dense and each finalist: keys from `FRONT_COLUMNS`, any may be absent."""
+    _write(Path(path), FRONT_COLUMNS, [_row(FRONT_COLUMNS, record) for record in records])
+
+
+def write_generation(
+    path: str | os.PathLike[str], generation: int, records: Sequence[Mapping[str, Any]]
+) -> None:
+    """Add one generation to `candidates.csv`: keys from `CANDIDATE_COLUMNS`, any may be absent.
+
+    Rows of this generation and of later ones are replaced: a search that was killed after it wrote them and
+    before it saved its state evaluates them again, and the file ends up the same.
+    """
+    path = Path(path)
+    earlier = []
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            head, *rows = list(csv.reader(file)) or [[]]
+        if tuple(head) != CANDIDATE_COLUMNS:
+            raise ReportError(f"{path}: not a candidates.csv of this version (columns {head}); move it away")
+        earlier = [row for row in rows if int(row[0]) < generation]
+    new = [
+        _row(CANDIDATE_COLUMNS, {"candidate": i, **record, "generation": generation})
+        for i, record in enumerate(records)
+    ]
+    _write(path, CANDIDATE_COLUMNS, earlier + new)
+
+
+def _cells(lines: Sequence[Line]) -> list[tuple[str, ...]]:
+    return [
+        (
+            line.variant,
+            _count(line.params, lines[0].params),
+            _count(line.macs, lines[0].macs),
+            _percent(line.train),
+            _percent(line.search),
+            _percent(line.test),
+            UNKNOWN if line.gap is None else f"{100 * line.gap:+.2f}",
+        )
+        for line in lines
+    ]
+
+
+def _count(value: int, dense: int) -> str:
+    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= scale:
+            return f"{value / scale:.2f} {unit} ({value / dense:.0%})"
+    return f"{value} ({value / dense:.0%})" if dense else str(value)
+
+
+def _percent(share: float | None) -> str:
+    return UNKNOWN if share is None else f"{share:.2%}"
+
+
+def _row(columns: Sequence[str], record: Mapping[str, Any]) -> list[str]:
+    if unknown := set(record) - set(columns):
+        raise ReportError(f"no column for {', '.join(sorted(unknown))}; there are {', '.join(columns)}")
+    return [_field(record.get(column)) for column in columns]
+
+
+def _field(value: Any) -> str:
+    """A value in full: floats so that they read back exactly, sequences (genomes) joined by spaces."""
+    if value is None:
+        return ""
+    if hasattr(value, "tolist"):  # numpy and JAX, scalars and arrays
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(_field, value))
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+def _write(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """In one step: a reader, or a kill, never meets half a file."""
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer, lineterminator="\n").writerows([columns, *rows])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(buffer.getvalue(), encoding="utf-8", newline="")
+    beside.replace(path)

@@ -1,0 +1,222 @@
+"""Choosing among the finalists: the smallest that is neither worse nor overfits more than the dense model.
+
+A rule sees the frozen finalists and the dense model, and answers with a `Verdict`. `WithinMargins` compares
+point estimates on `search`, the data that the search itself was scored on: a first answer, optimistic,
+without a claim about new data, and it says so. A rule that opens `certify` has the same shape (`Rule`).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from treesurgeon.engine.errors import TreesurgeonError
+
+SLACK = 1e-9  # errors are counts divided by sizes: a difference of exactly ε must not fail by rounding
+
+
+class SelectionError(TreesurgeonError, ValueError):
+    """A budget that nothing meets, or numbers that a rule cannot compare."""
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A model that is done: fine-tuned, frozen and measured. The dense model is described by one as well.
+
+    Attributes:
+        name: unique among the finalists.
+        cost: `params`, `macs` and whatever else a budget may name.
+        train_error: share of wrong answers on all of `train`, in inference mode, 0 to 1.
+        search_error: likewise on `search`.
+        ref: the caller's handle (genome, plan, file); rules do not look at it.
+    """
+
+    name: str
+    cost: Mapping[str, float]
+    train_error: float
+    search_error: float
+    ref: Any = field(default=None, compare=False)
+
+    @property
+    def gap(self) -> float:
+        """How much worse the model is on data it was not fitted on."""
+        return self.search_error - self.train_error
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a rule chose and why.
+
+    Attributes:
+        selected: the chosen model; the dense one where nothing else passed.
+        passed: whether it met every criterion that was applied.
+        reasons: for each finalist by name, why it passed or failed.
+        sentence: the outcome in one sentence.
+    """
+
+    selected: Finalist
+    passed: bool
+    reasons: Mapping[str, str]
+    sentence: str
+
+
+class Rule(Protocol):
+    """Anything that can choose."""
+
+    def select(
+        self,
+        finalists: Sequence[Finalist],
+        dense: Finalist,
+        *,
+        budget: Mapping[str, float] | None = None,
+        clean: bool = True,
+    ) -> Verdict:
+        """Choose among `finalists` and `dense`.
+
+        Args:
+            finalists: in any order.
+            dense: the model that they come from.
+            budget: upper limits on entries of `cost`, see `limits`.
+            clean: whether `search` is data that the checkpoint was not fitted on.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class WithinMargins:
+    """The smallest within margins of the dense model on `search`; with a budget, the best within it.
+
+    Attributes:
+        epsilon: by how much the error on `search` may exceed the dense model's.
+        eta: by how much the gap may exceed the dense model's. Not applied where data is not clean.
+        measure: the entry of `cost` that "smallest" goes by.
+    """
+
+    epsilon: float = 0.01
+    eta: float = 0.02
+    measure: str = "params"
+
+    def select(
+        self,
+        finalists: Sequence[Finalist],
+        dense: Finalist,
+        *,
+        budget: Mapping[str, float] | None = None,
+        clean: bool = True,
+    ) -> Verdict:
+        """See `Rule.select`; the dense model passes by definition, so there is always an answer.
+
+        Raises:
+            SelectionError: no finalist meets the budget.
+        """
+        everyone = [*finalists, dense]
+        _comparable(everyone, {self.measure, *(budget or {})})
+        faults = {f.name: self._faults(f, dense, clean) if f is not dense else [] for f in everyone}
+        over = {f.name: _excess(f, budget or {}) for f in everyone}
+        reasons = {f.name: "; ".join(over[f.name] + faults[f.name]) or "passes" for f in everyone}
+        allowed = [f for f in everyone if not over[f.name]]
+        if not allowed:
+            raise SelectionError(_unmet(everyone, budget or {}))
+        if budget:
+            chosen = min(allowed, key=lambda f: (_worst_if_nan(f.search_error), f.cost[self.measure]))
+        else:
+            passing = [f for f in allowed if not faults[f.name]]
+            chosen = min(passing, key=lambda f: (f.cost[self.measure], f.search_error))
+        passed = not faults[chosen.name]
+        sentence = self._sentence(chosen, dense, faults[chosen.name], budget, clean, len(finalists))
+        return Verdict(chosen, passed, reasons, sentence)
+
+    def _faults(self, model: Finalist, dense: Finalist, clean: bool) -> list[str]:
+        faults = []
+        worse = model.search_error - dense.search_error
+        if not worse <= self.epsilon + SLACK:
+            faults.append(f"error on search is {_points(worse)} above dense, allowed {_points(self.epsilon)}")
+        wider = model.gap - dense.gap
+        if clean and not wider <= self.eta + SLACK:
+            faults.append(f"gap is {_points(wider)} wider than dense's, allowed {_points(self.eta)}")
+        return faults
+
+    def _sentence(
+        self,
+        chosen: Finalist,
+        dense: Finalist,
+        faults: Sequence[str],
+        budget: Mapping[str, float] | None,
+        clean: bool,
+        count: int,
+    ) -> str:
+        share = chosen.cost[self.measure] / dense.cost[self.measure]
+        named = ", ".join(f"{key} ≤ {value:,.0f}" for key, value in (budget or {}).items())
+        if chosen is dense:
+            what = f"the dense model stays: none of {count} smaller variants " + (
+                "has a lower error within the budget" if budget else "passed"
+            )
+        else:
+            role = f"the best within the budget ({named})" if budget else "the smallest that passed"
+            worse = chosen.search_error - dense.search_error
+            what = (
+                f"{chosen.name} is {role}: {share:.1%} of dense's {self.measure}, "
+                f"error on search {chosen.search_error:.2%} ({_points(worse, sign=True)} against dense)"
+            )
+        if faults:
+            what += f"; it fails: {'; '.join(faults)}"
+        claim = (
+            "chosen on search, not certified"
+            if clean
+            else "no gap criterion was applied, since the checkpoint may have been fitted on this data"
+        )
+        return f"{what[0].upper()}{what[1:]} ({claim})."
+
+
+def limits(budget: Mapping[str, float], dense: Mapping[str, float]) -> dict[str, float]:
+    """Absolute limits: a value of at most 1 is a share of the dense model's cost, any other is one already.
+
+    Example:
+        `limits({"macs": 0.5, "params": 2e5}, dense.cost)`
+    """
+    out = {}
+    for key, value in budget.items():
+        if key not in dense:
+            raise SelectionError(f"budget on {key!r}: expected one of {', '.join(sorted(dense))}")
+        if not value > 0:
+            raise SelectionError(
+                f"budget {key} = {value}: expected a share of dense (up to 1) or an absolute limit, above 0"
+            )
+        out[key] = value * dense[key] if value <= 1 else float(value)
+    return out
+
+
+def _comparable(models: Sequence[Finalist], keys: set[str]) -> None:
+    names = [m.name for m in models]
+    if twice := {n for n in names if names.count(n) > 1}:
+        raise SelectionError(f"finalists: names must differ, {', '.join(sorted(twice))} is there twice")
+    for m in models:
+        if missing := keys - set(m.cost):
+            raise SelectionError(
+                f"finalist {m.name!r}: its cost has {', '.join(sorted(m.cost))}, "
+                f"but {', '.join(sorted(missing))} is asked for"
+            )
+
+
+def _excess(model: Finalist, budget: Mapping[str, float]) -> list[str]:
+    return [
+        f"{key} {model.cost[key]:,.0f} is over the budget of {limit:,.0f}"
+        for key, limit in budget.items()
+        if not model.cost[key] <= limit
+    ]
+
+
+def _unmet(models: Sequence[Finalist], budget: Mapping[str, float]) -> str:
+    least = {key: min(m.cost[key] for m in models) for key in budget}
+    return (
+        "no finalist meets the budget "
+        + ", ".join(f"{k} ≤ {v:,.0f} (the least any has: {least[k]:,.0f})" for k, v in budget.items())
+        + "; raise the budget, protect fewer layers, or search for more generations"
+    )
+
+
+def _worst_if_nan(error: float) -> float:
+    return error if error == error else float("inf")
+
+
+def _points(difference: float, sign: bool = False) -> str:
+    return f"{100 * difference:+.2f} points" if sign else f"{100 * difference:.2f} points"

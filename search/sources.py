@@ -1,0 +1,249 @@
+"""Where images and labels come from: `digits`, `tfds:NAME`, `tfds-dir:PATH`, `npz:PATH`. Never a network.
+
+A source knows its splits and reads them by index; which image serves which purpose is `data.py`'s matter.
+"""
+
+import contextlib
+import logging
+import os
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from treesurgeon.engine import TreesurgeonError
+
+BATCH = 1000  # records decoded at a time
+MOST_CLASSES = 100_000  # a larger label is taken for a mistake
+FORMS = "digits, tfds:NAME, tfds-dir:PATH or npz:PATH"
+
+
+class DataError(TreesurgeonError):
+    """A dataset that is absent, unreadable, or does not fit the model."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset that is there, and how to read it.
+
+    Attributes:
+        spec: as given to `open_source`; error messages begin with it.
+        splits: the number of images of each split.
+        label_names: names of the classes, by label.
+        read_labels: `split -> [N]`, in the dataset's order.
+        read_images: `(split, ascending indices [n]) -> [n, H, W, C]`, or `[n, H, W]` for a single channel, as
+            stored: uint8, or floating point.
+    """
+
+    spec: str
+    splits: Mapping[str, int]
+    label_names: tuple[str, ...]
+    read_labels: Callable[[str], np.ndarray]
+    read_images: Callable[[str, np.ndarray], np.ndarray]
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the dataset names."""
+        return len(self.label_names)
+
+
+def default_data_dir() -> Path:
+    """Where TFDS keeps datasets: `$TFDS_DATA_DIR`, or `~/tensorflow_datasets`."""
+    return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+
+
+def open_source(spec: str, data_dir: str | Path | None = None) -> Source:
+    """Open a dataset that is on this machine.
+
+    Args:
+        spec: `digits`: scikit-learn's, prepared at the first use. `tfds:NAME`, `tfds:NAME/CONFIG:VERSION`: a
+            TFDS dataset prepared below `data_dir`. `tfds-dir:PATH`: the directory with its
+            `dataset_info.json`. `npz:PATH`: arrays `x_train, y_train, x_test, y_test` (any `x_SPLIT,
+            y_SPLIT`), or `x, y` as one split named "all"; images `[N, H, W, C]` or `[N, H, W]`, uint8
+            (scaled to 0..1 later) or floating point (taken as they are); integer labels `[N]`.
+        data_dir: by default `default_data_dir()`.
+
+    Raises:
+        DataError: it is not there, or cannot be read; the message says what to run.
+    """
+    root = default_data_dir() if data_dir is None else Path(data_dir).expanduser()
+    kind, _, rest = spec.partition(":")
+    if spec == "digits":
+        from treesurgeon.search import digits  # imports TFDS and scikit-learn: seconds, and only here
+
+        return _tfds_source(spec, digits.prepare(root))
+    if kind == "tfds" and rest:
+        return _tfds_source(spec, _find_prepared(spec, rest, root))
+    if kind == "tfds-dir" and rest:
+        return _tfds_source(spec, Path(rest).expanduser().absolute())
+    if kind == "npz" and rest:
+        return _npz_source(spec, Path(rest).expanduser().absolute())
+    raise DataError(f"data {spec!r}: expected {FORMS}")
+
+
+def _find_prepared(spec: str, name: str, root: Path) -> Path:
+    """Where TFDS prepared a dataset earlier: `root/NAME[/CONFIG]/VERSION`, the newest version.
+
+    TFDS itself is not asked: for what is not there it goes to the network, and waits.
+    """
+    base, _, version = name.partition(":")
+    found = [
+        info.parent
+        for info in sorted((root / base).glob("*/dataset_info.json"))
+        if version in ("", info.parent.name)
+    ]
+    if found:
+        return max(found, key=lambda path: [int(n) for n in path.name.split(".") if n.isdigit()])
+    below = (root / base).glob("*/*/dataset_info.json")
+    configs = sorted({info.parent.parent.relative_to(root).as_posix() for info in below})
+    if configs:
+        raise DataError(f"data {spec!r}: name a config, one of {', '.join('tfds:' + c for c in configs)}")
+    prepared = [
+        p.name for p in sorted(root.glob("*")) if p.is_dir() and next(p.rglob("dataset_info.json"), None)
+    ]
+    raise DataError(
+        f"data {spec!r}: not prepared below {root} (which holds {', '.join(prepared) or 'no dataset'}), "
+        f"and nothing is downloaded here. Where there is a network, run\n"
+        f"  tfds build {base} --file_format=array_record --data_dir={root}\n"
+        "or name another data directory, or give the dataset's own directory as tfds-dir:PATH"
+    )
+
+
+def _tfds_source(spec: str, path: Path) -> Source:
+    if not (path / "dataset_info.json").is_file():
+        inside = sorted(p.parent for p in path.glob("**/dataset_info.json")) if path.is_dir() else []
+        hint = f"; did you mean {inside[-1]}?" if inside else ""
+        raise DataError(
+            f"data {spec!r}: expected a prepared TFDS dataset, a directory with dataset_info.json, got "
+            f"{'one without it' if path.is_dir() else 'no such directory'} at {path}{hint}"
+        )
+    import tensorflow_datasets as tfds  # takes seconds to import
+
+    try:
+        builder: Any = tfds.builder_from_directory(path)
+        features = builder.info.features
+    except Exception as error:  # a damaged directory raises many types
+        raise DataError(
+            f"data {spec!r}: {path} cannot be opened ({type(error).__name__}: {_first_line(error)}); "
+            "prepare it again"
+        ) from error
+    if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+        stored = getattr(builder.info.file_format, "value", builder.info.file_format)
+        raise DataError(
+            f"data {spec!r}: expected array_record files, which can be read by index, got {stored}; run\n"
+            f"  tfds convert_format --dataset_dir={path} --out_file_format=array_record"
+        )
+    image, label = _feature_keys(spec, builder.info)
+    names = getattr(features[label], "names", None)
+    skip_images = {image: tfds.decode.SkipDecoding()}  # pyright: ignore[reportCallIssue]
+
+    def read(split: str, indices: Sequence[int], key: str, decoders: Any) -> list[Any]:
+        try:
+            with _quiet_absl():
+                records = builder.as_data_source(split, decoders=decoders)
+                return [record[key] for record in records.__getitems__(indices)]
+        except Exception as error:  # damaged files raise many types, RuntimeError and ValueError among them
+            raise DataError(
+                f"data {spec!r}: records {indices[0]} to {indices[-1]} of split {split!r} cannot be read "
+                f"({type(error).__name__}: {_first_line(error)}); prepare the dataset again"
+            ) from error
+
+    def read_labels(split: str) -> np.ndarray:
+        total = splits[split]
+        starts = range(0, total, BATCH)
+        batches = [range(start, min(start + BATCH, total)) for start in starts]
+        return np.array([value for batch in batches for value in read(split, batch, label, skip_images)])
+
+    def read_images(split: str, indices: np.ndarray) -> np.ndarray:
+        images = read(split, indices.tolist(), image, None)
+        shapes = sorted({np.shape(i) for i in images})
+        if len(shapes) > 1:
+            raise DataError(
+                f"data {spec!r}: expected images of one shape in split {split!r}, got "
+                f"{', '.join(map(str, map(list, shapes[:4])))}; resize them when the dataset is prepared"
+            )
+        return np.stack(images)
+
+    splits = {name: int(info.num_examples) for name, info in builder.info.splits.items()}
+    if names is None:
+        labels = [read_labels(split) for split in splits if splits[split]]
+        names = _count_names(np.concatenate(labels) if labels else np.zeros(0, int))
+    return Source(spec, splits, tuple(names), read_labels, read_images)
+
+
+def _feature_keys(spec: str, info: Any) -> tuple[str, str]:
+    """Names of the image and of the label: the supervised keys, else those called so."""
+    keys = info.supervised_keys or ("image", "label")
+    if len(keys) != 2 or not all(isinstance(key, str) and key in info.features for key in keys):
+        raise DataError(
+            f"data {spec!r}: expected supervised keys (image, label), or features of these names, got "
+            f"{keys} and features {list(info.features)}"
+        )
+    return keys
+
+
+@contextlib.contextmanager
+def _quiet_absl() -> Iterator[None]:
+    """Hold back TFDS's advice to install OpenCV, which it logs as a warning."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _npz_source(spec: str, path: Path) -> Source:
+    if not path.is_file():
+        raise DataError(f"data {spec!r}: expected a .npz file, got no such file: {path}")
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        arrays = {name: loaded[name] for name in loaded.files} if hasattr(loaded, "files") else None
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(
+            f"data {spec!r}: {path} cannot be read as npz ({type(error).__name__}: {_first_line(error)}); "
+            "write it with np.savez(path, x_train=…, y_train=…, x_test=…, y_test=…)"
+        ) from error
+    if arrays is None:
+        raise DataError(f"data {spec!r}: expected an .npz of several arrays, got a single .npy array: {path}")
+
+    pairs = {"all": ("x", "y")} if {"x", "y"} & arrays.keys() else {}
+    names = dict.fromkeys(n[2:] for n in arrays if n.startswith(("x_", "y_")))
+    pairs |= {name: (f"x_{name}", f"y_{name}") for name in names}
+    absent = [key for pair in pairs.values() for key in pair if key not in arrays]
+    if absent or not pairs:
+        raise DataError(
+            f"data {spec!r}: expected arrays x_train, y_train, x_test, y_test, or x and y, got "
+            f"{', '.join(arrays) or 'none'}{'; missing: ' + ', '.join(absent) if absent else ''}"
+        )
+    for x, y in pairs.values():
+        if len(arrays[y].shape) == 2 and arrays[y].shape[1] == 1:  # Keras writes labels as a column
+            arrays[y] = arrays[y][:, 0]
+        if arrays[x].ndim not in (3, 4) or arrays[y].shape != arrays[x].shape[:1]:
+            raise DataError(
+                f"data {spec!r}: expected images {x} [N, H, W, C] or [N, H, W] and labels {y} [N], got "
+                f"{list(arrays[x].shape)} and {list(arrays[y].shape)}"
+            )
+    return Source(
+        spec,
+        splits={split: len(arrays[x]) for split, (x, _) in pairs.items()},
+        label_names=_count_names(np.concatenate([arrays[y] for _, y in pairs.values()])),
+        read_labels=lambda split: arrays[pairs[split][1]],
+        read_images=lambda split, indices: arrays[pairs[split][0]][indices],
+    )
+
+
+def _count_names(labels: np.ndarray) -> tuple[str, ...]:
+    """Names "0", "1", … up to the largest label (wrong labels are reported where they are used)."""
+    if labels.size == 0 or not np.issubdtype(labels.dtype, np.integer):
+        return ()
+    return tuple(str(i) for i in range(min(int(labels.max()) + 1, MOST_CLASSES)))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().split("\n") or [""])[0][:300]
