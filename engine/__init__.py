@@ -1,14 +1,17 @@
 """Pruning as JAX function transformations."""
 
+from treesurgeon.engine.checkpoint import Model, ModelSpec, load, save
 from treesurgeon.engine.cost import Cost, cost
 from treesurgeon.engine.coupling import trace
 from treesurgeon.engine.errors import ArtifactError, NarrowError, PlanError, StructureError, TreesurgeonError
 from treesurgeon.engine.flax import from_linen
 from treesurgeon.engine.gating import gate
 from treesurgeon.engine.graph import Block, Graph, Group, Leaf, Member, Plan, Tie
+from treesurgeon.engine.importance import CRITERIA, activation_energy, importance
 from treesurgeon.engine.narrowing import cut, narrow
 
 __all__ = [
+    "CRITERIA",
     "ArtifactError",
     "Block",
     "Cost",
@@ -16,16 +19,22 @@ __all__ = [
     "Group",
     "Leaf",
     "Member",
+    "Model",
+    "ModelSpec",
     "NarrowError",
     "Plan",
     "PlanError",
     "StructureError",
     "Tie",
     "TreesurgeonError",
+    "activation_energy",
     "cost",
     "cut",
     "from_linen",
     "gate",
+    "importance",
+    "load",
     "narrow",
+    "save",
     "trace",
 ]

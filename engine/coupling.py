@@ -226,14 +226,14 @@ def _number(names: Sequence[str]) -> list[str]:
     return out
 
 
-def block_names(analysis: Analysis, paths: Sequence[str]) -> list[str]:
-    """A name for each region: what the modules of its own leaves have in common."""
+def _region_names(analysis: Analysis) -> list[str]:
+    """A name for each region: the module that it is the whole of, else the module of its first kernel."""
     names = []
-    own = _own_leaves(analysis)
-    for b, region in enumerate(analysis.regions):
-        modules = [analysis.modules[leaf] for leaf in own[b] or sorted(region.kernels)]
-        first = analysis.modules[min(region.kernels)] if region.kernels else paths[0]
-        names.append(common_prefix(modules) or first)
+    for region, own in zip(analysis.regions, _own_leaves(analysis), strict=True):
+        home = common_prefix([analysis.modules[leaf] for leaf in own])
+        within = {leaf for leaf, module in enumerate(analysis.modules) if f"{module}/".startswith(f"{home}/")}
+        whole = home and within <= set(own)
+        names.append(home if whole else analysis.modules[min(region.kernels)])
     return _number(names)
 
 
@@ -258,7 +258,7 @@ def _name_blocks(
     ties = {
         b: _ties(solution.of(region.entry), solution.of(region.exit)) for b, region in enumerate(analysis.regions)
     }
-    names = block_names(analysis, paths)
+    names = _region_names(analysis)
     number = {b: names[b] for b, tie in ties.items() if tie is not None}
     around: dict[int, frozenset[int]] = {}
     for b, region in enumerate(analysis.regions):

@@ -84,11 +84,10 @@ def text(lines: Sequence[Line]) -> str:
     rows = [COLUMNS, *_cells(lines)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, tuple("-" * width for width in widths))
+    first, *others = widths
     return "\n".join(
-        "  ".join(
-            cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
+        "  ".join([name.ljust(first), *(c.rjust(w) for c, w in zip(cells, others, strict=True))])
+        for name, *cells in rows
     )
 
 
@@ -103,7 +102,7 @@ def markdown(lines: Sequence[Line]) -> str:
 
 
 def write_front(path: str | os.PathLike[str], records: Sequence[Mapping[str, Any]]) -> None:
-    """Write `front.csv`, a record for dense and each finalist: keys from `FRONT_COLUMNS`, any may be absent."""
+    """Write `front.csv`, a record for each finalist: keys from `FRONT_COLUMNS`, any may be absent."""
     _write(Path(path), FRONT_COLUMNS, [_row(FRONT_COLUMNS, record) for record in records])
 
 

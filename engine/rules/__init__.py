@@ -4,7 +4,7 @@ A new primitive is one line in the file of its family (or a `register` call from
 `tests/test_rules.py`. A primitive without a rule pins every axis it touches.
 """
 
-from treesurgeon.engine.rules import contract, elementwise, reduce, shape
+from treesurgeon.engine.rules import contract, elementwise, index, reduce, shape
 from treesurgeon.engine.rules.base import Contraction, Mix, Rule, Site, lookup, register
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Site",
     "contract",
     "elementwise",
+    "index",
     "lookup",
     "reduce",
     "register",

@@ -173,19 +173,6 @@ def split_resize(site: Site, kept: Kept) -> dict[str, Any]:
     return {"sizes": tuple(kept.count(out[site.params["axis"]]) for out in site.outs)}
 
 
-def dynamic_slice_axes(site: Site) -> list[Axes]:
-    """Axes taken whole pass through; a slice at an index known only at run time pins."""
-    why = site.why("a slice at a run-time index of this axis")
-    out: list[Axis] = []
-    for d, axis in enumerate(site.ins[0]):
-        if site.out_shapes[0][d] == site.in_shapes[0][d]:
-            out.append(axis)
-        else:
-            pin(axis, why)
-            out.append(Fixed(site.out_shapes[0][d], why))
-    return [tuple(out)]
-
-
 def iota_axes(site: Site) -> list[Axes]:
     """Positions of the dense array: made wide, then sliced."""
     return [tuple(fresh(n) for n in site.out_shapes[0])]
@@ -207,7 +194,6 @@ register("concatenate", Rule(concatenate_axes))
 register("pad", Rule(pad_axes, resize=pad_resize))
 register("slice", Rule(slice_axes, resize=slice_resize))
 register("split", Rule(split_axes, resize=split_resize))
-register("dynamic_slice", Rule(dynamic_slice_axes, resize=_sizes("slice_sizes")))
 register("iota", Rule(iota_axes, positional=True))
 
 SHAPE_ONLY = frozenset({"reshape", "squeeze", "expand_dims", "transpose", "convert_element_type", "copy", "copy_p"})

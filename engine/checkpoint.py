@@ -1,0 +1,224 @@
+"""`save` and `load`: a pruned model as a directory that downstream code opens in three lines.
+
+    variables/       the cut variables (Orbax)
+    manifest.json    format version, model, plan, metrics, versions, a SHA-256 for every other file
+    model.stablehlo  `x -> output` with the variables inside (jax.export, any batch size)
+    README.md        a card
+
+Loading runs no code from the directory. A model of the zoo is rebuilt by its name; any other is rebuilt only if the
+caller passes the module, or allows the import that the manifest names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from treesurgeon.engine.coupling import trace
+from treesurgeon.engine.errors import ArtifactError
+from treesurgeon.engine.export import to_stablehlo
+from treesurgeon.engine.flax import from_linen
+from treesurgeon.engine.graph import Graph, Plan
+from treesurgeon.engine.narrowing import check_leaves, narrow
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """How to build the dense module again.
+
+    Attributes:
+        model: a zoo name (`resnet56`) or `package.module:factory`.
+        kwargs: keyword arguments of the factory, JSON values.
+        input_shape: the shape of one input, without the batch axis.
+        input_dtype: its dtype.
+    """
+
+    model: str
+    input_shape: tuple[int, ...]
+    kwargs: Mapping[str, Any]
+    input_dtype: str = "float32"
+
+    def build(self, allow_import: bool = False) -> nn.Module:
+        """The dense module."""
+        if ":" in self.model and not allow_import:
+            raise ArtifactError(
+                f"this model is built by {self.model}, which is not part of treesurgeon: pass module=…, or "
+                f"allow_import=True if you trust the directory to name what is imported"
+            )
+        return importlib.import_module("treesurgeon.models").resolve(self.model, **self.kwargs)
+
+    def template(self, module: nn.Module) -> Any:
+        """The dense variables as shapes."""
+        x = jax.ShapeDtypeStruct((1, *self.input_shape), self.input_dtype)
+        return jax.eval_shape(module.init, jax.random.key(0), x)
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A pruned model.
+
+    Attributes:
+        module: the dense linen module.
+        variables: the cut variables.
+        graph: the dense model's graph.
+        plan: what was kept and dropped.
+        manifest: the manifest as read.
+    """
+
+    module: nn.Module
+    variables: Any
+    graph: Graph
+    plan: Plan
+    manifest: Mapping[str, Any]
+
+    @cached_property
+    def _narrow(self) -> Any:
+        return narrow(self.module.apply, self.graph, self.plan)
+
+    @cached_property
+    def _infer(self) -> Any:
+        return jax.jit(lambda variables, x: self._narrow(variables, x))
+
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """`module.apply` of the pruned model: the same arguments, `mutable`, `rngs` and `train` included."""
+        return self._narrow(variables, *args, **kwargs)
+
+    def __call__(self, x: Any) -> Any:
+        """Inference on normalised inputs."""
+        return self._infer(self.variables, x)
+
+
+def save(
+    path: str | os.PathLike,
+    spec: ModelSpec,
+    variables: Any,
+    plan: Plan,
+    *,
+    manifest: Mapping[str, Any] | None = None,
+    card: str = "",
+    module: nn.Module | None = None,
+) -> Path:
+    """Write a pruned model to a new directory, whole or not at all.
+
+    Args:
+        path: the directory to make; it must not exist.
+        spec: how to build the dense module.
+        variables: the cut variables.
+        plan: the plan they were cut by.
+        manifest: more entries for the manifest (metrics, data fingerprints), JSON values.
+        card: the text of README.md.
+        module: the dense module, where `spec` names one outside the zoo.
+
+    Raises:
+        ArtifactError: the directory exists.
+        StructureError: the variables are not those of the plan.
+    """
+    path = Path(path).absolute()
+    if path.exists():
+        raise ArtifactError(f"{path} exists: nothing was written; choose another directory or move it away")
+    module = module if module is not None else spec.build()
+    model = _assemble(module, spec, variables, plan, {})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        ocp.save(work / "variables", jax.tree.map(np.asarray, variables))
+        (work / "model.stablehlo").write_bytes(to_stablehlo(lambda x: model(x), spec.input_shape, spec.input_dtype))
+        (work / "README.md").write_text(card)
+        content = {
+            **(manifest or {}),
+            "format": FORMAT,
+            "model": {
+                "model": spec.model,
+                "kwargs": dict(spec.kwargs),
+                "input_shape": list(spec.input_shape),
+                "input_dtype": spec.input_dtype,
+            },
+            "plan": {
+                "keep": {name: units.tolist() for name, units in plan.keep.items()},
+                "drop": sorted(plan.drop),
+            },
+            "versions": {name: version(name) for name in ("treesurgeon", "jax", "flax", "orbax-checkpoint")},
+            "files": _checksums(work),
+        }
+        (work / "manifest.json").write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+        work.chmod(0o755)
+        work.rename(path)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return path
+
+
+def load(path: str | os.PathLike, module: nn.Module | None = None, allow_import: bool = False) -> Model:
+    """Open a directory that `save` wrote.
+
+    Args:
+        path: the directory.
+        module: the dense module, if it is not one of the zoo.
+        allow_import: build a module outside the zoo by importing the factory that the manifest names.
+
+    Raises:
+        ArtifactError: the directory is missing, damaged, of a newer format, or its model may not be built.
+    """
+    path = Path(path).absolute()
+    manifest = _read_manifest(path)
+    try:
+        entry = manifest["model"]
+        spec = ModelSpec(entry["model"], tuple(entry["input_shape"]), entry["kwargs"], entry["input_dtype"])
+        keep = {name: np.asarray(units, int) for name, units in manifest["plan"]["keep"].items()}
+        plan = Plan(keep, frozenset(manifest["plan"]["drop"]))
+        files = dict(manifest["files"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{path}/manifest.json lacks an entry or has one of another kind: {error!r}") from error
+    actual = _checksums(path)
+    damaged = sorted(name for name in files.keys() | actual.keys() if files.get(name) != actual.get(name))
+    if damaged:
+        raise ArtifactError(
+            f"{path}: {len(damaged)} files are missing, added or changed since it was saved "
+            f"({', '.join(damaged[:3])}): copy the directory again"
+        )
+    module = module if module is not None else spec.build(allow_import)
+    return _assemble(module, spec, ocp.load(path / "variables"), plan, manifest)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise ArtifactError(f"{path} is not a directory: pass the `selected/` directory of a run")
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} has no manifest.json: it is not a saved model, or was copied in part") from None
+    except (ValueError, OSError) as error:
+        raise ArtifactError(f"{path}/manifest.json cannot be read: {error}") from error
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if not isinstance(found, int) or found > FORMAT:
+        raise ArtifactError(f"{path}: format {found!r}; this version reads up to {FORMAT}: upgrade treesurgeon")
+    return manifest
+
+
+def _assemble(module: nn.Module, spec: ModelSpec, variables: Any, plan: Plan, manifest: Mapping[str, Any]) -> Model:
+    fn, template = from_linen(module, spec.template(module))
+    graph = trace(fn, template, jax.ShapeDtypeStruct((1, *spec.input_shape), spec.input_dtype))
+    check_leaves(variables, graph.shapes(graph.masks(plan)), "narrow")
+    return Model(module, variables, graph, plan, manifest)
+
+
+def _checksums(path: Path) -> dict[str, str]:
+    files = sorted(p for p in path.rglob("*") if p.is_file() and p != path / "manifest.json")
+    return {p.relative_to(path).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}

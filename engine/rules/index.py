@@ -1,0 +1,72 @@
+"""Operations that take positions by index: an axis that is taken whole passes through, one that is indexed is pinned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from treesurgeon.engine.axes import Axis, Fixed, pin, unify
+from treesurgeon.engine.rules.base import Axes, Kept, Rule, Site, register
+
+
+def dynamic_slice_axes(site: Site) -> list[Axes]:
+    """Axes taken whole pass through; a slice at an index known only at run time pins."""
+    why = site.why("a slice at a run-time index of this axis")
+    out: list[Axis] = []
+    for d, axis in enumerate(site.ins[0]):
+        if site.out_shapes[0][d] == site.in_shapes[0][d]:
+            out.append(axis)
+        else:
+            pin(axis, why)
+            out.append(Fixed(site.out_shapes[0][d], why))
+    return [tuple(out)]
+
+
+def dynamic_slice_resize(site: Site, kept: Kept) -> dict[str, Any]:
+    """The kept length of what is taken."""
+    return {"slice_sizes": tuple(kept.count(axis) for axis in site.outs[0])}
+
+
+def gather_axes(site: Site) -> list[Axes]:
+    """Window dimensions taken whole pass through; the others, and the index vector, are pinned."""
+    numbers = site.params["dimension_numbers"]
+    operand, indices = site.ins
+    why = site.why("`gather` indexes this axis")
+    pin(indices[-1], why)
+    for d, k in zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True):
+        unify(operand[d], indices[k], why)
+    out: list[Axis | None] = [None] * len(site.out_shapes[0])
+    for d, place in zip(_window_dims(site), numbers.offset_dims, strict=True):
+        if _whole(site, d):
+            out[place] = operand[d]
+        else:
+            out[place] = Fixed(site.out_shapes[0][place], why)
+    for d in range(len(operand)):
+        if not _whole(site, d) and d not in numbers.operand_batching_dims:
+            pin(operand[d], why)
+    batch = iter(indices[:-1])
+    return [tuple(next(batch) if axis is None else axis for axis in out)]
+
+
+def _window_dims(site: Site) -> list[int]:
+    numbers = site.params["dimension_numbers"]
+    gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+    return [d for d in range(len(site.in_shapes[0])) if d not in gone]
+
+
+def _whole(site: Site, d: int) -> bool:
+    numbers = site.params["dimension_numbers"]
+    taken = bool(site.params["slice_sizes"][d] == site.in_shapes[0][d])
+    return taken and d in _window_dims(site) and d not in numbers.start_index_map
+
+
+def gather_resize(site: Site, kept: Kept) -> dict[str, Any]:
+    """The kept length of the axes that are taken whole."""
+    sizes = list(site.params["slice_sizes"])
+    for d, axis in enumerate(site.ins[0]):
+        if _whole(site, d):
+            sizes[d] = kept.count(axis)
+    return {"slice_sizes": tuple(sizes)}
+
+
+register("dynamic_slice", Rule(dynamic_slice_axes, resize=dynamic_slice_resize))
+register("gather", Rule(gather_axes, resize=gather_resize))
