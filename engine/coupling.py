@@ -240,7 +240,7 @@ def _region_names(analysis: Analysis) -> list[str]:
 def _own_leaves(analysis: Analysis) -> list[list[int]]:
     """For each region the leaves that are used nowhere else."""
     out: list[list[int]] = [[] for _ in analysis.regions]
-    for leaf, v in enumerate(analysis.program.inputs):
+    for leaf, v in enumerate(analysis.program.inputs[: len(analysis.modules)]):
         contexts = analysis.uses.values[v]
         if contexts:
             for b in frozenset.intersection(*contexts):

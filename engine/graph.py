@@ -82,7 +82,10 @@ class Plan:
         object.__setattr__(self, "drop", frozenset(self.drop))
 
     def then(self, later: Plan) -> Plan:
-        """The one plan that does what this plan and then `later`, made for the narrowed model, do."""
+        """The one plan that does what this plan and then `later`, made for the narrowed model, do.
+
+        Where dropped blocks tie groups, compose closed plans: `graph.closed(first).then(smaller.closed(later))`.
+        """
         keep = dict(self.keep)
         for name, units in later.keep.items():
             keep[name] = keep[name][units] if name in keep else units
@@ -153,6 +156,11 @@ class Graph:
         self._close(units, plan.drop)
         blocks = {name: np.asarray(name not in plan.drop) for name in self.blocks}
         return {"units": units, "blocks": blocks}
+
+    def closed(self, plan: Plan) -> Plan:
+        """The plan with its keeps closed over the ties of dropped blocks, every group named: what `then` composes."""
+        units = self.masks(plan)["units"]
+        return Plan({name: np.flatnonzero(mask) for name, mask in units.items()}, plan.drop)
 
     def _close(self, units: dict[str, np.ndarray], drop: Iterable[str]) -> None:
         dropped = set(drop)

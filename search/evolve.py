@@ -22,7 +22,6 @@ is all that a tournament has to know.
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +31,7 @@ from jax.typing import ArrayLike
 
 from treesurgeon.engine.errors import TreesurgeonError
 
-RETRIES = 4  # rounds of mutation that a child gets to become one that is not in the population already
+RETRIES = 4  # more rounds of mutation, each at twice the rate, for a child that is not new
 
 
 class EvolveError(TreesurgeonError, ValueError):
@@ -121,25 +120,31 @@ def ask(
     cards = jnp.asarray(cardinality, jnp.int32)
     rate = 1 / genes if mutation is None else mutation
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl="threefry2x32"), state.generation)
-    pick, cross, *change = jax.random.split(key, 3 + RETRIES)
-    mothers, fathers = jax.random.randint(pick, (2, size, 2), 0, size).min(
-        -1
-    )  # binary tournaments: best first
+    pick, cross, change = jax.random.split(key, 3)
+    # binary tournaments: the population lies best first, so the lower number wins
+    mothers, fathers = jax.random.randint(pick, (2, size, 2), 0, size).min(-1)
     children = jax.vmap(recombine, (0, 0, 0, None))(
         jax.random.split(cross, size), parents[mothers], parents[fathers], crossover
     )
-    stale = jnp.ones(size, bool)
-    for trial, k in enumerate(change):
-        mutant = jax.vmap(partial(mutate, cardinality=cards, rate=min(1.0, rate * 2**trial), reset=reset))(
-            jax.random.split(k, size), children
+
+    def attempt(carry: tuple[Array, Array], now: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
+        children, stale = carry
+        key, rate = now
+        mutants = jax.vmap(mutate, (0, 0, None, None, None))(
+            jax.random.split(key, size), children, cards, rate, reset
         )
-        children = jnp.where(stale[:, None], mutant, children)
+        children = jnp.where(stale[:, None], mutants, children)
         stale = _same(children, parents).any(1) | _later(_same(children, children))
+        return (children, stale), None
+
+    rates = np.minimum(rate * 2.0 ** np.arange(1 + RETRIES), 1).astype(np.float32)
+    keys = jax.random.split(change, 1 + RETRIES)
+    (children, _), _ = jax.lax.scan(attempt, (children, jnp.ones(size, bool)), (keys, rates))
     return jnp.where(state.generation == 0, parents, children)
 
 
 def tell(state: State, children: Array, objectives: ArrayLike, violation: ArrayLike) -> State:
-    """The state after the children were evaluated; what is not a number counts as infinitely bad.
+    """The state after the children were evaluated; one with an objective that is not a number is the worst.
 
     Args:
         state: the state that `ask` was given.
@@ -156,7 +161,7 @@ def tell(state: State, children: Array, objectives: ArrayLike, violation: ArrayL
             f"violation [{len(children)}], got {list(values.shape)} and {list(broken.shape)}; "
             "check what the evaluation returns"
         )
-    values = jnp.where(jnp.isnan(values), jnp.inf, values)
+    values = jnp.where(jnp.isnan(values).any(1, keepdims=True), jnp.inf, values)
     broken = jnp.where(jnp.isnan(broken), jnp.inf, jnp.maximum(broken, 0))
     told = Scored(jnp.asarray(children, jnp.int32), values, broken)
     survivors, _ = select(_join(told, state.population), size)
@@ -241,7 +246,7 @@ def recombine(key: Array, mother: Array, father: Array, chance: float) -> Array:
     return jnp.where(other, father, mother)
 
 
-def mutate(key: Array, genome: Array, cardinality: Array, rate: float, reset: float) -> Array:
+def mutate(key: Array, genome: Array, cardinality: Array, rate: ArrayLike, reset: float) -> Array:
     """Each gene changes with chance `rate`: by one level, reflected at the ends (a bit flips), or afresh."""
     change, kind, step, draw = jax.random.split(key, 4)
     move = jnp.where(jax.random.bernoulli(step, 0.5, genome.shape), 1, -1)

@@ -218,9 +218,8 @@ def _known(names: Iterable[str], choices: Collection[str], what: str) -> None:
     for name in names:
         if name not in choices:
             near = difflib.get_close_matches(name, choices, 3) or list(choices)[:3]
-            raise SpaceError(
-                f"no {what} is named {name!r}; there are {len(choices)}, such as {', '.join(near)}"
-            )
+            such = f"there are {len(choices)}, such as {', '.join(near)}" if near else "there are none"
+            raise SpaceError(f"no {what} is named {name!r}; {such}")
 
 
 def _some(items: list[str], limit: int) -> str:

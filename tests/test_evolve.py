@@ -44,6 +44,10 @@ def step(state, least=0, crossover=0.9):
     return evolve.tell(state, children, *evaluate(children, least))
 
 
+ask = jax.jit(lambda state: evolve.ask(state, CARDS))
+tell = jax.jit(evolve.tell)
+
+
 def start(seed=0, population=32, **options):
     return evolve.init(jax.random.key(seed), CARDS, population=population, **options)
 
@@ -91,11 +95,9 @@ def slow_crowding(objectives, rank):
     return out
 
 
-scored = st.integers(1, 14).flatmap(
-    lambda n: st.tuples(
-        hnp.arrays(np.float32, (n, 2), elements=st.integers(0, 5).map(float)),
-        hnp.arrays(np.float32, n, elements=st.sampled_from([0.0, 0.0, 0.0, 1.0, 2.5])),
-    )
+scored = st.tuples(
+    hnp.arrays(np.float32, (12, 2), elements=st.integers(0, 5).map(float)),
+    hnp.arrays(np.float32, 12, elements=st.sampled_from([0.0, 0.0, 0.0, 1.0, 2.5])),
 )
 
 
@@ -103,9 +105,9 @@ scored = st.integers(1, 14).flatmap(
 @given(scored)
 def test_ranks_and_crowding_equal_the_slow_oracle(drawn):
     objectives, violation = drawn
-    rank = evolve.ranks(evolve.dominates(jnp.asarray(objectives), jnp.asarray(violation)))
+    rank = jax.jit(evolve.ranks)(jax.jit(evolve.dominates)(objectives, violation))
     assert rank.tolist() == slow_ranks(objectives, violation)
-    room = evolve.crowding(jnp.asarray(objectives), rank)
+    room = jax.jit(evolve.crowding)(objectives, rank)
     np.testing.assert_allclose(room, slow_crowding(objectives, rank.tolist()), rtol=1e-6)
 
 
@@ -136,7 +138,7 @@ def test_clones_come_last_and_the_first_of_them_is_kept():
 def test_mutation_stays_in_range_flips_bits_and_steps_by_one(seed):
     keys = jax.random.split(jax.random.key(seed), 64)
     genomes = jax.random.randint(jax.random.key(seed + 1), (64, 8), 0, CARDS)
-    mutate = jax.vmap(evolve.mutate, (0, 0, None, None, None))
+    mutate = jax.jit(jax.vmap(evolve.mutate, (0, 0, None, None, None)))
     moved = mutate(keys, genomes, CARDS, 1.0, 0.0)
     assert (abs(moved - genomes) == 1).all()  # for bits: always flipped
     fresh = mutate(keys, genomes, CARDS, 1.0, 1.0)
@@ -165,7 +167,7 @@ def test_children_are_new():
     state = start()
     for _ in range(3):
         state = step(state)
-    children = np.asarray(evolve.ask(state, CARDS))
+    children = np.asarray(ask(state))
     known = set(map(tuple, np.asarray(state.population.genomes).tolist()))
     rows = set(map(tuple, children.tolist()))
     assert len(rows) == len(children)
@@ -178,18 +180,18 @@ def test_children_are_new():
 @pytest.mark.parametrize("least", [0, 12])
 def test_it_finds_the_exact_front(least):
     state = start(population=48)
-    for _ in range(60):
+    for _ in range(90):
         state = step(state, least=least)
     found = set(map(tuple, evolve.front(state).objectives.tolist()))
     truth = set(exact_front(least))
     assert len(truth) > 10
-    assert found <= truth | {p for p in found if p[0] >= least}  # nothing infeasible
+    assert all(cost >= least for cost, _ in found)
     assert len(found & truth) >= 0.9 * len(truth)
 
 
 def test_random_draws_alone_do_not_find_it():
     """The same number of evaluations without selection: the convergence test above can fail."""
-    genomes = jax.random.randint(jax.random.key(0), (48 * 60, 8), 0, CARDS)
+    genomes = jax.random.randint(jax.random.key(0), (48 * 90, 8), 0, CARDS)
     found = set(map(tuple, np.asarray(evaluate(genomes)[0]).tolist()))
     assert len(found & set(exact_front())) < 0.5 * len(exact_front())
 
@@ -200,11 +202,11 @@ def test_the_archive_is_the_non_dominated_of_all_that_was_seen(least):
     state = start(population=8)
     seen = {}
     for _ in range(25):
-        children = evolve.ask(state, CARDS)
+        children = ask(state)
         objectives, violation = evaluate(children, least)
         rows = zip(objectives.tolist(), violation.tolist(), strict=True)
         seen.update({tuple(o): float(v) for o, v in rows})
-        state = evolve.tell(state, children, objectives, violation)
+        state = tell(state, children, objectives, violation)
     points = list(seen.items())
     expected = {a for a, va in points if not any(better(b, a, vb, va) for b, vb in points)}
     assert set(map(tuple, evolve.front(state).objectives.tolist())) == expected
@@ -215,17 +217,17 @@ def test_the_archive_is_the_non_dominated_of_all_that_was_seen(least):
 def test_a_full_archive_keeps_the_ends_of_the_front():
     state, best = start(population=32, archive=6), np.full(2, np.inf)
     for _ in range(20):
-        children = evolve.ask(state, CARDS)
+        children = ask(state)
         objectives, violation = evaluate(children)
         best = np.minimum(best, np.asarray(objectives).min(0))
-        state = evolve.tell(state, children, objectives, violation)
+        state = tell(state, children, objectives, violation)
     assert evolve.front(state).objectives.shape == (6, 2)
     assert (evolve.front(state).objectives.min(0) == best).all()
 
 
 def test_jitted_and_plain_runs_are_the_same_bit_for_bit():
     jitted = plain = start(population=10, archive=12)
-    for _ in range(3):
+    for _ in range(2):
         jitted = step(jitted)
         children = evolve.ask(plain, CARDS)
         plain = evolve.tell(plain, children, *evaluate(children))
@@ -248,18 +250,19 @@ def test_a_run_resumed_from_numpy_is_the_same_bit_for_bit():
 
 
 def test_generations_compile_once():
+    generation = jax.jit(
+        lambda state: evolve.tell(state, new := evolve.ask(state, CARDS), *evaluate(new)), donate_argnums=0
+    )
     state = start(population=6, archive=8)
-    tell = jax.jit(evolve.tell)
     for _ in range(3):
-        children = evolve.ask(state, CARDS)
-        state = tell(state, children, *evaluate(children))
-    assert tell._cache_size() == 1
+        state = generation(state)
+    assert generation._cache_size() == 1
 
 
 def test_the_first_generation_is_the_seeds_and_their_neighbourhood():
     seeds = [[0] * 8, [1] * 8]
     state = start(seeds=seeds)
-    first = evolve.ask(state, CARDS)
+    first = ask(state)
     assert first.shape == (32, 8)
     assert first[:2].tolist() == seeds
     assert ((first >= 0) & (first < CARDS)).all()
@@ -269,9 +272,9 @@ def test_the_first_generation_is_the_seeds_and_their_neighbourhood():
 
 def test_what_is_not_a_number_is_the_worst():
     state = start(population=4)
-    children = evolve.ask(state, CARDS)
+    children = ask(state)
     objectives = jnp.asarray([[jnp.nan, 0.0], [1.0, 1.0], [2.0, 2.0], [0.0, 0.0]])
-    state = evolve.tell(state, children, objectives, jnp.asarray([0.0, 0.0, -1.0, jnp.nan]))
+    state = tell(state, children, objectives, jnp.asarray([0.0, 0.0, -1.0, jnp.nan]))
     assert (state.population.genomes[0] == children[1]).all()
     assert evolve.front(state).objectives.tolist() == [[1.0, 1.0]]
 

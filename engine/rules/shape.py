@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 
-from treesurgeon.engine.axes import Axis, Fixed, cut_at, factor, fresh, pin, product, total, unify
+from treesurgeon.engine.axes import Axis, Fixed, Reason, Size, cut_at, factor, fresh, pin, product, total, unify
 from treesurgeon.engine.rules.base import Axes, Kept, Rule, Site, fixed_axes, pin_all, register
 
 

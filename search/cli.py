@@ -1,0 +1,38 @@
+"""The command line: `treesurgeon search`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from treesurgeon.engine import TreesurgeonError
+from treesurgeon.models.errors import ModelError
+from treesurgeon.search.config import Config
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point. Errors of ours take one screen and exit code 2; nothing is overwritten."""
+    parser = tyro.extras.SubcommandApp()
+
+    @parser.command(name="search")
+    def search(config: Annotated[Config, tyro.conf.arg(name="")]) -> None:
+        """Search the smallest good variant of a pretrained Flax model."""
+        from treesurgeon.search.run import run  # JAX starts here, after the arguments were read
+
+        run(config, lambda line: print(line, flush=True))
+
+    try:
+        parser.cli(prog="treesurgeon", args=arguments)
+    except (TreesurgeonError, ModelError) as error:
+        print(f"treesurgeon: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ntreesurgeon: stopped; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

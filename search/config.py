@@ -1,0 +1,147 @@
+"""The configuration of a search: what `treesurgeon search` takes, and what `config.json` holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from treesurgeon.engine import TreesurgeonError
+
+Criterion = Literal["l1", "l2", "norm_scale", "taylor", "activation"]
+
+
+class RunError(TreesurgeonError, ValueError):
+    """A run that cannot start, go on, or be read."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Search the smallest good variant of a pretrained Flax model.
+
+    Run the same command again to go on where a killed run stopped.
+    """
+
+    model: str
+    """A model of the zoo (resnet56, vgg16, digits_cnn, …), or package.module:factory that returns a linen module."""
+    checkpoint: str
+    """An Orbax directory, or a .safetensors file (PyTorch's names and layout are read for the zoo's models)."""
+    data: str
+    """digits, tfds:NAME (prepared), tfds-dir:PATH, or npz:PATH (x_train, y_train, x_test, y_test)."""
+    out: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
+    """The run's directory. Default: runs/MODEL."""
+
+    macs: float | None = None
+    """Budget on multiply-accumulates: a share of the dense model's (up to 1), or a number for one image."""
+    params: float | None = None
+    """Budget on trainable parameters: a share of the dense model's (up to 1), or a number."""
+    epsilon: float = 0.01
+    """By how much the selected variant's error on `search` may exceed the dense model's."""
+    eta: float = 0.02
+    """By how much its gap (error on `search` less error on `train`) may exceed the dense model's."""
+
+    fitted_split: tuple[str, ...] = ()
+    """Splits that the checkpoint was trained on (`none`: it has seen none of this data). Default: the zoo's."""
+    mean: tuple[float, ...] = ()
+    """Subtracted from images in 0 to 1, one number or one a channel. Default: the zoo's, else 0."""
+    std: tuple[float, ...] = ()
+    """Divides images, likewise. Default: the zoo's, else 1."""
+    max_train: int = 5000
+    """Images of `train` that are used, at most."""
+    data_dir: str = ""
+    """Where TFDS datasets are. Default: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+
+    population: int = 16
+    """Candidates a generation."""
+    generations: int = 12
+    """Generations."""
+    search_images: int = 512
+    """Images of `search` that score a candidate; the finalists are measured on all of them."""
+    calibration_images: int = 128
+    """Images of `train` on which each candidate's norm statistics are re-estimated; 0 keeps the checkpoint's."""
+    chunk: int = 4
+    """Candidates that are evaluated as one batch."""
+    criterion: Criterion = "l2"
+    """What ranks the units of a group."""
+    protect: tuple[str, ...] = ("first-stage",)
+    """Groups and blocks that stay as they are, by name; `first-stage` is worked out, `none` protects nothing."""
+    multiple: int | None = None
+    """Round widths to multiples of this. Default: by the size of the group."""
+
+    finalists: int = 3
+    """Variants that are cut, fine-tuned and compared."""
+    epochs: int = 2
+    """Epochs of fine-tuning for each finalist, stopped early on `search`; 0 only re-estimates statistics."""
+    learning_rate: float = 0.01
+    """Peak learning rate of fine-tuning (SGD with Nesterov momentum, cosine schedule)."""
+    batch_size: int = 128
+    """Images a step of fine-tuning."""
+    distill: float = 0.0
+    """Weight of the dense model's answers in the fine-tuning loss, 0 to 1."""
+    seed: int = 0
+    """Seed of everything: the split, the search, fine-tuning."""
+
+    @property
+    def directory(self) -> Path:
+        """The run's directory."""
+        return Path(self.out or f"runs/{self.model.replace(':', '.')}").absolute()
+
+    @property
+    def budget(self) -> dict[str, float]:
+        """The budgets that were given."""
+        return {k: v for k, v in (("macs", self.macs), ("params", self.params)) if v is not None}
+
+    @property
+    def fitted(self) -> tuple[str, ...] | None:
+        """The declared splits: None where nothing was said, () where the checkpoint has seen none."""
+        return () if self.fitted_split == ("none",) else self.fitted_split or None
+
+    def check(self) -> None:
+        """Refuse values out of range."""
+        least = {
+            "population": 2, "generations": 1, "search_images": 1, "calibration_images": 0, "chunk": 1,
+            "finalists": 1, "epochs": 0, "batch_size": 1, "max_train": 1, "seed": 0, "epsilon": 0, "eta": 0,
+        }  # fmt: skip
+        for name, bound in least.items():
+            if not getattr(self, name) >= bound:
+                raise RunError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least {bound}")
+        if not self.learning_rate > 0 or not 0 <= self.distill <= 1:
+            raise RunError("--learning-rate must be above 0, and --distill from 0 to 1")
+        for name, value in self.budget.items():
+            if not value > 0:
+                raise RunError(f"--{name} {value}: expected a share of the dense model's (up to 1) or a number above 1")
+
+
+def identity(config: Config, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes two runs the same run: the configuration without its place, and what it was applied to."""
+    entries = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("out", "data_dir")}
+    return json.loads(json.dumps({**entries, **extra}))
+
+
+def claim(config: Config, content: Mapping[str, Any]) -> None:
+    """Make the run's directory with its `config.json`, or accept the one that is there if it is the same run's."""
+    path = config.directory / "config.json"
+    if path.exists():
+        try:
+            there = json.loads(path.read_text())
+        except ValueError as error:
+            raise RunError(f"{path} cannot be read ({error}): move the directory away, or choose another --out") from error
+        differ = sorted(k for k in there.keys() | content.keys() if there.get(k) != content.get(k))
+        if differ:
+            rows = [f"  {k}: there {there.get(k)!r}, now {content.get(k)!r}" for k in differ[:8]]
+            raise RunError(
+                f"{config.directory} holds a run of another configuration; choose another --out, or move it away\n"
+                + "\n".join(rows)
+            )
+        return
+    if config.directory.is_dir() and any(config.directory.iterdir()):
+        raise RunError(f"{config.directory} is not empty and holds no run: choose another --out")
+    config.directory.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(".config.json")
+    beside.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    beside.replace(path)

@@ -1,0 +1,155 @@
+"""The model that is searched: a module, its checkpoint, and the pure functions that the engine transforms."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace as with_fields
+from functools import cached_property
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from treesurgeon import engine, models
+from treesurgeon.engine import TreesurgeonError
+from treesurgeon.search.finetune import replace
+
+TRAINING_FLAGS = {"train": True, "training": True, "is_training": True, "deterministic": False, "eval": False}
+
+
+class SubjectError(TreesurgeonError, ValueError):
+    """A model that the search cannot work on."""
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A dense model with its checkpoint.
+
+    Attributes:
+        spec: how to build the module again.
+        module: the linen module.
+        variables: the checkpoint, nested dicts of arrays.
+        num_classes: length of the logits.
+        momenta: for each running average (by path): the share of its old value that one training step keeps.
+    """
+
+    spec: engine.ModelSpec
+    module: nn.Module
+    variables: dict[str, Any]
+    num_classes: int
+    momenta: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def _flag(self) -> tuple[str, bool] | None:
+        return training_flag(self.module)
+
+    def infer(self, variables: Any, x: Any) -> Any:
+        """Logits `[N, classes]` in inference mode."""
+        flag = {self._flag[0]: not self._flag[1]} if self._flag else {}
+        return self.module.apply(variables, x, **flag)
+
+    def train(self, variables: Any, x: Any, key: Any) -> tuple[Any, Any]:
+        """Logits in training mode and the new values of the collections that are not parameters."""
+        flag = {self._flag[0]: self._flag[1]} if self._flag else {}
+        mutable = [name for name in self.variables if name != "params"]
+        return self.module.apply(variables, x, mutable=mutable, rngs={"dropout": key}, **flag)
+
+    @cached_property
+    def graph(self) -> engine.Graph:
+        """Groups and blocks of inference on one image, so that costs are those of one image."""
+        x = jax.ShapeDtypeStruct((1, *self.spec.input_shape), self.spec.input_dtype)
+        return engine.trace(self.infer, self.variables, x)
+
+    def reestimate(self, train: Any, variables: Any, x: Array, key: Array) -> Any:
+        """The variables with every running average replaced by the statistics of one batch.
+
+        Args:
+            train: `self.train`, or a transformation of it: `(variables, x, key) -> (logits, updates)`.
+            variables: dense or narrow, as `train` takes them.
+            x: images `[N, H, W, C]`.
+            key: for dropout.
+        """
+        if not self.momenta:
+            return variables
+
+        def per_path(path: Any, leaf: Any, then: Any) -> Any:
+            m = self.momenta.get(jax.tree_util.keystr(path, simple=True, separator="/"))
+            return leaf if m is None else then(leaf, m)
+
+        blank = jax.tree_util.tree_map_with_path(
+            lambda p, leaf: per_path(p, leaf, lambda leaf, m: jnp.zeros_like(leaf)), variables
+        )
+        _, updates = train(blank, x, key)
+        fresh = jax.tree_util.tree_map_with_path(
+            lambda p, leaf: per_path(p, leaf, lambda leaf, m: leaf / (1 - m)), updates
+        )
+        return replace(variables, fresh)
+
+
+def training_flag(module: nn.Module) -> tuple[str, bool] | None:
+    """The name of the argument that switches training mode, and its value in training."""
+    parameters = inspect.signature(type(module).__call__).parameters
+    return next(((name, value) for name, value in TRAINING_FLAGS.items() if name in parameters), None)
+
+
+def open_subject(
+    model: str, checkpoint: str, input_shape: Sequence[int], kwargs: Mapping[str, Any] | None = None
+) -> Subject:
+    """Build a model and read its checkpoint.
+
+    Args:
+        model: a zoo name or `package.module:factory`.
+        checkpoint: an Orbax directory or a safetensors file.
+        input_shape: `(H, W, C)` of one image.
+        kwargs: arguments of the factory.
+
+    Raises:
+        ModelError: the model or the checkpoint is not there or does not fit.
+        SubjectError: the model does not map images to logits.
+    """
+    spec = engine.ModelSpec(model, tuple(input_shape), dict(kwargs or {}))
+    module = spec.build(allow_import=True)
+    try:
+        template = spec.template(module)
+        variables_out, _ = jax.eval_shape(
+            lambda v, x: (module.apply(v, x), 0), template, jax.ShapeDtypeStruct((2, *input_shape), np.float32)
+        )
+    except Exception as error:
+        raise SubjectError(
+            f"model {model!r} does not take images of shape {list(input_shape)}, called as module(x): "
+            f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from error
+    if getattr(variables_out, "ndim", None) != 2 or variables_out.shape[0] != 2:
+        shape = getattr(variables_out, "shape", type(variables_out).__name__)
+        raise SubjectError(f"model {model!r}: expected logits [N, classes] for N images, got {shape}")
+    known = models.get(model) if ":" not in model else module
+    variables = models.load_checkpoint(checkpoint, known, template, tuple(input_shape))
+    subject = Subject(spec, module, variables, variables_out.shape[1])
+    return with_fields(subject, momenta=find_momenta(subject))
+
+
+def find_momenta(subject: Subject) -> dict[str, float]:
+    """The momentum of every running average of a model, by path.
+
+    Read off the derivative of the update, so that no layer needs to be known by name. What is not an average of batch
+    statistics (its update is not old · m + new) is left out, and never re-estimated.
+    """
+    rest = {name: tree for name, tree in subject.variables.items() if name != "params"}
+    if not jax.tree.leaves(rest) or training_flag(subject.module) is None:
+        return {}
+    x = jax.random.normal(jax.random.key(0), (8, *subject.spec.input_shape), subject.spec.input_dtype)
+
+    def update(rest: Any) -> Any:
+        return subject.train({**subject.variables, **rest}, x, jax.random.key(0))[1]
+
+    _, slopes = jax.jit(lambda rest: jax.jvp(update, (rest,), (jax.tree.map(jnp.ones_like, rest),)))(rest)
+    out = {}
+    for path, slope in jax.tree_util.tree_leaves_with_path(slopes):
+        values = np.asarray(slope, np.float64)
+        if values.size and np.ptp(values) < 1e-6 and 0 <= values.flat[0] < 1 - 1e-6:
+            out[jax.tree_util.keystr(path, simple=True, separator="/")] = float(values.flat[0])
+    return out
