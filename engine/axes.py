@@ -91,7 +91,8 @@ def fresh(size: Size) -> Axis:
     """A new axis about which nothing is known yet."""
     if not isinstance(size, Integral):
         return Fixed(size, Reason("a symbolic size"))
-    return Atom(int(size)) if size > 1 else Fixed(int(size), WHOLE)
+    n = int(size)
+    return Atom(n) if n > 1 else Fixed(n, WHOLE)
 
 
 def total(parts: Iterable[Axis]) -> Axis:
@@ -254,6 +255,7 @@ def _unify_products(a: Prod, b: Prod, why: Reason) -> None:
 def cut_at(axis: Axis, n: int) -> tuple[Axis, Axis]:
     """The first `n` positions of an axis and the others, 0 <= n <= size; splits atoms where it must."""
     axis = resolve(axis)
+    n = int(n) if isinstance(n, Integral) else n  # `jnp.split` passes NumPy integers
     if n == 0 or n == axis.size:
         nothing = Fixed(0, WHOLE)
         return (nothing, axis) if n == 0 else (axis, nothing)

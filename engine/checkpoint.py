@@ -138,7 +138,7 @@ def save(
     path.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        ocp.save(work / "variables", jax.tree.map(np.asarray, variables))
+        ocp.save(str(work / "variables"), jax.tree.map(np.asarray, variables))
         (work / "model.stablehlo").write_bytes(to_stablehlo(lambda x: model(x), spec.input_shape, spec.input_dtype))
         (work / "README.md").write_text(card)
         content = {
@@ -194,7 +194,7 @@ def load(path: str | os.PathLike, module: nn.Module | None = None, allow_import:
             f"({', '.join(damaged[:3])}): copy the directory again"
         )
     module = module if module is not None else spec.build(allow_import)
-    return _assemble(module, spec, ocp.load(path / "variables"), plan, manifest)
+    return _assemble(module, spec, ocp.load(str(path / "variables")), plan, manifest)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -40,7 +40,10 @@ def cost(graph: Graph, plan: Plan | Mapping[str, Any]) -> Cost:
     masks = graph.masks(plan) if isinstance(plan, Plan) else plan
     leaves = [*masks["units"].values(), *masks["blocks"].values()]
     concrete = not any(isinstance(mask, jax.Array) for mask in leaves)
-    sizes = [(Term(1, leaf.axes, leaf.contexts or frozenset([frozenset()])), leaf.trainable) for leaf in graph.leaves.values()]
+    sizes = [
+        (Term(1, leaf.axes, leaf.contexts or frozenset([frozenset()])), leaf.trainable)
+        for leaf in graph.leaves.values()
+    ]
 
     def count(terms: Sequence[Term]) -> Any:
         return _count(terms, masks, concrete)
@@ -60,7 +63,7 @@ def _count(terms: Sequence[Term], masks: Mapping[str, Any], concrete: bool) -> A
     elif dense < 2**31:
         dtype = jnp.int32
     else:
-        dtype = jnp.int64 if jax.config.jax_enable_x64 else jnp.float32
+        dtype = jnp.int64 if jax.config.read("jax_enable_x64") else jnp.float32
     total: Any = 0
     constant = 0
     for term in terms:

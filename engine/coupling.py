@@ -43,9 +43,7 @@ class Analysis:
         return self.traced.program
 
 
-def analyse(
-    traced: Traced, paths: Sequence[str], leaf_axes: Sequence[Axes], input_names: Sequence[str]
-) -> Analysis:
+def analyse(traced: Traced, paths: Sequence[str], leaf_axes: Sequence[Axes], input_names: Sequence[str]) -> Analysis:
     """Solve a traced function whose first inputs are the parameter leaves `paths` with axes `leaf_axes`."""
     program = traced.program
     n = len(paths)
@@ -58,7 +56,11 @@ def analyse(
     roots = [v for i, v in enumerate(program.outputs) if i not in mirror_of] or list(program.outputs)
     mirrors = {leaf: program.outputs[i] for i, leaf in mirror_of.items()}
     for leaf, v in mirrors.items():
-        join(leaf_axes[leaf], solution.of(v), Reason(f"the output that mirrors {paths[leaf]} splits it differently"))
+        join(
+            leaf_axes[leaf],
+            solution.of(v),
+            Reason(f"the output that mirrors {paths[leaf]} splits it differently"),
+        )
     found = kinds(program, n)
     modules = _modules(program, paths, found)
     regions = find_regions(program, found, roots, lambda leaf: modules[leaf])
@@ -169,9 +171,7 @@ def _build(analysis: Analysis, paths: list[str], leaf_axes: Sequence[Axes], tree
             if aval.shape[d] > 1 and not labels(axis):
                 pinned[f"{path}[{d}]"] = fixed_reason(axis) or Reason("nothing reads it unit by unit")
     macs, activations = _work(analysis, number)
-    return Graph(
-        groups, blocks, pinned, ties, _divisors(analysis.solution, program), leaves, macs, activations, tree
-    )
+    return Graph(groups, blocks, pinned, ties, _divisors(analysis.solution, program), leaves, macs, activations, tree)
 
 
 def _rename(contexts: Contexts | None, number: Mapping[int, str]) -> frozenset[frozenset[str]] | None:
@@ -248,6 +248,14 @@ def _own_leaves(analysis: Analysis) -> list[list[int]]:
     return out
 
 
+def region_turns(regions: Sequence[Region]) -> list[tuple[int, int]]:
+    """For each region its number among those with the same kernels, in order of execution, and how many there are."""
+    alike: dict[frozenset[int], list[int]] = {}
+    for b, region in enumerate(regions):
+        alike.setdefault(region.kernels, []).append(b)
+    return [(alike[region.kernels].index(b), len(alike[region.kernels])) for b, region in enumerate(regions)]
+
+
 def _name_blocks(
     analysis: Analysis, paths: Sequence[str]
 ) -> tuple[dict[str, Block], dict[str, tuple[Tie, ...]], dict[int, str]]:
@@ -255,9 +263,7 @@ def _name_blocks(
     program, solution = analysis.program, analysis.solution
     maker = {v: i for i, eqn in enumerate(program.eqns) for v in eqn.outs}
     own = _own_leaves(analysis)
-    ties = {
-        b: _ties(solution.of(region.entry), solution.of(region.exit)) for b, region in enumerate(analysis.regions)
-    }
+    ties = {b: _ties(solution.of(region.entry), solution.of(region.exit)) for b, region in enumerate(analysis.regions)}
     names = _region_names(analysis)
     number = {b: names[b] for b, tie in ties.items() if tie is not None}
     around: dict[int, frozenset[int]] = {}
@@ -265,6 +271,7 @@ def _name_blocks(
         contexts = analysis.uses.eqns[maker[region.exit]] or frozenset()
         around[b] = frozenset.intersection(*contexts) - {b} if contexts else frozenset()
     blocks = {}
+    turns = region_turns(analysis.regions)
     for b, name in number.items():
         enclosing = sorted((p for p in around[b] if p in number), key=lambda p: -len(around[p]))
         region = analysis.regions[b]
@@ -275,6 +282,7 @@ def _name_blocks(
             tuple(program.avals[region.exit].shape),
             number[enclosing[0]] if enclosing else None,
             program.eqns[maker[region.exit]].where,
+            *turns[b],
         )
     return blocks, {number[b]: tie for b, tie in ties.items() if tie is not None}, number
 
@@ -294,8 +302,7 @@ def _ties(entry: Axes, exit_: Axes) -> tuple[Tie, ...] | None:
             if u is not None and v is not None and u != v:
                 pairs.setdefault((u[0], v[0]), []).append((u[1], v[1]))
     return tuple(
-        Tie(a, np.array([u for u, _ in units]), b, np.array([v for _, v in units]))
-        for (a, b), units in pairs.items()
+        Tie(a, np.array([u for u, _ in units]), b, np.array([v for _, v in units])) for (a, b), units in pairs.items()
     )
 
 
@@ -337,5 +344,3 @@ def _divisors(solution: Solution, program: Program) -> tuple[str, ...]:
     for body in solution.bodies.values():
         out += _divisors(body, body.program)
     return tuple(out)
-
-

@@ -20,7 +20,7 @@ def from_linen(module: nn.Module, variables: Mapping[str, Any], **apply_kwargs: 
     Returns:
         `fn(variables, *args, **kwargs)`, which is `module.apply`, and the variables as plain dicts of arrays.
     """
-    params = meta.unbox(unfreeze(variables))
+    params = meta.unbox(unfreeze(dict(variables)))
 
     def fn(params: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         return module.apply(params, *args, **{**apply_kwargs, **kwargs})

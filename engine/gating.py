@@ -167,7 +167,9 @@ class _Gate:
                     if v in exits:
                         entry, bit = exits[v]
                         env[v] = lax.select(
-                            lax.broadcast_in_dim(bit, x.shape, ()), x, self.clear(env[entry], self._lost(solution, entry, v), 0)
+                            lax.broadcast_in_dim(bit, x.shape, ()),
+                            x,
+                            self.clear(env[entry], self._lost(solution, entry, v), 0),
                         )
         self.on = None
         return [v.value if isinstance(v, Literal) else env[v] for v in program.outputs]
@@ -220,7 +222,7 @@ class _Gate:
             if constant[0] or not is_float(out):
                 return [out]
             source = dict(zip(eqn.params["broadcast_dimensions"], site.in_shapes[0], strict=True))
-            new = {d: axis for d, axis in enumerate(site.outs[0]) if not source.get(d, 0) == site.out_shapes[0][d]}
+            new = {d: axis for d, axis in enumerate(site.outs[0]) if source.get(d, 0) != site.out_shapes[0][d]}
             return [self.clear(out, new, 0)]
         for k, x in enumerate(values):
             if not constant[k]:
@@ -261,7 +263,7 @@ class _Gate:
         grown = [
             d
             for d in range(len(target))
-            if (not shape or (shape[d] == 1 and not target[d] == 1)) and self.mask(site.outs[0][d]) is not None
+            if (not shape or (shape[d] == 1 and target[d] != 1)) and self.mask(site.outs[0][d]) is not None
         ]
         if not grown:
             return x
@@ -287,7 +289,10 @@ class _Gate:
                 finite = lax.is_finite(values[k])
                 out_of = contraction.rhs_out if k else contraction.lhs_out
                 gone = tuple(d for d in range(values[k].ndim) if d not in out_of)
-                bad = (jnp.any(self.clear(~finite, axes, False), axis=gone), [out_of[d] for d in sorted(out_of)])
+                bad = (
+                    jnp.any(self.clear(~finite, axes, False), axis=gone),
+                    [out_of[d] for d in sorted(out_of)],
+                )
                 values[k] = lax.select(finite, values[k], lax.full_like(values[k], 0))
         out = bind(eqn, eqn.params, values)[0]
         if bad is not None:

@@ -17,12 +17,12 @@ from treesurgeon.engine.masks import axis_mask
 class Member(NamedTuple):
     """One axis of one parameter leaf that holds units of a group.
 
-    `index[i]` is the unit at position i of that axis, -1 where the position belongs to another group or to none.
+    `units[i]` is the unit at position i of that axis, -1 where the position belongs to another group or to none.
     """
 
     path: str
     axis: int
-    index: np.ndarray
+    units: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Tie(NamedTuple):
 class Block:
     """A region of the dataflow that identity can replace.
 
-    `leaves` are the parameters used nowhere else; `kernels` those of them that enter a contraction; `parent` is the
-    smallest block around it, if any.
+    `leaves` are the parameters used nowhere else; `kernels` those that enter a contraction in it; `parent` is the
+    smallest block around it, if any. Of the `turns` regions with the same kernels (shared layers) it is number `turn`.
     """
 
     name: str
@@ -57,6 +57,8 @@ class Block:
     shape: tuple[Any, ...]
     parent: str | None
     where: str
+    turn: int = 0
+    turns: int = 1
 
 
 @dataclass(frozen=True)
@@ -234,7 +236,11 @@ def describe(graph: Graph) -> str:
     out += _table(("group", "units", "members"), rows)
     out.append(f"\n{len(graph.blocks)} blocks")
     rows = [
-        (name, "x".join(map(str, b.shape)), ", ".join(b.leaves) + (f"  (inside {b.parent})" if b.parent else ""))
+        (
+            name,
+            "x".join(map(str, b.shape)),
+            ", ".join(b.leaves) + (f"  (inside {b.parent})" if b.parent else ""),
+        )
         for name, b in graph.blocks.items()
     ]
     out += _table(("block", "shape", "goes with it"), rows)
@@ -255,5 +261,3 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], most: int = 110) 
         line = "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         lines.append(line if len(line) <= most else line[: most - 1] + "…")
     return lines
-
-

@@ -93,7 +93,7 @@ def _is_kernel(graph: Graph, member: Member) -> bool:
 def _per_unit(values: Any, member: Member, size: int) -> jax.Array:
     """Sum an array over all but the member's axis, then over the positions of each unit: [size]."""
     rest = tuple(d for d in range(values.ndim) if d != member.axis)
-    return _spread(values.sum(rest), member.index, size)
+    return _spread(values.sum(rest), member.units, size)
 
 
 def _spread(along: Any, index: np.ndarray, size: int) -> jax.Array:
@@ -102,7 +102,7 @@ def _spread(along: Any, index: np.ndarray, size: int) -> jax.Array:
 
 
 def activation_energy(fn: Callable, graph: Graph) -> Callable:
-    """`activation_energy(fn, graph)(params, *args)`: the mean square of each unit's activations, `{group: float[size]}`.
+    """`activation_energy(fn, graph)(params, *args)`: mean squares of the units' activations, `{group: float[size]}`.
 
     Measured where the units are read: at the operands of contractions, over examples and positions, summed over the
     readers. Units that no contraction reads score 0.

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.extend import source_info_util
 from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
@@ -184,12 +186,12 @@ def _struct(x: Any) -> jax.ShapeDtypeStruct:
 
 def is_key(aval: Any) -> bool:
     """Whether values of this kind are PRNG keys."""
-    return jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key)
+    return bool(jnp.issubdtype(aval.dtype, jax.dtypes.prng_key))
 
 
 def is_float(aval: Any) -> bool:
     """Whether values of this kind have derivatives."""
-    return bool(jax.dtypes.issubdtype(aval.dtype, np.inexact))
+    return bool(jnp.issubdtype(aval.dtype, np.inexact))
 
 
 # Calling conventions: pytrees in, pytrees out, everything that is not an array held static.
@@ -272,8 +274,6 @@ def trace_call(fn: Callable, params: Any, call: Call) -> Traced:
 
 def concrete(program: Program) -> bool:
     """Whether the program can be kept: nothing in it belongs to a trace that is under way."""
-    return not any(isinstance(c, jax.core.Tracer) for c in program.consts.values()) and all(
+    return not any(isinstance(c, Tracer) for c in program.consts.values()) and all(
         e.body is None or concrete(e.body) for e in program.eqns
     )
-
-

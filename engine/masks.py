@@ -33,9 +33,7 @@ def axis_mask(axis: Axis, units: Units, xp: Any = np) -> Any:
     masks = [axis_mask(part, units, xp) for part in parts]
     if all(mask is None for mask in masks):
         return None
-    full = [
-        xp.ones(part.size, bool) if mask is None else mask for part, mask in zip(parts, masks, strict=True)
-    ]
+    full = [xp.ones(part.size, bool) if mask is None else mask for part, mask in zip(parts, masks, strict=True)]
     if isinstance(axis, Sum):
         return xp.concatenate(full)
     out = full[0]
@@ -92,7 +90,7 @@ def single_units(axis: Axis) -> list[tuple[str, int] | None] | None:
     """The (group, unit) at each position, None at fixed ones; no list where a position belongs to two groups."""
     axis = resolve(axis)
     if isinstance(axis, Fixed):
-        return [None] * axis.size if isinstance(axis.size, int) else None
+        return [None for _ in range(axis.size)] if isinstance(axis.size, int) else None
     if isinstance(axis, Atom):
         return [(axis.label, u) if axis.label is not None else None for u in range(axis.size)]
     parts = [single_units(p) for p in (axis.parts if isinstance(axis, Sum) else axis.factors)]
@@ -107,5 +105,3 @@ def single_units(axis: Axis) -> list[tuple[str, int] | None] | None:
             return None
         out = [u if u is not None else v for u in out for v in part]
     return out
-
-

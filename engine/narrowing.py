@@ -76,7 +76,7 @@ def without_gone(tree: Any) -> Any:
     if isinstance(tree, Mapping):
         rest = {k: without_gone(v) for k, v in tree.items() if v is not GONE}
         rest = {k: v for k, v in rest.items() if not (isinstance(v, Mapping) and not v and tree[k])}
-        return rest if type(tree) is dict else type(tree)(rest)
+        return rest if type(tree) is dict else type(tree)(rest)  # pyright: ignore[reportCallIssue]
     return jax.tree.map(
         lambda x: without_gone(x) if isinstance(x, Mapping) else None if x is GONE else x,
         tree,
@@ -224,7 +224,7 @@ class _Narrow:
                     outs = self.apply(i, eqn, solution, [read(v) for v in eqn.ins])
                 env.update(zip(eqn.outs, outs, strict=True))
             for v in eqn.outs:
-                if v in skip:
+                if v in skip and skip[v] in env:  # else nothing reads it: a dropped block around it
                     env[v] = self._pass_on(env[skip[v]], solution.axes[skip[v]], solution.axes[v])
         return [v if v is GONE else read(v) for v in wanted]
 
@@ -280,13 +280,13 @@ class _Narrow:
         operand = eqn.ins[divisor.operand]
         count = 1
         for axis in divisor.axes:
-            count *= self.kept.count(axis)
+            count *= self.kept.size(axis)
         value = count - divisor.ddof
         aval = solution.program.aval(operand)
         scalar = np.asarray(1 / value if divisor.inverse else value, aval.dtype)
         if not aval.shape:
             return scalar
-        return lax.full(tuple(self.kept.count(axis) for axis in solution.of(operand)), scalar)
+        return lax.full(tuple(self.kept.size(axis) for axis in solution.of(operand)), scalar)
 
     def _call(self, eqn: Eqn, body: Solution, values: Sequence[Any]) -> list[Any]:
         """A `custom_jvp` function made anew: its body and its derivative rule both run narrow."""
@@ -294,7 +294,11 @@ class _Narrow:
 
 
 def call_custom_jvp(
-    eqn: Eqn, body: Solution, values: Sequence[Any], run: Callable[[Any, Solution, Sequence[Any]], list[Any]], aux: Any
+    eqn: Eqn,
+    body: Solution,
+    values: Sequence[Any],
+    run: Callable[[Any, Solution, Sequence[Any]], list[Any]],
+    aux: Any,
 ) -> list[Any]:
     """Rebuild a `custom_jvp_call`: `run(aux, solution, values)` runs its body and, when asked for, its rule.
 
@@ -317,5 +321,3 @@ def call_custom_jvp(
         return tuple(outs[:half]), tuple(outs[half:])
 
     return list(call(aux, *values))
-
-

@@ -15,7 +15,7 @@ import jax
 from jax.tree_util import tree_unflatten
 
 from treesurgeon.engine.axes import Atom, Axis, Fixed, Prod, Sum, product, resolve, total
-from treesurgeon.engine.coupling import Analysis, analyse
+from treesurgeon.engine.coupling import Analysis, analyse, region_turns
 from treesurgeon.engine.graph import Graph
 from treesurgeon.engine.jaxprs import Call, concrete, split_call, trace_call
 
@@ -39,7 +39,7 @@ class Retracer:
     def __call__(self, args: tuple, kwargs: dict) -> tuple[Retraced, Call]:
         """The solved program for these arguments."""
         call = split_call(args, kwargs)
-        key = None if call.key is None else (call.key, bool(jax.config.jax_enable_x64))
+        key = None if call.key is None else (call.key, bool(jax.config.read("jax_enable_x64")))
         if key in self.known:
             return self.known[key], call
         found = _retrace(self.fn, self.graph, call)
@@ -56,11 +56,14 @@ def _retrace(fn: Callable, graph: Graph, call: Call) -> Retraced:
     axes = [tuple(_instance(axis, own) for axis in leaf.axes) for leaf in leaves]
     paths = [leaf.path for leaf in leaves]
     analysis = analyse(traced, paths, axes, call.names)
-    by_kernels = {frozenset(block.kernels): name for name, block in graph.blocks.items()}
+    names = {(frozenset(block.kernels), block.turns, block.turn): name for name, block in graph.blocks.items()}
+    turns_of = {kernels: turns for kernels, turns, _ in names}
     blocks = {}
-    for b, region in enumerate(analysis.regions):
-        name = by_kernels.get(frozenset(paths[leaf] for leaf in region.kernels))
-        if name is not None:
+    for b, (turn, found) in enumerate(region_turns(analysis.regions)):
+        kernels = frozenset(paths[leaf] for leaf in analysis.regions[b].kernels)
+        turns = turns_of.get(kernels, 1)
+        name = names.get((kernels, turns, turn % turns))
+        if name is not None and found % turns == 0:  # a function may run the model several times
             blocks[b] = name
     conflicts = {name: resolve(atom) for name, atom in own.items() if not _intact(atom)}
     return Retraced(analysis, blocks, conflicts)

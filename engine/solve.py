@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
 import numpy as np
+from jax.core import Tracer
 
 from treesurgeon.engine.axes import Axis, atoms, fresh, unify
 from treesurgeon.engine.jaxprs import Eqn, Literal, Operand, Program
@@ -83,7 +83,7 @@ def solve(program: Program, inputs: Sequence[Axes]) -> Solution:
         solution.axes[v] = axes
     for v, value in program.consts.items():
         solution.axes[v] = tuple(fresh(n) for n in program.avals[v].shape)
-        if np.ndim(value) == 0 and not isinstance(value, jax.core.Tracer):
+        if np.ndim(value) == 0 and not isinstance(value, Tracer):
             scalars[v] = value
     for i, eqn in enumerate(program.eqns):
         if eqn.body is not None:

@@ -116,9 +116,7 @@ def resolve(spec: str, **kwargs: Any) -> nn.Module:
 
 def _import(name: str, spec: str) -> ModuleType:
     if not name or not all(part.isidentifier() for part in name.split(".")):
-        raise UnknownModelError(
-            f"model {spec!r}: expected package.module:factory, and {name!r} is no module's name"
-        )
+        raise UnknownModelError(f"model {spec!r}: expected package.module:factory, and {name!r} is no module's name")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a console script does not search it; last, so that it shadows nothing
         importlib.invalidate_caches()
@@ -130,13 +128,9 @@ def _import(name: str, spec: str) -> ModuleType:
                 f"model {spec!r}: no module named {error.name!r}; looked in {os.getcwd()} and on PYTHONPATH. "
                 "Install the package, or run from the directory that holds it"
             ) from error
-        raise ModelSpecError(
-            f"model {spec!r}: importing {name} needs {error.name!r}, which is not there"
-        ) from error
+        raise ModelSpecError(f"model {spec!r}: importing {name} needs {error.name!r}, which is not there") from error
     except Exception as error:
-        raise ModelSpecError(
-            f"model {spec!r}: importing {name} raised {type(error).__name__}: {error}"
-        ) from error
+        raise ModelSpecError(f"model {spec!r}: importing {name} raised {type(error).__name__}: {error}") from error
 
 
 def _attribute(module: ModuleType, attribute: str, spec: str) -> Any:

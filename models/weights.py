@@ -152,9 +152,7 @@ def load_checkpoint(
 
     values = {}
     for name, entry in entries.items():
-        with np.errstate(
-            over="ignore"
-        ):  # a value too large for the dtype becomes infinite and is named below
+        with np.errstate(over="ignore"):  # a value too large for the dtype becomes infinite and is named below
             values[entry.leaf] = entry.to_flax(arrays[name]).astype(leaves[entry.leaf].dtype)
     _refuse_non_finite(path, values)
     return unflatten_dict({leaf: jax.numpy.asarray(values[leaf]) for leaf in leaves}, sep="/")
@@ -185,8 +183,7 @@ def _read(path: Path) -> Arrays:
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     raise CheckpointError(
-        f"checkpoint {path}: expected an Orbax directory or a .safetensors file, "
-        f"got a {path.suffix or 'plain'} file"
+        f"checkpoint {path}: expected an Orbax directory or a .safetensors file, got a {path.suffix or 'plain'} file"
     )
 
 

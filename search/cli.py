@@ -11,6 +11,7 @@ import tyro
 from treesurgeon.engine import TreesurgeonError
 from treesurgeon.models.errors import ModelError
 from treesurgeon.search.config import Config
+from treesurgeon.search.pipeline import run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -20,8 +21,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     @parser.command(name="search")
     def search(config: Annotated[Config, tyro.conf.arg(name="")]) -> None:
         """Search the smallest good variant of a pretrained Flax model."""
-        from treesurgeon.search.run import run  # JAX starts here, after the arguments were read
-
         run(config, lambda line: print(line, flush=True))
 
     try:

@@ -130,7 +130,9 @@ def claim(config: Config, content: Mapping[str, Any]) -> None:
         try:
             there = json.loads(path.read_text())
         except ValueError as error:
-            raise RunError(f"{path} cannot be read ({error}): move the directory away, or choose another --out") from error
+            raise RunError(
+                f"{path} cannot be read ({error}): move the directory away, or choose another --out"
+            ) from error
         differ = sorted(k for k in there.keys() | content.keys() if there.get(k) != content.get(k))
         if differ:
             rows = [f"  {k}: there {there.get(k)!r}, now {content.get(k)!r}" for k in differ[:8]]

@@ -127,22 +127,14 @@ def split_roles(
     return Roles(**splits, clean=fitted is not None, label_names=source.label_names)
 
 
-def _check_arguments(
-    source: Source, fractions: Mapping[str, float], caps: Mapping[str, int], seed: int
-) -> None:
-    if (
-        set(fractions) != set(ROLES[1:])
-        or min(fractions.values()) <= 0
-        or abs(sum(fractions.values()) - 1) > 1e-9
-    ):
+def _check_arguments(source: Source, fractions: Mapping[str, float], caps: Mapping[str, int], seed: int) -> None:
+    if set(fractions) != set(ROLES[1:]) or min(fractions.values()) <= 0 or abs(sum(fractions.values()) - 1) > 1e-9:
         raise DataError(
             f"data {source.spec!r}: expected fractions above 0 of search, certify and test with sum 1, "
             f"got {dict(fractions)}"
         )
     if not set(caps) <= set(ROLES) or min(caps.values(), default=1) < 1:
-        raise DataError(
-            f"data {source.spec!r}: expected caps of at least 1 for roles {ROLES}, got {dict(caps)}"
-        )
+        raise DataError(f"data {source.spec!r}: expected caps of at least 1 for roles {ROLES}, got {dict(caps)}")
     if seed < 0:
         raise DataError(f"data {source.spec!r}: expected a seed of at least 0, got {seed}")
     if not any(source.splits.values()):
@@ -278,8 +270,7 @@ def _read_split(
 def _check_images(where: str, raw: np.ndarray, local: np.ndarray, shape: Sequence[int] | None) -> None:
     if raw.dtype != np.uint8 and not np.issubdtype(raw.dtype, np.floating):
         raise DataError(
-            f"{where}: expected images of dtype uint8 (0 to 255) or floating point, "
-            f"got {raw.dtype}; convert them"
+            f"{where}: expected images of dtype uint8 (0 to 255) or floating point, got {raw.dtype}; convert them"
         )
     if raw.ndim != 4 or (shape is not None and raw.shape[1:] != tuple(shape)):
         expected = "[H, W, C]" if shape is None else list(shape)

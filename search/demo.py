@@ -51,17 +51,18 @@ def train() -> None:
 
     @jax.jit
     def error(variables):
-        logits = module.apply(variables, roles.search.images)
+        logits = jnp.asarray(module.apply(variables, roles.search.images))
         return jnp.float32(0), (logits.argmax(-1) != roles.search.labels).mean()
 
-    trainable = {
-        name: jax.tree.map(lambda _, name=name: name == "params", tree) for name, tree in variables.items()
-    }
+    trainable = {name: jax.tree.map(lambda _, name=name: name == "params", tree) for name, tree in variables.items()}
     data = {"x": roles.train.images, "y": roles.train.labels}
     recipe = Recipe(epochs=12, batch_size=64, learning_rate=0.1)
     result = fit(objective(train_apply), variables, trainable, data, recipe, jax.random.key(0), error)
-    ocp.save(CHECKPOINT, jax.tree.map(np.asarray, result.params))
-    print(f"trained digits_cnn: error on search {result.history[-1].search_error:.2%}; saved {CHECKPOINT}", flush=True)
+    ocp.save(str(CHECKPOINT), jax.tree.map(np.asarray, result.params))
+    print(
+        f"trained digits_cnn: error on search {result.history[-1].search_error:.2%}; saved {CHECKPOINT}",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -71,7 +72,18 @@ def main() -> None:
         shutil.rmtree(path, ignore_errors=True)
     train()
     command = ["search", "--model", "digits_cnn", "--checkpoint", str(CHECKPOINT.relative_to(Path.cwd()))]
-    command += ["--data", "digits", "--population", "32", "--generations", "15", "--epochs", "8", "--out", "runs/demo"]
+    command += [
+        "--data",
+        "digits",
+        "--population",
+        "32",
+        "--generations",
+        "15",
+        "--epochs",
+        "8",
+        "--out",
+        "runs/demo",
+    ]
     print("\n$ treesurgeon " + " ".join(command), flush=True)
     subprocess.run([sys.executable, "-m", "treesurgeon.search.cli", *command], check=True)
     subprocess.run([sys.executable, "-c", SCORE], check=True)

@@ -52,9 +52,7 @@ class ScikitDigits(tfds.core.GeneratorBasedBuilder):
             "test": self._generate_examples(images[~train], labels[~train]),
         }
 
-    def _generate_examples(
-        self, images: np.ndarray, labels: np.ndarray
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _generate_examples(self, images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
         for i, (image, label) in enumerate(zip(images, labels, strict=True)):
             yield i, {"image": image, "label": int(label)}
 
@@ -85,13 +83,9 @@ def prepare(data_dir: str | Path) -> Path:
     final.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".preparing-", dir=root) as scratch:
         builder = ScikitDigits(data_dir=scratch, file_format="array_record")
-        config = tfds.download.DownloadConfig(
-            compute_stats=tfds.download.ComputeStatsMode.SKIP, try_download_gcs=False
-        )
+        config = tfds.download.DownloadConfig(compute_stats=tfds.download.ComputeStatsMode.SKIP, try_download_gcs=False)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            builder.download_and_prepare(
-                download_config=config
-            )  # it would say "Downloading", which it is not
+            builder.download_and_prepare(download_config=config)  # it would say "Downloading", which it is not
         try:
             os.rename(builder.data_dir, final)
         except OSError:

@@ -130,9 +130,7 @@ def ask(
     def attempt(carry: tuple[Array, Array], now: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
         children, stale = carry
         key, rate = now
-        mutants = jax.vmap(mutate, (0, 0, None, None, None))(
-            jax.random.split(key, size), children, cards, rate, reset
-        )
+        mutants = jax.vmap(mutate, (0, 0, None, None, None))(jax.random.split(key, size), children, cards, rate, reset)
         children = jnp.where(stale[:, None], mutants, children)
         stale = _same(children, parents).any(1) | _later(_same(children, children))
         return (children, stale), None

@@ -215,9 +215,7 @@ def _divide(params: Params, trainable: Params) -> tuple[list[Any], list[Any], Ca
     leaves, structure = jax.tree.flatten(params)
     flags, expected = jax.tree.flatten(trainable)
     if structure != expected:
-        raise FinetuneError(
-            f"trainable: expected a bool for each leaf of the parameters, {structure}, got {expected}"
-        )
+        raise FinetuneError(f"trainable: expected a bool for each leaf of the parameters, {structure}, got {expected}")
     if not any(flags):
         raise FinetuneError(f"trainable: none of the {len(flags)} leaves is; mark those that may change")
 

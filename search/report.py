@@ -106,9 +106,7 @@ def write_front(path: str | os.PathLike[str], records: Sequence[Mapping[str, Any
     _write(Path(path), FRONT_COLUMNS, [_row(FRONT_COLUMNS, record) for record in records])
 
 
-def write_generation(
-    path: str | os.PathLike[str], generation: int, records: Sequence[Mapping[str, Any]]
-) -> None:
+def write_generation(path: str | os.PathLike[str], generation: int, records: Sequence[Mapping[str, Any]]) -> None:
     """Add one generation to `candidates.csv`: keys from `CANDIDATE_COLUMNS`, any may be absent.
 
     Rows of this generation and of later ones are replaced: a search that was killed after it wrote them and

@@ -92,9 +92,7 @@ def _find_prepared(spec: str, name: str, root: Path) -> Path:
     """
     base, _, version = name.partition(":")
     found = [
-        info.parent
-        for info in sorted((root / base).glob("*/dataset_info.json"))
-        if version in ("", info.parent.name)
+        info.parent for info in sorted((root / base).glob("*/dataset_info.json")) if version in ("", info.parent.name)
     ]
     if found:
         return max(found, key=lambda path: [int(n) for n in path.name.split(".") if n.isdigit()])
@@ -102,9 +100,7 @@ def _find_prepared(spec: str, name: str, root: Path) -> Path:
     configs = sorted({info.parent.parent.relative_to(root).as_posix() for info in below})
     if configs:
         raise DataError(f"data {spec!r}: name a config, one of {', '.join('tfds:' + c for c in configs)}")
-    prepared = [
-        p.name for p in sorted(root.glob("*")) if p.is_dir() and next(p.rglob("dataset_info.json"), None)
-    ]
+    prepared = [p.name for p in sorted(root.glob("*")) if p.is_dir() and next(p.rglob("dataset_info.json"), None)]
     raise DataError(
         f"data {spec!r}: not prepared below {root} (which holds {', '.join(prepared) or 'no dataset'}), "
         f"and nothing is downloaded here. Where there is a network, run\n"
@@ -128,8 +124,7 @@ def _tfds_source(spec: str, path: Path) -> Source:
         features = builder.info.features
     except Exception as error:  # a damaged directory raises many types
         raise DataError(
-            f"data {spec!r}: {path} cannot be opened ({type(error).__name__}: {_first_line(error)}); "
-            "prepare it again"
+            f"data {spec!r}: {path} cannot be opened ({type(error).__name__}: {_first_line(error)}); prepare it again"
         ) from error
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
         stored = getattr(builder.info.file_format, "value", builder.info.file_format)

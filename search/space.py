@@ -77,7 +77,7 @@ class Space:
         }
         if self.ties is not None:
             counts = jnp.stack([keep.get(g, jnp.asarray(self.sizes[g])) for g in self.ties.names])
-            merged = jnp.split(merge(self.ties, counts, ~kept), self.ties.offsets[1:])
+            merged = jnp.split(merge(self.ties, counts, ~kept), np.cumsum(self.ties.sizes)[:-1])
             units.update(zip(self.ties.names, merged, strict=True))
         blocks = {b: jnp.ones((), bool) for b in self.all_blocks}
         return {"units": units, "blocks": blocks | dict(zip(self.blocks, kept, strict=True))}
@@ -109,8 +109,7 @@ class Space:
                 "was the genome made by another space?"
             )
         return {
-            kind: {name: np.asarray(mask) for name, mask in masks.items()}
-            for kind, masks in self.decode(genes).items()
+            kind: {name: np.asarray(mask) for name, mask in masks.items()} for kind, masks in self.decode(genes).items()
         }
 
 

@@ -28,7 +28,7 @@ class States:
         path = self.directory / "scores"
         if not path.exists():
             made = make()
-            ocp.save(path, {str(i): np.asarray(made[name]) for i, name in enumerate(graph.groups)})
+            ocp.save(str(path), {str(i): np.asarray(made[name]) for i, name in enumerate(graph.groups)})
         loaded: Any = _read(path)
         return {name: np.asarray(loaded[str(i)]) for i, name in enumerate(graph.groups)}
 
@@ -38,7 +38,7 @@ class States:
         path = self.directory / f"{generation:06d}"
         if path.exists():
             shutil.rmtree(path)
-        ocp.save(path, {str(i): leaf for i, leaf in enumerate(leaves)})
+        ocp.save(str(path), {str(i): leaf for i, leaf in enumerate(leaves)})
         for old in self._saved()[:-KEPT]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -63,7 +63,7 @@ class States:
 
 def _read(path: Path) -> Any:
     try:
-        return ocp.load(path)
+        return ocp.load(str(path))
     except Exception as error:  # Orbax raises many types for a damaged checkpoint
         raise RunError(
             f"{path} cannot be read ({type(error).__name__}): remove it to go on from the generation before"

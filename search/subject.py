@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace as with_fields
+from dataclasses import dataclass, field
+from dataclasses import replace as with_fields
 from functools import cached_property
 from typing import Any
 
@@ -49,12 +50,12 @@ class Subject:
 
     def infer(self, variables: Any, x: Any) -> Any:
         """Logits `[N, classes]` in inference mode."""
-        flag = {self._flag[0]: not self._flag[1]} if self._flag else {}
+        flag: dict[str, Any] = {self._flag[0]: not self._flag[1]} if self._flag else {}
         return self.module.apply(variables, x, **flag)
 
     def train(self, variables: Any, x: Any, key: Any) -> tuple[Any, Any]:
         """Logits in training mode and the new values of the collections that are not parameters."""
-        flag = {self._flag[0]: self._flag[1]} if self._flag else {}
+        flag: dict[str, Any] = {self._flag[0]: self._flag[1]} if self._flag else {}
         mutable = [name for name in self.variables if name != "params"]
         return self.module.apply(variables, x, mutable=mutable, rngs={"dropout": key}, **flag)
 
@@ -116,7 +117,9 @@ def open_subject(
     try:
         template = spec.template(module)
         variables_out, _ = jax.eval_shape(
-            lambda v, x: (module.apply(v, x), 0), template, jax.ShapeDtypeStruct((2, *input_shape), np.float32)
+            lambda v, x: (module.apply(v, x), 0),
+            template,
+            jax.ShapeDtypeStruct((2, *input_shape), np.float32),
         )
     except Exception as error:
         raise SubjectError(

@@ -11,7 +11,7 @@ do not depend on the order of addition and a search repeats bit for bit on any d
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ Row = tuple[str, np.ndarray, str, np.ndarray]  # entry group, its units, exit gr
 TOTAL = 2**30  # all scores sum to at most this: no bundle overflows an int32
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class Ties:
     """The units of all groups that a tie can touch, end to end, and the ties between them.
@@ -29,22 +30,15 @@ class Ties:
     U units, n groups, at most D ties at one unit. Ties are stored at both of their ends.
     """
 
-    names: tuple[str, ...]
+    names: tuple[str, ...] = field(metadata={"static": True})
     sizes: np.ndarray  # int32[n]
     group: np.ndarray  # int32[U]
     rank: np.ndarray  # int32[U], 0 = the best unit of its group
     score: np.ndarray  # int32[U], every group's mean score counting the same
     protected: np.ndarray  # bool[U]
     other: np.ndarray  # int32[U, D], the unit at the other end
-    via: (
-        np.ndarray
-    )  # int32[U, D], the block whose drop activates the tie; the number of blocks in unused places
+    via: np.ndarray  # int32[U, D], the block whose drop activates the tie; the number of blocks in unused places
     enters: np.ndarray  # bool[U, D], whether the tie comes in here (this end is the block's exit)
-
-    @property
-    def offsets(self) -> np.ndarray:
-        """Where each group's units begin."""
-        return np.cumsum(self.sizes) - self.sizes
 
 
 def gather(
@@ -99,6 +93,7 @@ def ranking(scores: np.ndarray) -> np.ndarray:
     return place
 
 
+@jax.jit  # for calls from the host; inside another jit it is a part of that program
 def merge(ties: Ties, keep: Array, dropped: Array) -> Array:
     """Which units stay, `bool[U]`: closed under every active tie, and no group without a unit.
 
@@ -120,9 +115,10 @@ def merge(ties: Ties, keep: Array, dropped: Array) -> Array:
     joint = jax.ops.segment_sum(jnp.asarray(ties.score), root, units)
     order = jnp.lexsort((ties.rank, -joint, ~decides, ties.group))
     place = jnp.zeros(units, jnp.int32).at[order].set(jnp.arange(units, dtype=jnp.int32))
-    place = place - ties.offsets.astype(np.int32)[ties.group]
+    sizes = jnp.asarray(ties.sizes)
+    place = place - (jnp.cumsum(sizes) - sizes)[ties.group]  # counted within the group
     owned = jax.ops.segment_sum(decides.astype(jnp.int32), ties.group, groups)
-    target = (keep * owned + ties.sizes - 1) // ties.sizes  # `keep` itself where the group decides on all
+    target = (keep * owned + sizes - 1) // sizes  # `keep` itself where the group decides on all
     chosen = (decides & (place < target[ties.group])) | (decides & bundle(jnp.asarray(ties.protected)))
     lonely = jax.ops.segment_max(chosen[root].astype(jnp.int32), ties.group, groups) <= 0
     rescued = decides & bundle(lonely[ties.group] & (ties.rank == 0))

@@ -45,7 +45,8 @@ class Subject:
     params: Any
     args: tuple
     kwargs: Mapping[str, Any] = field(default_factory=dict)
-    free: tuple[str, ...] = ()
+    free: Mapping[str, tuple] = field(default_factory=dict)
+    """Outputs that may shrink: for each axis the (leaf, axis) whose units it holds, or None."""
 
 
 def is_spec(x: Any) -> bool:
@@ -161,7 +162,7 @@ class Bench:
 
     @cached_property
     def graph(self) -> Graph:
-        return engine.trace(self.fn, self.params, *self.args, free_outputs=self.subject.free)
+        return engine.trace(self.fn, self.params, *self.args, free_outputs=tuple(self.subject.free))
 
     @cached_property
     def ones(self) -> Any:
@@ -173,9 +174,7 @@ class Bench:
 
     @cached_property
     def cts(self) -> Any:
-        return draw(
-            {k: arr(*v.shape, kind=str(v.dtype)) for k, v in self.shapes.items() if is_float(v)}, "cts", None
-        )
+        return draw({k: arr(*v.shape, kind=str(v.dtype)) for k, v in self.shapes.items() if is_float(v)}, "cts", None)
 
     @cached_property
     def dense(self) -> Any:
@@ -184,10 +183,13 @@ class Bench:
     @cached_property
     def precision(self) -> tuple[float, float]:
         """The allowance for values and for gradients, relative to the largest of each."""
-        if self.dtype == np.float64:
+        if all(x.dtype == np.float64 for x in jax.tree.leaves((self.params, self.args)) if is_float(x)):
             return 1e-10, 1e-10
+
+        def up(x: Any) -> Any:
+            return x if is_prng(x) or not is_float(x) else np.asarray(x).astype(np.float64)
+
         with jax.enable_x64(True):
-            up = lambda x: np.asarray(x).astype(np.float64) if not is_prng(x) and x.dtype == np.float32 else x  # noqa: E731
             p, args, cts = (jax.tree.map(up, t) for t in (self.params, self.args, self.cts))
             exact = numpied(jax.jit(value_and_grads(self.fn))(p, args, cts))
         out = []
@@ -238,11 +240,17 @@ class Bench:
         for path, shape in narrow_shapes.items():
             full = self.shapes[path].shape
             leaf = next((leaf for leaf in self.paths if path == leaf or path.endswith("/" + leaf)), None)
-            if tuple(shape) != tuple(full) and leaf is not None and kept[leaf] is not None:
+            if path in self.subject.free:
+                out[path] = self.free_kept(path, kept)
+            elif tuple(shape) != tuple(full) and leaf is not None and kept[leaf] is not None:
                 out[path] = kept[leaf]
             else:
                 out[path] = tuple(np.arange(n) for n in full)
         return out
+
+    def free_kept(self, path: str, kept: Any) -> Any:
+        sources = zip(self.subject.free[path], self.shapes[path].shape, strict=True)
+        return tuple(np.arange(n) if source is None else kept[source[0]][source[1]] for source, n in sources)
 
     # The laws.
 
@@ -282,34 +290,42 @@ class Bench:
             assert (rest == 0).all(), f"law 5: a removed entry of {path} has a gradient"
 
     def law3(self, plan: Plan, seed: int = 0) -> None:
+        """What removed entries of the parameters hold changes nothing, to the bit."""
         masks = self.graph.masks(plan)
-        clean = self.gated(self.params, masks, self.args, self.cts)
-        skip = {k for k, v in self.shapes.items() if self.mirrors(k)}
-        kept = self.kept(masks)
+        kept, cts = self.kept(masks), self.ct_kept(masks)
         rng = np.random.default_rng(seed)
+
+        def run(params: Any) -> Any:
+            out, *grads = self.gated(params, masks, self.args, cts)
+            out = {k: self.read_off(k, x, masks) for k, x in out.items()}
+            return out, *grads
+
+        clean = run(self.params)
         for junk in (None, 1e30, np.inf, -np.inf, np.nan):
             filled = []
             for path, x in leaves_of(self.params).items():
-                if not is_float(x):
-                    filled.append(x)
-                    continue
-                value = np.asarray(rng.normal(0, 10, x.shape) if junk is None else np.full(x.shape, junk), x.dtype)
-                if kept[path] is not None:
-                    at = np.ix_(*kept[path]) if x.ndim else ()
-                    value[at] = np.asarray(x)[at]
-                filled.append(value)
-            dirty = tree_unflatten(jax.tree.structure(self.params), filled)
-            got = self.gated(dirty, masks, self.args, self.ct_kept(masks))
-            if junk is None:
-                clean = self.gated(self.params, masks, self.args, self.ct_kept(masks))
-            for k in skip:
-                at = self.mirror_kept(k, masks)
-                for outs in (got[0], clean[0]):
-                    outs[k] = np.asarray(outs[k])[np.ix_(*at)] if at is not None else np.zeros(())
-            for mine, his, what in zip(got, clean, ("values", "gradients", "input gradients"), strict=True):
+                if is_float(x):
+                    value = np.asarray(rng.normal(0, 10, x.shape) if junk is None else np.full(x.shape, junk), x.dtype)
+                    if kept[path] is not None:
+                        at = np.ix_(*kept[path]) if x.ndim else ()
+                        value[at] = np.asarray(x)[at]
+                    x = value
+                filled.append(x)
+            got = run(tree_unflatten(jax.tree.structure(self.params), filled))
+            for mine, his, what in zip(got, clean, ("value", "gradient", "input gradient"), strict=True):
                 for k in his:
                     same = np.array_equal(mine[k], his[k], equal_nan=is_float(his[k]))
-                    assert same, f"law 3: {what}, {k} changed with {junk} in what is removed"
+                    assert same, f"law 3: the {what} {k} changes with {junk} in what is removed"
+
+    def read_off(self, k: str, x: Any, masks: Any) -> Any:
+        """An output at the entries that mean something."""
+        kept = self.kept(masks)
+        if k in self.subject.free:
+            return x[np.ix_(*self.free_kept(k, kept))]
+        leaf = self.mirrors(k)
+        if leaf is None or not x.ndim:
+            return x
+        return np.zeros(()) if kept[leaf] is None else x[np.ix_(*kept[leaf])]
 
     def mirrors(self, k: str) -> str | None:
         return next(
@@ -321,19 +337,19 @@ class Bench:
             None,
         )
 
-    def mirror_kept(self, k: str, masks: Any) -> Any:
-        leaf = self.mirrors(k)
-        return None if leaf is None else self.kept(masks)[leaf]
-
     def ct_kept(self, masks: Any) -> dict[str, Any]:
+        """Cotangents that are zero at entries that mean nothing."""
         out = {}
         for k, ct in self.cts.items():
-            out[k] = ct
-            if self.mirrors(k):
-                at = self.mirror_kept(k, masks)
-                out[k] = np.zeros_like(ct)
-                if at is not None:
-                    out[k][np.ix_(*at)] = ct[np.ix_(*at)]
+            there = np.zeros(ct.shape, bool)
+            leaf, kept = self.mirrors(k), self.kept(masks)
+            if k in self.subject.free:
+                there[np.ix_(*self.free_kept(k, kept))] = True
+            elif leaf is None or not ct.ndim:
+                there[...] = True
+            elif kept[leaf] is not None:
+                there[np.ix_(*kept[leaf])] = True
+            out[k] = np.where(there, ct, np.zeros_like(ct))
         return out
 
     def law4(self, plans: list[Plan]) -> None:
@@ -345,10 +361,8 @@ class Bench:
         out = leaves_of(numpied(self.jit(jax.vmap(lambda m: gated(self.params, m, *self.args)))(stacked)))
         for i, m in enumerate(masks):
             one = self.gated(self.params, m, self.args, self.cts)[0]
-            at = {k: self.mirror_kept(k, m) for k in out}
-            pick = lambda k, x: x[np.ix_(*at[k])] if at[k] is not None else x  # noqa: E731
-            keep = [k for k in out if at[k] is not None or not self.mirrors(k)]
-            self.close({k: pick(k, out[k][i]) for k in keep}, {k: pick(k, one[k]) for k in keep}, "law 4", 0)
+            mine = {k: self.read_off(k, out[k][i], m) for k in out}
+            self.close(mine, {k: self.read_off(k, one[k], m) for k in out}, "law 4", 0)
 
     def law5_transforms(self, plan: Plan) -> None:
         """`narrow` under jit and under vmap over arguments equals a loop without either."""
@@ -365,9 +379,14 @@ class Bench:
 
     def law6(self, first: Plan, draw_plan: Callable[[Graph], Plan]) -> None:
         small, fast = self.narrowed(first)
-        graph = engine.trace(fast, small, *self.args, free_outputs=self.subject.free)
-        second = draw_plan(graph)
-        whole = self.graph.closed(first).then(graph.closed(second))
+        if not jax.tree.leaves(small):
+            return
+        graph = engine.trace(fast, small, *self.args, free_outputs=tuple(self.subject.free))
+        second = self.shared_part(first, graph, draw_plan(graph))
+        later = graph.closed(second)
+        whole = self.graph.closed(first).then(
+            Plan({n: u for n, u in later.keep.items() if n in self.graph.groups}, later.drop)
+        )
         smaller, faster = engine.cut(small, graph, second), engine.narrow(fast, graph, second)
         at_once, direct = self.narrowed(whole)
         mine, his = leaves_of(smaller), leaves_of(at_once)
@@ -377,6 +396,30 @@ class Bench:
         a = numpied(leaves_of(self.jit(faster)(smaller, *self.args)))
         b = numpied(leaves_of(self.jit(direct)(at_once, *self.args)))
         self.close(a, b, "law 6", 0)
+
+    def shared_part(self, first: Plan, graph: Graph, second: Plan) -> Plan:
+        """What of a plan for the narrowed model has a name in the dense one: its graph may be finer or coarser."""
+        families: list[dict[str, list[tuple[str, int]]]] = [{}, {}]
+        for name, units in self.graph.closed(first).keep.items():
+            families[0].setdefault(name.partition("[")[0], []).append((name, len(units)))
+        for name, group in graph.groups.items():
+            families[1].setdefault(name.partition("[")[0], []).append((name, group.size))
+        keep = {
+            name: units
+            for name, units in second.keep.items()
+            if families[0].get(base := name.partition("[")[0]) == families[1][base]
+        }
+        drop = {
+            name
+            for name in second.drop & self.graph.blocks.keys()
+            if self.graph.blocks[name].kernels == graph.blocks[name].kernels
+            and self.graph.blocks[name].turns == graph.blocks[name].turns
+        }
+        try:
+            self.graph.masks(self.graph.closed(first).then(graph.closed(Plan(keep, frozenset(drop)))))
+        except PlanError:
+            return Plan()
+        return Plan(keep, frozenset(drop))
 
     def law7(self, plan: Plan) -> None:
         small, fast = self.narrowed(plan)

@@ -52,8 +52,7 @@ def digits_dir(tmp_path_factory):
 def test_digits_hold_scikit_learns_images_once(digits_dir):
     images, labels = load_digits(return_X_y=True)
     expected = sorted(
-        (int(label), (image / 16).astype(np.float32).tobytes())
-        for image, label in zip(images, labels, strict=True)
+        (int(label), (image / 16).astype(np.float32).tobytes()) for image, label in zip(images, labels, strict=True)
     )
     source = open_source("digits", digits_dir)
     got = []
@@ -98,9 +97,7 @@ def test_two_processes_may_prepare_digits_at_once(tmp_path):
 def test_digits_open_by_name_and_by_directory(digits_dir):
     by_name = open_source("tfds:scikit_digits", digits_dir)
     by_path = open_source(f"tfds-dir:{digits_dir}/scikit_digits/1.0.0")
-    roles = [
-        split_roles(source, ("train",)) for source in (open_source("digits", digits_dir), by_name, by_path)
-    ]
+    roles = [split_roles(source, ("train",)) for source in (open_source("digits", digits_dir), by_name, by_path)]
     assert roles[0].fingerprints == roles[1].fingerprints == roles[2].fingerprints
     assert roles[0].train.images.shape[1:] == (8, 8, 1)
     assert roles[0].train.images.max() == 1
@@ -165,9 +162,7 @@ def test_fingerprint_is_of_the_stored_images_in_the_datasets_order(npz):
     digest = hashlib.sha256(b"uint8 (4, 4, 3)" + x[order].tobytes() + y[order].astype("<i4").tobytes())
     assert plain.search.fingerprint == digest.hexdigest()
     x[order[0], 0, 0, 0] ^= 1
-    changed = split_roles(
-        npz(x_train=x[:40], y_train=y[:40], x_test=x[40:], y_test=y[40:]), ("train",)
-    ).fingerprints
+    changed = split_roles(npz(x_train=x[:40], y_train=y[:40], x_test=x[40:], y_test=y[40:]), ("train",)).fingerprints
     assert [role for role in ROLES if changed[role] != plain.fingerprints[role]] == ["search"]
 
 
@@ -204,9 +199,7 @@ def test_caps_shrink_one_role_and_change_no_other(npz):
 
 
 @pytest.mark.parametrize("total", [4, 5, 7, 100, 1001])
-@pytest.mark.parametrize(
-    "weights", [(1, 1, 1, 1), (0.5, 0.2, 0.1, 0.2), (1e-6, 1, 1, 1), (1e-6, 1e-6, 1e-6, 1)]
-)
+@pytest.mark.parametrize("weights", [(1, 1, 1, 1), (0.5, 0.2, 0.1, 0.2), (1e-6, 1, 1, 1), (1e-6, 1e-6, 1e-6, 1)])
 def test_apportion_is_whole_positive_and_within_one(total, weights):
     got = np.array(_apportion(total, weights))
     quota = total * np.array(weights) / np.sum(weights)
@@ -379,9 +372,7 @@ def test_unknown_specs(spec):
 
 def test_a_dataset_that_is_not_prepared_is_an_error_at_once(digits_dir, tmp_path):
     start = time.monotonic()
-    with pytest.raises(
-        DataError, match=r"(?s)holds scikit_digits.*tfds build mnist --file_format=array_record"
-    ):
+    with pytest.raises(DataError, match=r"(?s)holds scikit_digits.*tfds build mnist --file_format=array_record"):
         open_source("tfds:mnist", digits_dir)
     with pytest.raises(DataError, match=r"holds no dataset"):
         open_source("tfds:mnist:3.0.1", tmp_path / "nothing")

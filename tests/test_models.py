@@ -285,10 +285,7 @@ def test_vgg_rebuilt_at_smaller_widths_computes_the_same():
 def test_width_zero_leaves_a_layer_out_and_keeps_the_names_of_others(wide, small, dropped):
     input_shape = CIFAR if isinstance(wide, models.ResNet) else DIGITS
     names = [
-        {
-            "/".join(path)
-            for path in flatten_dict(jax.eval_shape(m.init, jax.random.key(0), images(input_shape)))
-        }
+        {"/".join(path) for path in flatten_dict(jax.eval_shape(m.init, jax.random.key(0), images(input_shape)))}
         for m in (wide, small)
     ]
     gone = {name for name in names[0] if name.split("/")[1] in dropped}

@@ -1,5 +1,6 @@
 """Genomes, widths and ties: `decode` against a slow oracle with sets and sorted lists."""
 
+import itertools
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -108,10 +109,10 @@ def slow_decode(g, space, scores, protected, genome):
 @st.composite
 def problems(draw):
     """Graphs with whole, partial, permuted, chained and self ties; scores; protection; a genome."""
-    sizes = {f"g{i}": draw(st.integers(1, 9)) for i in range(draw(st.integers(2, 5)))}
+    sizes = {"g0": 3, "g1": 5, "g2": 8, "g3": 1, "g4": 5}  # fixed, so that a shape compiles once
     names = list(sizes)
-    ties = {}
-    for i in range(draw(st.integers(0, 4))):
+    ties = {f"chain{i}": [(a, [0], b, [0])] for i, (a, b) in enumerate(itertools.pairwise(names))}
+    for i in range(draw(st.integers(0, 3))):
         rows = []
         for _ in range(draw(st.integers(1, 2))):
             a, b = draw(st.sampled_from(names)), draw(st.sampled_from(names))
@@ -126,17 +127,16 @@ def problems(draw):
     scores = {n: np.array(draw(st.lists(whole, min_size=s, max_size=s))) + 0.5 for n, s in sizes.items()}
     space = spaces.build(g, scores, protected=protected, multiple=1)
     seed = draw(st.integers(0, 2**32 - 1))
-    genomes = np.random.default_rng(seed).integers(0, space.cardinality, (10, len(space.cardinality)))
+    genomes = np.random.default_rng(seed).integers(0, space.cardinality, (4, len(space.cardinality)))
     return g, space, scores, protected, genomes
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=40)
 @given(problems())
 def test_decode_equals_the_slow_oracle_and_keeps_its_promises(problem):
     g, space, scores, protected, genomes = problem
-    stacked = jax.tree.map(np.asarray, jax.jit(jax.vmap(space.decode))(genomes))
-    for i, genome in enumerate(genomes):
-        check(g, space, scores, protected, genome, jax.tree.map(lambda m, i=i: m[i], stacked))
+    for genome in genomes:
+        check(g, space, scores, protected, genome, masks_of(space, genome))
 
 
 def check(g, space, scores, protected, genome, masks):
@@ -162,9 +162,13 @@ def check(g, space, scores, protected, genome, masks):
 
 def test_a_population_under_jit_equals_the_loop_without():
     whole = range(6)
-    g = graph(dict.fromkeys("abc", 6), ["ab", "bc"], {"ab": [("a", whole, "b", whole)], "bc": [("b", whole, "c", whole)]})
+    g = graph(
+        dict.fromkeys("abc", 6),
+        ["ab", "bc"],
+        {"ab": [("a", whole, "b", whole)], "bc": [("b", whole, "c", whole)]},
+    )
     space = spaces.build(g, random_scores(g))
-    genomes = np.random.default_rng(0).integers(0, space.cardinality, (6, len(space.cardinality)))
+    genomes = np.random.default_rng(0).integers(0, space.cardinality, (4, len(space.cardinality)))
     stacked = jax.jit(jax.vmap(space.decode))(genomes)
     for i, genome in enumerate(genomes):
         one = masks_of(space, genome)
@@ -327,7 +331,7 @@ def test_seeds_are_genomes_of_the_space_and_start_dense(small):
 def test_a_long_description_is_cut_short():
     g = graph({f"g{i}": 8 for i in range(9)}, ["cut"])
     space = spaces.build(g, random_scores(g))
-    text = space.describe(space.encode({n: 4 for n in g.groups}))
+    text = space.describe(space.encode(dict.fromkeys(g.groups, 4)))
     assert text == "g0 8→4, g1 8→4, g2 8→4, g3 8→4 and 5 more"
 
 

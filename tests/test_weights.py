@@ -82,13 +82,9 @@ def test_resnet_in_torch_layout(tmp_path, prefix, by):
     got = models.load_checkpoint(path, preset if by == "preset" else preset.factory(), shapes)
     assert jax.tree.map(jnp.shape, got) == jax.tree.map(jnp.shape, shapes)
     block = got["params"]["layer2_0"]
-    np.testing.assert_array_equal(
-        block["conv1"]["kernel"], np.einsum("oihw->hwio", state["layer2.0.conv1.weight"])
-    )
+    np.testing.assert_array_equal(block["conv1"]["kernel"], np.einsum("oihw->hwio", state["layer2.0.conv1.weight"]))
     np.testing.assert_array_equal(block["bn2"]["scale"], state["layer2.0.bn2.weight"])
-    np.testing.assert_array_equal(
-        got["batch_stats"]["layer3_1"]["bn1"]["var"], state["layer3.1.bn1.running_var"]
-    )
+    np.testing.assert_array_equal(got["batch_stats"]["layer3_1"]["bn1"]["var"], state["layer3.1.bn1.running_var"])
     np.testing.assert_array_equal(got["batch_stats"]["bn1"]["mean"], state["bn1.running_mean"])
     np.testing.assert_array_equal(got["params"]["linear"]["kernel"], state["linear.weight"].T)
 
@@ -117,9 +113,7 @@ def test_vgg_in_torch_layout_flattens_in_torchs_order(tmp_path):
     params = models.load_checkpoint(path, module, shapes)["params"]
     features = rng.normal(size=(2, 8, 2, 2)).astype(np.float32)
     ours = np.transpose(features, (0, 2, 3, 1)).reshape(2, -1) @ params["dense0"]["kernel"]
-    np.testing.assert_allclose(
-        ours, features.reshape(2, -1) @ state["classifier.0.weight"].T, rtol=1e-4, atol=1e-5
-    )
+    np.testing.assert_allclose(ours, features.reshape(2, -1) @ state["classifier.0.weight"].T, rtol=1e-4, atol=1e-5)
     assert [float(params[f"conv{i}"]["bias"][0]) for i in range(10)] == list(range(10))
     assert [float(params[name]["bias"][0]) for name in ("dense0", "dense1", "linear")] == [0, 3, 6]
     np.testing.assert_allclose(params["bn4"]["scale"], state["features.15.weight"], rtol=1e-6)
@@ -133,9 +127,7 @@ def test_mlp_in_torch_layout(tmp_path, mlp):
     state |= {f"{name}.bias": np.ones(size[0], np.float32) for name, size in sizes.items()}
     path = tmp_path / "mlp.safetensors"
     save_file(state, path)
-    with pytest.raises(
-        models.CheckpointError, match=r"dense0\.weight follows a flattening .*input_shape=\(H, W, C\)"
-    ):
+    with pytest.raises(models.CheckpointError, match=r"dense0\.weight follows a flattening .*input_shape=\(H, W, C\)"):
         models.load_checkpoint(path, module, shapes)
     kernel = models.load_checkpoint(path, module, shapes, input_shape=(2, 2, 2))["params"]["dense0"]["kernel"]
     x = rng.normal(size=(1, 2, 2, 2)).astype(np.float32)  # N, C, H, W
@@ -221,9 +213,7 @@ def test_another_architecture_fits_on_a_screen(tmp_path):
     save_file(torch_resnet20(np.random.default_rng(0)), tmp_path / "x.safetensors")
     preset = models.get("resnet56")
     with pytest.raises(models.CheckpointError) as caught:
-        models.load_checkpoint(
-            tmp_path / "x.safetensors", preset, template(preset.factory(), preset.input_shape)
-        )
+        models.load_checkpoint(tmp_path / "x.safetensors", preset, template(preset.factory(), preset.input_shape))
     text = str(caught.value)
     assert len(text.splitlines()) < 25
     # 6 more blocks in each of 3 stages, each of 2 convolutions and 2 norms of 4 arrays.
@@ -237,9 +227,7 @@ def test_another_architecture_fits_on_a_screen(tmp_path):
         models.CheckpointError,
         match=r"(?s)missing \(84\).*classifier\.0\.bias.*unexpected \(97\).*bn1\.bias: got \[16\]",
     ):
-        models.load_checkpoint(
-            tmp_path / "x.safetensors", preset, template(preset.factory(), preset.input_shape)
-        )
+        models.load_checkpoint(tmp_path / "x.safetensors", preset, template(preset.factory(), preset.input_shape))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
@@ -258,18 +246,14 @@ def test_pickles_are_refused_unread(tmp_path, mlp, suffix, exists):
     path = tmp_path / f"weights{suffix}"
     if exists:
         path.write_bytes(b"cos\nsystem\n(S'false'\ntR.")
-    with pytest.raises(
-        models.CheckpointError, match=r"(?s)can run any code.*save_file\(.*'weights\.safetensors'"
-    ) as e:
+    with pytest.raises(models.CheckpointError, match=r"(?s)can run any code.*save_file\(.*'weights\.safetensors'") as e:
         models.load_checkpoint(path, *mlp)
     assert ("no such file" in str(e.value)) != exists
 
 
 def test_missing_path_says_what_is_there(tmp_path, mlp):
     (tmp_path / "other.safetensors").touch()
-    with pytest.raises(
-        models.CheckpointError, match=r"no such file or directory; .* holds other\.safetensors"
-    ):
+    with pytest.raises(models.CheckpointError, match=r"no such file or directory; .* holds other\.safetensors"):
         models.load_checkpoint(tmp_path / "weights.safetensors", *mlp)
     with pytest.raises(models.CheckpointError, match=r"nowhere is not there either"):
         models.load_checkpoint(tmp_path / "nowhere/weights", *mlp)
@@ -277,9 +261,7 @@ def test_missing_path_says_what_is_there(tmp_path, mlp):
 
 def test_unreadable_files(tmp_path, mlp):
     (tmp_path / "x.npz").touch()
-    with pytest.raises(
-        models.CheckpointError, match=r"Orbax directory or a \.safetensors file, got a \.npz file"
-    ):
+    with pytest.raises(models.CheckpointError, match=r"Orbax directory or a \.safetensors file, got a \.npz file"):
         models.load_checkpoint(tmp_path / "x.npz", *mlp)
     (tmp_path / "x.safetensors").write_bytes(b"\x00" * 40)
     with pytest.raises(models.CheckpointError, match=r"cannot be read as safetensors: "):

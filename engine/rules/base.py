@@ -55,7 +55,7 @@ class Contraction(NamedTuple):
 class Kept(NamedTuple):
     """How many positions of an axis a plan keeps, and which, for rules whose parameters hold sizes."""
 
-    count: Callable[[Axis], Size]
+    size: Callable[[Axis], Size]
     mask: Callable[[Axis], np.ndarray | None]
 
 

@@ -71,7 +71,7 @@ def conv_resize(site: Site, kept: Kept) -> dict[str, Any]:
     if groups == 1:
         return {}
     lhs_spec, rhs_spec, _ = _conv_dims(site)
-    features, inputs = kept.count(site.ins[0][lhs_spec[1]]), kept.count(site.ins[1][rhs_spec[1]])
+    features, inputs = kept.size(site.ins[0][lhs_spec[1]]), kept.size(site.ins[1][rhs_spec[1]])
     return {"feature_group_count": features // inputs}
 
 

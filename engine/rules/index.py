@@ -1,4 +1,4 @@
-"""Operations that take positions by index: an axis that is taken whole passes through, one that is indexed is pinned."""
+"""Operations that take positions by index: an axis taken whole passes through, one that is indexed is pinned."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def dynamic_slice_axes(site: Site) -> list[Axes]:
 
 def dynamic_slice_resize(site: Site, kept: Kept) -> dict[str, Any]:
     """The kept length of what is taken."""
-    return {"slice_sizes": tuple(kept.count(axis) for axis in site.outs[0])}
+    return {"slice_sizes": tuple(kept.size(axis) for axis in site.outs[0])}
 
 
 def gather_axes(site: Site) -> list[Axes]:
@@ -64,7 +64,7 @@ def gather_resize(site: Site, kept: Kept) -> dict[str, Any]:
     sizes = list(site.params["slice_sizes"])
     for d, axis in enumerate(site.ins[0]):
         if _whole(site, d):
-            sizes[d] = kept.count(axis)
+            sizes[d] = kept.size(axis)
     return {"slice_sizes": tuple(sizes)}
 
 

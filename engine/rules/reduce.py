@@ -81,7 +81,10 @@ for _name, _identity in {
 }.items():
     register(_name, reduction(_identity))
 for _name in ("argmax", "argmin"):
-    register(_name, pinning(lambda s: tuple(s.params["axes"]), f"`{_name}` yields positions of this axis", drop=True))
+    register(
+        _name,
+        pinning(lambda s: tuple(s.params["axes"]), f"`{_name}` yields positions of this axis", drop=True),
+    )
 for _name in ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"):
     register(_name, pinning(lambda s: (s.params["axis"],), f"`{_name}` runs along this axis"))
 register("sort", pinning(lambda s: (s.params["dimension"],), "`sort` runs along this axis"))

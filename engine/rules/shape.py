@@ -7,7 +7,19 @@ from typing import Any
 
 import jax
 
-from treesurgeon.engine.axes import Axis, Fixed, Reason, Size, cut_at, factor, fresh, pin, product, total, unify
+from treesurgeon.engine.axes import (
+    Axis,
+    Fixed,
+    Reason,
+    Size,
+    cut_at,
+    factor,
+    fresh,
+    pin,
+    product,
+    total,
+    unify,
+)
 from treesurgeon.engine.rules.base import Axes, Kept, Rule, Site, fixed_axes, pin_all, register
 
 
@@ -48,7 +60,7 @@ def _runs(old: Sequence[Size], new: Sequence[Size]) -> Iterator[tuple[tuple[int,
     while i < len(old) and j < len(new):
         i0, j0, left, right = i, j, old[i], new[j]
         i, j = i + 1, j + 1
-        while not left == right:
+        while left != right:
             if left <= right:
                 left, i = left * old[i], i + 1
             else:
@@ -172,7 +184,7 @@ def split_axes(site: Site) -> list[Axes]:
 
 def split_resize(site: Site, kept: Kept) -> dict[str, Any]:
     """The kept length of each segment."""
-    return {"sizes": tuple(kept.count(out[site.params["axis"]]) for out in site.outs)}
+    return {"sizes": tuple(kept.size(out[site.params["axis"]]) for out in site.outs)}
 
 
 def iota_axes(site: Site) -> list[Axes]:
@@ -182,7 +194,7 @@ def iota_axes(site: Site) -> list[Axes]:
 
 def _sizes(name: str):
     def resize(site: Site, kept: Kept) -> dict[str, Any]:
-        return {name: tuple(kept.count(axis) for axis in site.outs[0])}
+        return {name: tuple(kept.size(axis) for axis in site.outs[0])}
 
     return resize
 
@@ -199,4 +211,3 @@ register("split", Rule(split_axes, resize=split_resize))
 register("iota", Rule(iota_axes, positional=True))
 
 SHAPE_ONLY = frozenset({"reshape", "squeeze", "expand_dims", "transpose", "convert_element_type", "copy", "copy_p"})
-

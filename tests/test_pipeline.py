@@ -1,0 +1,255 @@
+"""The road end to end, as a user walks it: by the command line, on a model of the user's own, killed and resumed."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from orbax.checkpoint import v1 as ocp
+
+from treesurgeon import engine, models
+from treesurgeon.engine import TreesurgeonError
+from treesurgeon.models import ModelError
+from treesurgeon.search import Config, RunError, open_source, run, split_roles
+from treesurgeon.search.pipeline import starting_points
+from treesurgeon.search.setting import fingerprint, prepare
+from treesurgeon.search.space import build
+
+MODEL = """
+from flax import linen as nn
+
+
+class Tiny(nn.Module):
+    @nn.compact
+    def __call__(self, x, training=False):
+        x = nn.relu(nn.Conv(8, (3, 3), strides=2, name="stem")(x))
+        for i in range(2):
+            h = nn.Conv(8, (3, 3), use_bias=False, name=f"conv{i}")(x)
+            x = nn.relu(x + nn.BatchNorm(use_running_average=not training, name=f"bn{i}")(h))
+        x = nn.relu(nn.Dense(16, name="hidden")(x.reshape(x.shape[0], -1)))
+        return nn.Dense(10, name="head")(x)
+"""
+
+SMALL = [
+    "--data", "digits", "--fitted-split", "train", "--population", "6", "--generations", "4", "--search-images", "48",
+    "--calibration-images", "16", "--finalists", "2", "--epochs", "1", "--max-train", "200",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory with a model of the user's own and an Orbax checkpoint of it."""
+    home = tmp_path_factory.mktemp("user")
+    (home / "mine.py").write_text(MODEL)
+    namespace: dict = {}
+    exec(compile(MODEL, "mine.py", "exec"), namespace)
+    variables = namespace["Tiny"]().init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    ocp.save(str(home / "checkpoint"), jax.tree.map(np.asarray, variables))
+    return home
+
+
+def command(place: Path, out: str, *more: str, model: str = "mine:Tiny", checkpoint: str = "checkpoint"):
+    arguments = ["search", "--model", model, "--checkpoint", checkpoint, "--out", out, *SMALL, *more]
+    return subprocess.Popen(
+        [sys.executable, "-m", "treesurgeon.search.cli", *arguments],
+        cwd=place,
+        env={**os.environ, "TFDS_DATA_DIR": str(place / "tfds"), "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def contents(out: Path) -> dict:
+    """What a run found, bit for bit: variables, plan, metrics, tables."""
+    manifest = json.loads((out / "selected/manifest.json").read_text())
+    return {
+        "variables": fingerprint(ocp.load(str(out / "selected/variables"))),
+        "manifest": {k: v for k, v in manifest.items() if k != "files"},
+        "tables": [(out / name).read_text() for name in ("candidates.csv", "front.csv")],
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    """An uninterrupted run."""
+    code, out, err = finish(command(place, "whole"))
+    assert code == 0, err
+    return place / "whole", out
+
+
+def test_run_selects_saves_and_reports(place, whole):
+    run_dir, out = whole
+    assert re.search(r"^variant +params +MACs +train +search +test +gap$", out, re.M)
+    assert "generation   4/4" in out
+    with (run_dir / "candidates.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6 * 4
+    assert {row["generation"] for row in rows} == {"0", "1", "2", "3"}
+
+
+def test_selected_model_scores_as_the_manifest_says_in_another_process(place, whole, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(place / "tfds"))
+    run_dir, _ = whole
+    roles = split_roles(open_source("digits"), ("train",))
+    np.savez(place / "test.npz", x=roles.test.images, y=roles.test.labels)
+    script = (
+        "import numpy as np\n"
+        "from treesurgeon.engine import load\n"
+        f"model = load({str(run_dir / 'selected')!r}, allow_import=True)\n"
+        "data = np.load('test.npz')\n"
+        "print((np.asarray(model(data['x'])).argmax(-1) == data['y']).mean())\n"
+        "print(model.manifest['metrics'][model.manifest['selected']]['test_accuracy'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=place, capture_output=True, text=True, check=True)
+    measured, claimed = map(float, done.stdout.split())
+    assert measured == pytest.approx(claimed, abs=1e-12)
+
+
+def test_killed_runs_go_on_bit_for_bit(place, whole):
+    process = command(place, "killed")
+    assert process.stdout
+    for line in process.stdout:
+        if line.startswith("generation   2/"):
+            break
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    code, out, err = finish(command(place, "killed"))
+    assert code == 0, err
+    assert "resumed after generation" in out
+    assert contents(place / "killed") == contents(whole[0])
+
+
+def test_a_complete_run_is_shown_again(place, whole, monkeypatch):
+    before = contents(whole[0])
+    code, out, err = finish(command(place, "whole"))
+    assert code == 0, err
+    assert "complete" in out
+    assert out.splitlines()[-1] == whole[1].splitlines()[-2]
+    assert contents(whole[0]) == before
+
+
+def test_command_line_errors_take_one_screen_and_exit_with_2(place, whole):
+    code, out, err = finish(command(place, "whole", "--seed", "1"))
+    assert code == 2
+    assert "another configuration" in err
+    assert "seed: there 0, now 1" in err
+    assert len(err.splitlines()) < 25
+    assert "Traceback" not in err
+
+
+# --- bad input: clear, at once, nothing written ---------------------------------------------------------------------
+
+
+def config(place, **changes):
+    given = {
+        "model": "digits_cnn",
+        "checkpoint": str(place / "zoo"),
+        "data": "digits",
+        "out": str(place / "out-of-nothing"),
+        "data_dir": str(place / "tfds"),
+        **changes,
+    }
+    return Config(**given)
+
+
+@pytest.fixture(scope="module")
+def zoo(place):
+    module = models.resolve("digits_cnn")
+    variables = module.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    ocp.save(str(place / "zoo"), jax.tree.map(np.asarray, variables))
+    broken = jax.tree.map(np.array, variables)
+    broken["params"]["linear"]["bias"][0] = np.nan
+    ocp.save(str(place / "nan"), broken)
+    return place
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "resnet57"}, "resnet57"),
+        ({"model": "nowhere.at_all:Net"}, "no module named"),
+        ({"checkpoint": "absent.safetensors"}, "absent.safetensors"),
+        ({"checkpoint": "checkpoint"}, "expected"),
+        ({"checkpoint": "nan"}, "linear/bias"),
+        ({"data": "tfds:not_prepared"}, "not_prepared"),
+        ({"data": "npz:absent.npz"}, "absent.npz"),
+        ({"data": "npz:labels.npz"}, "labels 0 to 9"),
+        ({"data": "npz:shape.npz"}, r"\[8, 8, 1\]"),
+        ({"data": "npz:empty.npz"}, "no images|empty"),
+        ({"fitted_split": ("training",)}, "--fitted-split"),
+        ({"macs": 1e-9}, "cannot be met"),
+        ({"macs": -1.0}, "--macs"),
+        ({"population": 1}, "--population"),
+        ({"protect": ("layer9",)}, "layer9"),
+        ({"criterion": "l3"}, "l3"),
+    ],
+)
+def test_bad_input(zoo, monkeypatch, changes, message):
+    monkeypatch.chdir(zoo)
+    rng = np.random.default_rng(0)
+    x, y = rng.random((200, 8, 8, 1), np.float32), np.arange(200) % 10
+    np.savez("labels.npz", x_train=x, y_train=y + 1, x_test=x, y_test=y)
+    np.savez("shape.npz", x_train=x[:, 1:], y_train=y, x_test=x[:, 1:], y_test=y)
+    np.savez("empty.npz", x_train=x[:0], y_train=y[:0], x_test=x[:0], y_test=y[:0])
+    given = config(zoo, **changes)
+    with pytest.raises((TreesurgeonError, ModelError), match=message) as caught:
+        run(given, lambda _: None)
+    assert len(str(caught.value).splitlines()) < 30
+    assert not (zoo / "out-of-nothing/selected").exists()
+
+
+def test_a_directory_that_is_not_a_run_is_left_alone(zoo):
+    there = zoo / "taken"
+    there.mkdir()
+    (there / "thesis.tex").write_text("years of work")
+    with pytest.raises(RunError, match="not empty"):
+        run(config(zoo, out=str(there)), lambda _: None)
+    assert [p.name for p in there.iterdir()] == ["thesis.tex"]
+
+
+# --- parts ----------------------------------------------------------------------------------------------------------
+
+
+def test_momenta_are_read_off_the_update(zoo):
+    subject = prepare(config(zoo)).subject
+    stats = {path for path in subject.graph.leaves if path.startswith("batch_stats/")}
+    assert set(subject.momenta) == stats
+    assert set(np.round(list(subject.momenta.values()), 6)) == {0.9}
+
+
+def test_reestimated_statistics_are_those_of_the_batch(zoo):
+    setting = prepare(config(zoo))
+    subject = setting.subject
+    x = setting.roles.train.images[:64]
+    found = subject.reestimate(subject.train, subject.variables, x, jax.random.key(0))
+    kernel = subject.variables["params"]["stage1_0"]["conv"]
+    first = nn.Conv(16, (3, 3), padding=1, use_bias="bias" in kernel).apply({"params": kernel}, x)
+    stats = found["batch_stats"]["stage1_0"]["bn"]
+    np.testing.assert_allclose(stats["mean"], first.mean((0, 1, 2)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(stats["var"], first.var((0, 1, 2)), rtol=1e-4, atol=1e-5)
+    assert found["params"] == subject.variables["params"]
+
+
+def test_starting_points_within_the_budget_come_first(zoo):
+    setting = prepare(config(zoo, macs=0.5))
+    graph = setting.subject.graph
+    space = build(graph, {name: np.ones(group.size) for name, group in graph.groups.items()})
+    costs = [engine.cost(graph, space.to_plan(s)).macs for s in starting_points(space, graph, setting.budget)]
+    fits = [cost <= setting.budget["macs"] for cost in costs]
+    assert any(fits)
+    assert fits == sorted(fits, reverse=True)
