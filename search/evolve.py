@@ -135,7 +135,7 @@ def ask(
         stale = _same(children, parents).any(1) | _later(_same(children, children))
         return (children, stale), None
 
-    rates = np.minimum(rate * 2.0 ** np.arange(1 + RETRIES), 1).astype(np.float32)
+    rates = jnp.asarray(np.minimum(rate * 2.0 ** np.arange(1 + RETRIES), 1), jnp.float32)
     keys = jax.random.split(change, 1 + RETRIES)
     (children, _), _ = jax.lax.scan(attempt, (children, jnp.ones(size, bool)), (keys, rates))
     return jnp.where(state.generation == 0, parents, children)

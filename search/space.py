@@ -39,7 +39,6 @@ class Space:
     groups: tuple[str, ...]  # searched ones, in the order of their genes
     blocks: tuple[str, ...]  # searched ones, likewise, after the groups
     sizes: Mapping[str, int]  # of every group of the graph
-    all_blocks: tuple[str, ...]
     widths: Mapping[str, np.ndarray]  # searched group -> int32[levels], units kept, from all downwards
     ranks: Mapping[str, np.ndarray]  # searched group -> int32[size], 0 = the best unit
     ties: Ties | None
@@ -67,20 +66,19 @@ class Space:
         return np.array(list(dict.fromkeys(map(tuple, [self.dense_genome(), *shares]))), np.int32)
 
     def decode(self, genome: ArrayLike) -> dict[str, dict[str, Array]]:
-        """One genome's masks: `{"units": {group: bool[size]}, "blocks": {block: bool[]}}`, True = kept."""
+        """One genome's masks: `{"units": {group: bool[size]}, "blocks": {block: bool[]}}`, True = kept.
+
+        Only what can change is named: what is left out of masks is kept, and costs nothing under `engine.gate`.
+        """
         genome = jnp.asarray(genome)
         keep = {g: jnp.asarray(self.widths[g])[genome[i]] for i, g in enumerate(self.groups)}
         kept = genome[len(self.groups) :] > 0
-        units = {
-            g: jnp.asarray(self.ranks[g]) < keep[g] if g in keep else jnp.ones(size, bool)
-            for g, size in self.sizes.items()
-        }
+        units = {g: jnp.asarray(self.ranks[g]) < n for g, n in keep.items()}
         if self.ties is not None:
             counts = jnp.stack([keep.get(g, jnp.asarray(self.sizes[g])) for g in self.ties.names])
             merged = jnp.split(merge(self.ties, counts, ~kept), np.cumsum(self.ties.sizes)[:-1])
             units.update(zip(self.ties.names, merged, strict=True))
-        blocks = {b: jnp.ones((), bool) for b in self.all_blocks}
-        return {"units": units, "blocks": blocks | dict(zip(self.blocks, kept, strict=True))}
+        return {"units": units, "blocks": dict(zip(self.blocks, kept, strict=True))}
 
     def to_plan(self, genome: ArrayLike) -> Any:
         """The `engine.Plan` of one genome, on the host; groups that keep everything are not named."""
@@ -161,7 +159,6 @@ def build(
         groups=tuple(widths),
         blocks=searched,
         sizes=sizes,
-        all_blocks=tuple(graph.blocks),
         widths=widths,
         ranks={g: ranking(values[g]) for g in widths},
         ties=gather(graph.ties, searched, values, {g for g in sizes if g in protected}),

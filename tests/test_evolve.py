@@ -39,6 +39,7 @@ def exact_front(least=0):
 
 ask = jax.jit(lambda state: evolve.ask(state, CARDS))
 tell = jax.jit(evolve.tell)
+mutate = jax.jit(jax.vmap(evolve.mutate, (0, 0, None, None, None)))
 
 
 def step(state, least=0):
@@ -135,7 +136,6 @@ def test_clones_come_last_and_the_first_of_them_is_kept():
 def test_mutation_stays_in_range_flips_bits_and_steps_by_one(seed):
     keys = jax.random.split(jax.random.key(seed), 64)
     genomes = jax.random.randint(jax.random.key(seed + 1), (64, 8), 0, CARDS)
-    mutate = jax.jit(jax.vmap(evolve.mutate, (0, 0, None, None, None)))
     moved = mutate(keys, genomes, CARDS, 1.0, 0.0)
     assert (abs(moved - genomes) == 1).all()  # for bits: always flipped
     fresh = mutate(keys, genomes, CARDS, 1.0, 1.0)
@@ -176,8 +176,8 @@ def test_children_are_new():
 
 @pytest.mark.parametrize("least", [0, 12])
 def test_it_finds_the_exact_front(least):
-    state = start()
-    for _ in range(250):
+    state = start(population=48)
+    for _ in range(150):
         state = step(state, least=least)
     found = set(map(tuple, evolve.front(state).objectives.tolist()))
     truth = set(exact_front(least))
@@ -188,7 +188,7 @@ def test_it_finds_the_exact_front(least):
 
 def test_random_draws_alone_do_not_find_it():
     """The same number of evaluations without selection: the convergence test above can fail."""
-    genomes = jax.random.randint(jax.random.key(0), (16 * 250, 8), 0, CARDS)
+    genomes = jax.random.randint(jax.random.key(0), (48 * 150, 8), 0, CARDS)
     found = set(map(tuple, np.asarray(evaluate(genomes)[0]).tolist()))
     assert len(found & set(exact_front())) < 0.5 * len(exact_front())
 

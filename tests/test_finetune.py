@@ -1,6 +1,7 @@
 """Fine-tuning: what is trained, what is replaced, what is restored."""
 
 import dataclasses
+import itertools
 from collections import Counter
 
 import jax
@@ -156,7 +157,7 @@ def test_every_image_is_seen_at_least_once_and_the_last_batch_is_filled_from_the
     jax.effects_barrier()
     size = min(size, rows)
     assert [len(batch) for batch in seen] == [size] * 2 * steps
-    first, second = sum(seen[:steps], []), sum(seen[steps:], [])
+    first, second = [*itertools.chain(*seen[:steps])], [*itertools.chain(*seen[steps:])]
     for epoch in (first, second):
         assert sorted(epoch[:rows]) == list(range(rows))
         assert epoch[rows:] == epoch[: len(epoch) - rows]

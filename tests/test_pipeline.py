@@ -62,7 +62,13 @@ def command(place: Path, out: str, *more: str, model: str = "mine:Tiny", checkpo
     return subprocess.Popen(
         [sys.executable, "-m", "treesurgeon.search.cli", *arguments],
         cwd=place,
-        env={**os.environ, "TFDS_DATA_DIR": str(place / "tfds"), "PYTHONUNBUFFERED": "1"},
+        env={
+            **os.environ,
+            "TFDS_DATA_DIR": str(place / "tfds"),
+            "PYTHONUNBUFFERED": "1",
+            "JAX_COMPILATION_CACHE_DIR": str(place / "compiled"),  # the runs of these tests compile the same programs
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -144,7 +150,7 @@ def test_a_complete_run_is_shown_again(place, whole, monkeypatch):
 
 
 def test_command_line_errors_take_one_screen_and_exit_with_2(place, whole):
-    code, out, err = finish(command(place, "whole", "--seed", "1"))
+    code, _, err = finish(command(place, "whole", "--seed", "1"))
     assert code == 2
     assert "another configuration" in err
     assert "seed: there 0, now 1" in err

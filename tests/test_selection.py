@@ -84,11 +84,11 @@ def test_the_sentence_names_size_and_error():
 
 
 def test_a_margin_met_exactly_is_met():
-    """0.12 - 0.11 is above 0.01 in floating point."""
-    assert 0.12 - 0.11 > 0.01
-    dense = finalist("dense", 1000, 0.11)
-    assert RULE.select([finalist("edge", 500, 0.12)], dense).selected.name == "edge"
-    assert RULE.select([finalist("over", 500, 0.1201)], dense).selected is dense
+    """0.10 - 0.09 is above 0.01 in floating point."""
+    assert 0.10 - 0.09 > 0.01
+    dense = finalist("dense", 1000, 0.09)
+    assert RULE.select([finalist("edge", 500, 0.10)], dense).selected.name == "edge"
+    assert RULE.select([finalist("over", 500, 0.1001)], dense).selected is dense
 
 
 def test_data_that_is_not_clean_has_no_gap_criterion_and_the_sentence_says_so():

@@ -1,0 +1,27 @@
+"""`test_laws.py` again in float64, in processes of their own with x64 on: the odd programs are run here."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_laws import SUBJECTS
+
+SHARDS = 6
+
+
+@pytest.mark.parametrize("shard", range(SHARDS))
+def test_laws_in_float64(shard):
+    tests = Path(__file__).parent
+    wanted = []
+    for name in list(SUBJECTS)[shard::SHARDS]:
+        wanted.append(f"{tests}/test_laws.py::test_laws[{name}]")
+        wanted.append(f"{tests}/test_laws.py::test_narrowing_twice_is_narrowing_once[{name}]")
+    if shard == 0:
+        wanted.append(f"{tests}/test_laws.py::test_precision_of_the_process")
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"JAX_ENABLE_X64": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *wanted]
+    done = subprocess.run(command, cwd=tests.parent, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert f"{len(wanted)} passed" in done.stdout

@@ -1,0 +1,18 @@
+"""What the README shows runs as it stands there."""
+
+import re
+from pathlib import Path
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_engine_example_runs():
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    example = next(block for block in blocks if "engine.trace" in block)
+    exec(compile(example, str(README), "exec"), {})
+
+
+def test_make_targets_exist():
+    makefile = README.with_name("Makefile").read_text()
+    for target in re.findall(r"make ([a-z-]+)", README.read_text()):
+        assert re.search(rf"^{target}:", makefile, re.M), target
