@@ -124,6 +124,8 @@ def trace(fn: Callable, params: Any, *args: Any, free_outputs: Iterable[str] = (
     leaves = named_leaves(params)
     if not leaves:
         raise StructureError("trace(fn, params, …): params has no array leaves")
+    if len(leaves) != tree_structure(params).num_leaves:
+        raise StructureError("trace(fn, params, …): two leaves have one path, such as 'a/b' and 'a' / 'b': rename one")
     call = split_call(args, kwargs)
     traced = trace_call(fn, params, call)
     paths = list(leaves)

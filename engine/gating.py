@@ -59,14 +59,15 @@ def gate(fn: Callable, graph: Graph) -> Callable:
     def gated(params: Any, masks: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         leaves = check_leaves(params, shapes, "gate")
         units, blocks = _check_masks(graph, masks)
-        found, call = retracer(args, kwargs)
+        found, call = retracer(leaves, args, kwargs)
         for name in found.conflicts:
             if name in units:
                 raise NarrowError(
                     f"this function reads group {name!r} in a way that the traced function did not, so it cannot be "
                     f"gated: trace this function instead, or leave the group out of the masks"
                 )
-        outs = _Gate(units).main(found, graph, [*leaves.values(), *call.arrays], blocks)
+        found.require(graph, blocks)
+        outs = _Gate(units).main(found, graph, [*(leaves[path] for path in graph.leaves), *call.arrays], blocks)
         return jax.tree.unflatten(found.analysis.traced.out_tree, outs)
 
     return gated
@@ -127,20 +128,17 @@ class _Gate:
         program, solution, kinds = analysis.program, analysis.solution, analysis.kinds
         shared = shared_kernels(program, kinds)
         bits = {b: blocks[name] for b, name in found.blocks.items() if name in blocks}
-        missing = set(blocks) - set(found.blocks.values())
-        if missing:
-            raise NarrowError(f"the block {sorted(missing)[0]!r} is not a block of this function: trace it instead")
         exits = {analysis.regions[b].exit: (analysis.regions[b].entry, bit) for b, bit in bits.items()}
         entries: dict[int, list[int]] = {}
         for b in bits:
             entries.setdefault(analysis.regions[b].entry, []).append(b)
         alive = _Alive(bits)
         env: dict[int, Any] = dict(program.consts)
-        for k, (v, x) in enumerate(zip(program.inputs, inputs, strict=True)):
-            if k < len(graph.leaves) and not shared[v] and not is_key(program.avals[v]):
-                used = analysis.uses.values[v]
-                x = self.clear(jnp.asarray(x), dict(enumerate(solution.axes[v])), 1, alive(used))
-            env[v] = x
+        env.update(zip(program.inputs, inputs, strict=True))
+        for v in program.inputs[: len(graph.leaves)]:
+            if not shared[v] and not is_key(program.avals[v]):
+                on = alive(analysis.uses.values[v])
+                env[v] = self.clear(jnp.asarray(env[v]), dict(enumerate(solution.axes[v])), 1, on)
         for i, eqn in enumerate(program.eqns):
             contexts = analysis.uses.eqns[i]
             if contexts is None:

@@ -110,12 +110,13 @@ def activation_energy(fn: Callable, graph: Graph) -> Callable:
     retracer = Retracer(fn, graph)
 
     def measure(params: Any, *args: Any, **kwargs: Any) -> Scores:
-        found, call = retracer(args, kwargs)
+        leaves = named_leaves(params)
+        found, call = retracer(leaves, args, kwargs)
         analysis = found.analysis
         program, solution = analysis.program, analysis.solution
         out: Scores = {name: jnp.zeros(group.size) for name, group in graph.groups.items()}
         env: dict[int, Any] = dict(program.consts)
-        env.update(zip(program.inputs, [*named_leaves(params).values(), *call.arrays], strict=True))
+        env.update(zip(program.inputs, [*(leaves[path] for path in graph.leaves), *call.arrays], strict=True))
         for i, eqn in enumerate(program.eqns):
             if analysis.uses.eqns[i] is None:
                 continue

@@ -48,6 +48,7 @@ class Eqn:
     context: Any
     effects: bool
     body: Program | None = None
+    caller: Any = None
 
     @property
     def name(self) -> str:
@@ -64,10 +65,14 @@ class Eqn:
 
     @property
     def where(self) -> str:
-        """The user's source line, `file.py:12`."""
-        line = source_info_util.summarize(self.source).split(" ")[0]
-        head, _, tail = line.partition(":")
-        return f"{head.rsplit('/', 1)[-1]}:{tail.split(':')[0]}" if tail else line
+        """The user's source line, `file.py:12`; of the call, where the equation lies in a library's function."""
+        return _line(self.source) or _line(self.caller)
+
+
+def _line(source: Any) -> str:
+    line = source_info_util.summarize(source).split(" ")[0] if source is not None else ""
+    head, _, tail = line.partition(":")
+    return f"{head.rsplit('/', 1)[-1]}:{tail.split(':')[0]}" if tail else line
 
 
 @dataclass(eq=False)
@@ -99,7 +104,9 @@ def flatten_program(closed: Any) -> Program:
         program.consts[v] = value
         return v
 
-    def inline(jaxpr: Any, consts: Sequence[Any], args: Sequence[Operand], stack: Any) -> list[Operand]:
+    def inline(
+        jaxpr: Any, consts: Sequence[Any], args: Sequence[Operand], stack: Any, caller: Any = None
+    ) -> list[Operand]:
         env: dict[Any, Operand] = dict(zip(jaxpr.invars, args, strict=True))
         env |= {v: const(c, v.aval) for v, c in zip(jaxpr.constvars, consts, strict=True)}
 
@@ -114,7 +121,13 @@ def flatten_program(closed: Any) -> Program:
             inner_stack = stack + eqn.source_info.name_stack
             if name in INLINED:
                 inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-                results = inline(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), ins, inner_stack)
+                results = inline(
+                    getattr(inner, "jaxpr", inner),
+                    getattr(inner, "consts", ()),
+                    ins,
+                    inner_stack,
+                    caller or eqn.source_info,
+                )
                 env.update(zip(eqn.outvars, results, strict=True))
                 continue
             outs = tuple(new(v.aval) for v in eqn.outvars)
@@ -131,6 +144,7 @@ def flatten_program(closed: Any) -> Program:
                     eqn.ctx,
                     bool(eqn.effects),
                     body,
+                    caller,
                 )
             )
         return [read(v) for v in jaxpr.outvars]
@@ -247,7 +261,7 @@ def split_call(args: tuple, kwargs: dict) -> Call:
     arrays = tuple(leaves[i] for i in chosen)
     try:
         shapes = tuple((np.shape(a), a.dtype, getattr(a, "weak_type", False)) for a in arrays)
-        key: Hashable = (tree, tuple(chosen), tuple(static), shapes)
+        key: Hashable = (tree, tuple(chosen), tuple((type(s), s) for s in static), shapes)  # 1 == True
         hash(key)
     except TypeError:
         key = None

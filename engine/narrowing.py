@@ -129,8 +129,9 @@ def narrow(fn: Callable, graph: Graph, plan: Plan) -> Callable:
 
     def narrowed(params: Any, *args: Any, **kwargs: Any) -> Any:
         leaves = check_leaves(params, shapes, "narrow")
-        found, call = retracer(args, kwargs)
+        found, call = retracer(leaves, args, kwargs)
         _check_conflicts(found, masks["units"])
+        found.require(graph, plan.drop)
         inputs = [leaves.get(path, GONE) for path in graph.leaves]
         outs = _Narrow(masks["units"]).main(found, [*inputs, *call.arrays], masks["blocks"])
         return without_gone(tree_unflatten(found.analysis.traced.out_tree, outs))
@@ -182,23 +183,13 @@ class _Narrow:
         analysis = found.analysis
         program, regions = analysis.program, analysis.regions
         dropped = [regions[b] for b, name in found.blocks.items() if not blocks[name]]
-        lost = {name for name, kept in blocks.items() if not kept} - set(found.blocks.values())
         leaf_gone = [value is GONE for value in inputs]
-        if lost and any(self._reads_gone(analysis, leaf_gone, lost)):
-            raise NarrowError(
-                f"the block {sorted(lost)[0]!r} is not a block of this function, so it cannot be dropped from it: "
-                f"trace this function instead"
-            )
         wanted = [
             GONE if (leaf := analysis.mirror_of.get(i)) is not None and leaf_gone[leaf] else v
             for i, v in enumerate(program.outputs)
         ]
         skip = {region.exit: region.entry for region in dropped}
         return self.run(analysis.solution, inputs, wanted, skip)
-
-    def _reads_gone(self, analysis: Any, gone: list[bool], lost: set[str]) -> list[bool]:
-        used = analysis.uses.values
-        return [g and used[v] is not None for g, v in zip(gone, analysis.program.inputs, strict=False)]
 
     def run(
         self,

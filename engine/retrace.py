@@ -7,7 +7,7 @@ function couples or splits groups in a way that the traced one did not, the atom
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from jax.tree_util import tree_unflatten
 
 from treesurgeon.engine.axes import Atom, Axis, Fixed, Prod, Sum, product, resolve, total
 from treesurgeon.engine.coupling import Analysis, analyse, region_turns
+from treesurgeon.engine.errors import NarrowError
 from treesurgeon.engine.graph import Graph
 from treesurgeon.engine.jaxprs import Call, concrete, split_call, trace_call
 
@@ -28,29 +29,52 @@ class Retraced:
     blocks: Mapping[int, str]
     conflicts: Mapping[str, Axis]
 
+    def require(self, graph: Graph, names: Collection[str]) -> None:
+        """Check that dropping these blocks of the graph means the same in this function.
+
+        Raises:
+            NarrowError: the function reads parameters of one of them, and not (or not only) inside such a block.
+        """
+        own, values = set(self.blocks.values()), self.analysis.uses.values
+        for leaf, v in zip(graph.leaves.values(), self.analysis.program.inputs, strict=False):
+            traced = [context & set(names) for context in leaf.contexts or ()]
+            for context in values[v] or ():
+                here = {self.blocks[b] for b in context if b in self.blocks}
+                if traced and not any(inside <= here for inside in traced):
+                    block = sorted(min(traced, key=sorted) - here)[0]
+                    raise NarrowError(
+                        f"this function reads {leaf.path} outside of the block {block!r}, which the traced function "
+                        f"did not: trace this function instead, or keep the block"
+                    )
+        read = {path for path, v in zip(graph.leaves, self.analysis.program.inputs, strict=False) if values[v]}
+        for name in sorted(set(names) - own):
+            if not read.isdisjoint(graph.blocks[name].kernels):
+                raise NarrowError(f"the block {name!r} is not a block of this function: trace this function instead")
+
 
 class Retracer:
-    """Retraces a function once for every shape it is called at."""
+    """Retraces a function once for every shape and dtype it is called at."""
 
     def __init__(self, fn: Callable, graph: Graph):
         self.fn, self.graph = fn, graph
         self.known: dict[Any, Retraced] = {}
 
-    def __call__(self, args: tuple, kwargs: dict) -> tuple[Retraced, Call]:
-        """The solved program for these arguments."""
+    def __call__(self, leaves: Mapping[str, Any], args: tuple, kwargs: dict) -> tuple[Retraced, Call]:
+        """The solved program for these arguments and parameter leaves, whose shapes are the graph's."""
         call = split_call(args, kwargs)
-        key = None if call.key is None else (call.key, bool(jax.config.read("jax_enable_x64")))
+        dtypes = tuple(getattr(leaves.get(path), "dtype", leaf.dtype) for path, leaf in self.graph.leaves.items())
+        key = None if call.key is None else (call.key, dtypes, bool(jax.config.read("jax_enable_x64")))
         if key in self.known:
             return self.known[key], call
-        found = _retrace(self.fn, self.graph, call)
+        found = _retrace(self.fn, self.graph, dtypes, call)
         if key is not None and concrete(found.analysis.program):
             self.known[key] = found
         return found, call
 
 
-def _retrace(fn: Callable, graph: Graph, call: Call) -> Retraced:
+def _retrace(fn: Callable, graph: Graph, dtypes: Sequence[Any], call: Call) -> Retraced:
     leaves = list(graph.leaves.values())
-    structs = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+    structs = [jax.ShapeDtypeStruct(leaf.shape, dtype) for leaf, dtype in zip(leaves, dtypes, strict=True)]
     traced = trace_call(fn, tree_unflatten(graph.tree, structs), call)
     own = {name: Atom(group.size, label=name) for name, group in graph.groups.items()}
     axes = [tuple(_instance(axis, own) for axis in leaf.axes) for leaf in leaves]

@@ -156,17 +156,24 @@ def search(setting: Setting, space: Space, states: States, say: Say) -> evolve.S
 
 
 def starting_points(space: Space, graph: engine.Graph, budget: Mapping[str, float]) -> np.ndarray:
-    """Uniform widths at every level, of all groups and of the groups within layers; the largest within budget first.
+    """Uniform variants, the largest within the budget first: every width, with no, a quarter, … of the blocks gone.
 
-    Groups within a layer have one producer and one reader; the others run along a residual stream, and hurt more.
+    Widths shrink for all groups, or only for those within a layer (one producer, one reader): the others run along a
+    residual stream, and hurt more. Blocks go at even distances.
     """
     within = [g for g in space.groups if sum(len(graph.leaves[m.path].shape) > 1 for m in graph.groups[g].members) == 2]
-    inner = [space.encode({g: round(share * space.sizes[g]) for g in within}) for share in LEVELS]
-    seeds = np.unique(np.concatenate([space.seeds(), np.array(inner)]), axis=0)
-    costs = [engine.cost(graph, space.to_plan(seed)) for seed in seeds]
+    seeds = set(map(tuple, space.seeds().tolist()))
+    for share in LEVELS:
+        for quarter in range(4):
+            count = len(space.blocks) * quarter // 4
+            gone = [space.blocks[round((k + 0.5) * len(space.blocks) / count - 0.5)] for k in range(count)]
+            genome = space.encode({g: round(share * space.sizes[g]) for g in within}, gone)
+            seeds.add(tuple(genome.tolist()))
+    genomes = np.array(sorted(seeds), np.int32)
+    costs = [engine.cost(graph, space.to_plan(genome)) for genome in genomes]
     fits = [all(cost._asdict()[name] <= limit for name, limit in budget.items()) for cost in costs]
-    order = sorted(range(len(seeds)), key=lambda i: (not fits[i], -costs[i].macs))
-    return seeds[order]
+    order = sorted(range(len(genomes)), key=lambda i: (not fits[i], -costs[i].macs))
+    return genomes[order]
 
 
 def _progress(front: evolve.Scored, done: int, config: Config, measure: str, took: float) -> str:

@@ -74,8 +74,7 @@ def narrow_twice(bench: Bench, examples: int) -> None:
 
 def names():
     """In float32 a few by default; all of them run in float64 (test_laws_x64.py)."""
-    for name in SUBJECTS:
-        yield pytest.param(name, marks=() if name in BASIC else pytest.mark.slow)
+    return [pytest.param(name, marks=() if name in BASIC else pytest.mark.slow) for name in SUBJECTS]
 
 
 @pytest.mark.parametrize("name", names())

@@ -5,11 +5,11 @@ Operands broadcast implicitly: a scalar or a size-1 axis says nothing about the 
 
 from __future__ import annotations
 
-from treesurgeon.engine.axes import Fixed, unify
-from treesurgeon.engine.rules.base import Axes, Rule, Site, register
+from treesurgeon.engine.axes import Fixed, pin, unify
+from treesurgeon.engine.rules.base import Axes, Rule, Site, fixed_axes, register
 
 NAMES = """
-    abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt
+    abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt
     ceil clamp clz complex conj convert_element_type copy cos cosh digamma div eq erf erf_inv erfc exp exp2
     expm1 floor ge gt igamma igammac imag integer_pow is_finite le lgamma log log1p logistic lt max min mul ne
     neg nextafter not optimization_barrier or polygamma population_count pow real reduce_precision
@@ -35,5 +35,14 @@ def axes(site: Site) -> list[Axes]:
     return [tuple(out)]
 
 
+def bitcast_axes(site: Site) -> list[Axes]:
+    """Between widths, the last axis holds the pieces of one number: it stays."""
+    whole, shape = site.ins[0], site.out_shapes[0]
+    if len(shape) < len(whole):
+        pin(whole[-1], site.why("`bitcast_convert_type` joins this axis into one number"))
+    return [(*whole[: len(shape)], *fixed_axes(shape[len(whole) :], site.why("the bytes of a number")))]
+
+
 for _name in NAMES:
     register(_name, Rule(axes))
+register("bitcast_convert_type", Rule(bitcast_axes))

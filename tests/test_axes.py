@@ -1,0 +1,240 @@
+"""The axis algebra against an oracle that enumerates positions.
+
+A drawn program makes axes from atoms by joining, cutting, merging and factoring, and states that pairs are the same.
+The oracle keeps, for every axis, what its mask must be in terms of the masks of the axes it was made from.
+"""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from treesurgeon.engine import axes as ax
+from treesurgeon.engine.masks import axis_count, axis_mask, labels, single_units, unit_index
+
+WHY = ax.Reason("a test", "here.py:1")
+quiet = settings(deadline=None, derandomize=True, database=None, max_examples=300)
+
+
+class Drawn:
+    """Axes, and what must hold between them once all statements are made."""
+
+    def __init__(self):
+        self.axes = []
+        self.claims = []  # (left, right): functions of `mask` that must agree
+
+    def add(self, axis, claim=None):
+        self.axes.append(axis)
+        if claim is not None:
+            self.claims.append((lambda mask: mask(axis), claim))
+        return axis
+
+    def same(self, a, b):
+        ax.unify(a, b, WHY)
+        self.claims.append((lambda mask: mask(a), lambda mask: mask(b)))
+
+
+def outer(a, b):
+    return (a[:, None] & b[None, :]).reshape(-1)
+
+
+@st.composite
+def programs(draw, products=True):
+    p = Drawn()
+    for _ in range(draw(st.integers(2, 4))):
+        p.add(ax.fresh(draw(st.integers(1, 8))))
+    ops = ["concat", "cut", "pad", "unify", "unify", "pin"] + (["merge", "factor", "unify"] if products else [])
+    for op in draw(st.lists(st.sampled_from(ops), max_size=9)):
+        a, b = (p.axes[draw(st.integers(0, len(p.axes) - 1))] for _ in range(2))
+        if op == "concat" and a.size + b.size <= 40:
+            p.add(ax.total([a, b]), lambda mask, a=a, b=b: np.concatenate([mask(a), mask(b)]))
+        elif op == "pad":
+            low, high = ax.fresh(draw(st.integers(0, 3))), ax.fresh(draw(st.integers(0, 3)))
+            p.add(
+                ax.total([low, a, high]),
+                lambda mask, low=low, a=a, high=high: np.concatenate([mask(low), mask(a), mask(high)]),
+            )
+        elif op == "cut":
+            n = draw(st.integers(0, a.size))
+            head, tail = ax.cut_at(a, n)
+            p.add(head, lambda mask, a=a, n=n: mask(a)[:n])
+            p.add(tail, lambda mask, a=a, n=n: mask(a)[n:])
+        elif op == "merge" and a.size * b.size <= 40:
+            p.add(ax.product([a, b]), lambda mask, a=a, b=b: outer(mask(a), mask(b)))
+        elif op == "factor" and a.size:
+            n = draw(st.sampled_from([d for d in range(1, a.size + 1) if a.size % d == 0]))
+            major, minor = ax.factor(a, n, WHY)
+            p.add(major)
+            p.add(minor)
+            p.claims.append((lambda mask, a=a: mask(a), lambda mask, m=major, n=minor: outer(mask(m), mask(n))))
+        elif op == "unify":
+            equal = [c for c in p.axes if c.size == a.size]
+            p.same(a, equal[draw(st.integers(0, len(equal) - 1))])
+        elif op == "pin" and draw(st.booleans()):
+            ax.pin(a, WHY)
+    return p
+
+
+def label_all(axes):
+    free = {}
+    for axis in axes:
+        for atom in ax.atoms(axis):
+            free.setdefault(atom, f"g{len(free)}")
+    for atom, name in free.items():
+        atom.label = name
+    return {name: atom.size for atom, name in free.items()}
+
+
+def mask_of(units):
+    def mask(axis):
+        found = axis_mask(axis, units)
+        return np.ones(axis.size, bool) if found is None else found
+
+    return mask
+
+
+@given(programs(), st.integers(0, 2**32 - 1))
+@quiet
+def test_every_statement_holds_under_every_mask(p, seed):
+    sizes = label_all(p.axes)
+    rng = np.random.default_rng(seed)
+    for _ in range(4):
+        units = {name: rng.random(n) < 0.6 for name, n in sizes.items()}
+        mask = mask_of(units)
+        for left, right in p.claims:
+            assert left(mask).tolist() == right(mask).tolist()
+        for axis in p.axes:
+            assert mask(axis).shape == (axis.size,)
+            assert axis_count(axis, units) == mask(axis).sum()
+
+
+@given(programs(products=False))
+@quiet
+def test_nothing_is_coupled_that_was_not_stated(p):
+    """Without products the finest solution is a union-find over positions; the engine must be as fine."""
+    # positions of unbound leaves of the finished axes against the connections stated on the way
+    parent: dict = {}
+
+    def find(x):
+        while parent.setdefault(x, x) != x:
+            x = parent[x]
+        return x
+
+    program = replay(p)
+    for a, b in program["pairs"]:
+        parent[find(a)] = find(b)
+    label_all(p.axes)
+    unit_of: dict = {}
+    for axis, positions in zip(p.axes, program["positions"], strict=True):
+        for unit, position in zip(single_units(axis), positions, strict=True):
+            if unit is not None:
+                assert find(unit_of.setdefault(unit, position)) == find(position), "two units became one"
+
+
+def replay(p):
+    """The positions of each axis, and which are one, by reading each axis through single-unit masks of its claims."""
+    # Every claim equates masks: position i of one side with position i of the other. Identity masks tell which.
+    number = {id(axis): k for k, axis in enumerate(p.axes)}
+    positions = [[(number[id(axis)], i) for i in range(axis.size)] for axis in p.axes]
+    extra = len(p.axes)
+    pairs = []
+
+    def spell(axis):
+        nonlocal extra
+        if id(axis) not in number:
+            number[id(axis)] = extra
+            extra += 1
+        return np.array([(number[id(axis)], i) for i in range(axis.size)] or np.zeros((0, 2)), int)
+
+    for left, right in p.claims:
+        for a, b in zip(left(spell), right(spell), strict=True):
+            pairs.append((tuple(a.tolist()), tuple(b.tolist())))
+    return {"positions": positions, "pairs": pairs}
+
+
+@given(programs(), st.integers(0, 2**32 - 1))
+@quiet
+def test_unit_index_and_labels_agree_with_masks(p, seed):
+    sizes = label_all(p.axes)
+    rng = np.random.default_rng(seed)
+    for axis in p.axes:
+        for name in sizes if axis.size else ():
+            index = unit_index(axis, name)
+            assert (name in labels(axis)) == bool((index >= 0).any())
+            if sizes[name] == 0:
+                continue
+            units = {name: rng.random(sizes[name]) < 0.5}
+            want = np.array([i < 0 or units[name][i] for i in index], bool)
+            twice = axis_mask(axis, units)
+            if single_units(axis) is not None:  # else one position may hold two units of a group
+                assert (np.ones(axis.size, bool) if twice is None else twice).tolist() == want.tolist()
+
+
+@given(programs())
+@quiet
+def test_normal_form(p):
+    for axis in p.axes:
+        axis = ax.resolve(axis)
+        assert ax.same(axis, axis)
+        parts = axis.parts if isinstance(axis, ax.Sum) else axis.factors if isinstance(axis, ax.Prod) else ()
+        assert not any(type(part) is type(axis) for part in parts)
+        assert not any(isinstance(a, ax.Fixed) and isinstance(b, ax.Fixed) for a, b in itertools.pairwise(parts))
+        assert ax.resolve(axis) is axis
+
+
+def test_single_positions_are_fixed():
+    assert isinstance(ax.fresh(1), ax.Fixed)
+    assert isinstance(ax.fresh(0), ax.Fixed)
+    assert ax.fresh(3).size == 3
+
+
+def test_heads_refine():
+    merged, heads, width = ax.fresh(6), ax.fresh(2), ax.fresh(3)
+    ax.unify(merged, ax.product([heads, width]), WHY)
+    assert list(ax.atoms(merged)) == [heads, width]
+
+
+def test_a_cut_row_pins_only_itself():
+    rows, columns = ax.fresh(4), ax.fresh(3)
+    head, tail = ax.cut_at(ax.product([rows, columns]), 4)
+    assert (head.size, tail.size) == (4, 8)
+    assert sum(atom.size for atom in ax.atoms(rows)) == 2  # rows 2 and 3; row 0 is single, row 1 is cut
+
+
+def test_numpy_integers_are_integers():
+    head, tail = ax.cut_at(ax.fresh(7), np.int64(3))
+    assert type(head.size) is int
+    assert type(tail.size) is int
+
+
+def test_what_does_not_divide_is_pinned_with_its_reason():
+    axis = ax.fresh(6)
+    major, minor = ax.factor(axis, 4, WHY)
+    assert ax.fixed_reason(axis) is WHY
+    assert minor.size == 4
+    assert major.size == 1
+    assert str(WHY) == "a test (here.py:1)"
+    assert str(ax.Reason("bare")) == "bare"
+
+
+def test_symbolic_sizes_are_fixed():
+    from jax import export
+
+    (b,) = export.symbolic_shape("b")
+    axis = ax.fresh(b)
+    assert isinstance(axis, ax.Fixed)
+    assert axis_mask(axis, {}) is None
+    assert not list(ax.atoms(ax.product([axis, ax.Fixed(2, WHY)])))
+
+
+@pytest.mark.parametrize(("a", "b"), [((2, 3), (3, 2)), ((4, 3), (6, 2)), ((2, 2, 3), (4, 3)), ((12,), (2, 6))])
+def test_products_of_other_shapes(a, b):
+    left, right = (ax.product([ax.fresh(n) for n in sizes]) for sizes in (a, b))
+    ax.unify(left, right, WHY)
+    sizes = label_all([left, right])
+    rng = np.random.default_rng(0)
+    for _ in range(8):
+        units = {name: rng.random(n) < 0.6 for name, n in sizes.items()}
+        assert mask_of(units)(left).tolist() == mask_of(units)(right).tolist()

@@ -1,0 +1,202 @@
+"""One row a primitive: what `trace` finds in a program that uses it, and that narrow and gate agree on it.
+
+Every program maps parameters `w` [5, 8] and an input [2, 5] to an array; `units` are the sizes of the groups found.
+A new rule needs a row here and nothing else.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from laws import random_plan
+
+from treesurgeon import engine
+from treesurgeon.engine import jaxprs
+from treesurgeon.engine.rules import base, elementwise
+
+X = np.linspace(-1, 1, 10, dtype=np.float32).reshape(2, 5)
+W = {
+    "w": np.sin(np.arange(40, dtype=np.float32)).reshape(5, 8),
+    "v": np.cos(np.arange(40, dtype=np.float32)).reshape(5, 8),
+    "u": np.sin(2 * np.arange(64, dtype=np.float32)).reshape(8, 8),
+    "h": np.cos(2 * np.arange(8, dtype=np.float32)),
+    "k": np.sin(3 * np.arange(96, dtype=np.float32)).reshape(3, 4, 8),
+}
+
+
+def ints(h):
+    return (jnp.abs(h) * 10).astype(jnp.int32)
+
+
+def positive(h):
+    return jnp.abs(h) * 0.3 + 0.2
+
+
+ELEMENTWISE = {
+    **{
+        n: getattr(lax, n)
+        for n in """abs acos asin asinh atan atanh bessel_i0e bessel_i1e cbrt ceil cos cosh digamma erf erf_inv erfc
+        exp exp2 expm1 floor is_finite lgamma log log1p logistic neg real imag round rsqrt sign sin sinh sqrt square
+        tan tanh conj""".split()
+        if n not in ("real", "imag", "conj")
+    },
+    **{
+        n: (lambda h, n=n: getattr(lax, n)(h, h * 0.7 + 0.1))
+        for n in "add atan2 div eq ge gt le lt max min mul ne nextafter pow rem sub igamma igammac".split()
+    },
+    **{n: (lambda h, n=n: getattr(lax, f"bitwise_{n}")(ints(h), ints(h) + 1)) for n in ("and", "or", "xor")},
+    "not": lambda h: lax.bitwise_not(ints(h)),
+    "clz": lambda h: lax.clz(ints(h)),
+    "population_count": lambda h: lax.population_count(ints(h)),
+    "shift_left": lambda h: lax.shift_left(ints(h), ints(h)),
+    "shift_right_arithmetic": lambda h: lax.shift_right_arithmetic(ints(h), ints(h)),
+    "shift_right_logical": lambda h: lax.shift_right_logical(ints(h), ints(h)),
+    "acosh": lambda h: lax.acosh(h + 1),
+    "polygamma": lambda h: lax.polygamma(jnp.ones_like(h), h),
+    "zeta": lambda h: lax.zeta(h + 1, h),
+    "regularized_incomplete_beta": lambda h: lax.betainc(h + 1, h + 1, h),
+    "integer_pow": lambda h: lax.integer_pow(h, 3),
+    "clamp": lambda h: lax.clamp(0.1, h, 0.5),
+    "select_n": lambda h: lax.select(h > 0.3, h, -h),
+    "complex": lambda h: jnp.abs(lax.complex(h, h)),
+    "conj": lambda h: jnp.abs(lax.conj(lax.complex(h, h))),
+    "real": lambda h: lax.real(lax.complex(h, h)),
+    "imag": lambda h: lax.imag(lax.complex(h, h)),
+    "convert_element_type": lambda h: h.astype(jnp.float16),
+    "reduce_precision": lambda h: lax.reduce_precision(h, 5, 10),
+    "optimization_barrier": lambda h: sum(lax.optimization_barrier((h, h * 2))),
+    "stop_gradient": lax.stop_gradient,
+    "copy": jnp.copy,
+    "add_any": lambda h: jax.grad(lambda v: (jnp.sin(v) * v).sum())(h),
+}
+
+ROWS = {
+    "dot_general": ((8, 6), lambda p, h: h @ p["u"][:, :2]),
+    "conv_general_dilated": (
+        (8, 5),
+        lambda p, h: lax.conv_general_dilated(
+            h[:, None, :], p["u"][None, :, :3], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+        ),
+    ),
+    "conv_general_dilated grouped": (
+        (2, 4, 4),
+        lambda p, h: lax.conv_general_dilated(
+            h[:, None, :], p["k"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=2
+        ).sum(-1),
+    ),
+    "broadcast_in_dim": ((8,), lambda p, h: lax.broadcast_in_dim(h, (2, 3, 8), (0, 2)).sum(2)),
+    "reshape": ((2, 4), lambda p, h: h.reshape(2, 2, 4).sum((1, 2))),
+    "squeeze": ((8,), lambda p, h: lax.squeeze(h[:, None, :], (1,)).sum(1)),
+    "expand_dims": ((8,), lambda p, h: lax.expand_dims(h, (1,)).sum(2)),
+    "transpose": ((8,), lambda p, h: h.T.sum(0)),
+    "concatenate": ((8, 5, 8), lambda p, h: jnp.concatenate([h, X @ p["v"]], 1).sum(1)),
+    "pad": ((8,), lambda p, h: jnp.pad(h, ((0, 0), (2, 1)), constant_values=2).sum(1)),
+    "slice": ((3, 5), lambda p, h: h[:, :3].sum(1) * h[:, 3:].sum(1)),
+    "slice strided": ((), lambda p, h: h[:, ::2].sum(1)),
+    "split": ((3, 5), lambda p, h: jnp.split(h, (3,), 1)[0].sum(1) * jnp.split(h, (3,), 1)[1].max(1)),
+    "iota": ((8,), lambda p, h: (h * lax.iota(jnp.float32, 8)).sum(1)),
+    "dynamic_slice": ((8,), lambda p, h: lax.dynamic_slice(h, (1, 0), (1, 8)).sum(1)),
+    "dynamic_slice of units": ((), lambda p, h: lax.dynamic_slice(h, (1, 2), (1, 3)).sum(1)),
+    "gather": ((8,), lambda p, h: h[jnp.array([1, 0, 1])].sum(1)),
+    "gather of units": ((), lambda p, h: h[:, jnp.array([1, 0, 1])].sum(1)),
+    "random_bits": ((8,), lambda p, h: (h * jax.random.uniform(jax.random.key(0), (2, 8))).sum(1)),
+    "reduce_sum": ((8,), lambda p, h: h.sum(1)),
+    "reduce_prod": ((8,), lambda p, h: h.prod(1)),
+    "reduce_max": ((8,), lambda p, h: h.max(1)),
+    "reduce_min": ((8,), lambda p, h: h.min(1)),
+    "reduce_and": ((8,), lambda p, h: (h > 0.2).all(1)),
+    "reduce_or": ((8,), lambda p, h: (h > 0.8).any(1)),
+    "argmax": ((), lambda p, h: h.argmax(1)),
+    "argmin": ((), lambda p, h: h.argmin(1)),
+    "argmax of others": ((8,), lambda p, h: h.argmax(0).sum()),
+    "sort": ((), lambda p, h: jnp.sort(h, 1)),
+    "sort of others": ((8,), lambda p, h: jnp.sort(h, 0).sum(1)),
+    "rev": ((), lambda p, h: h[:, ::-1] * 2),
+    "rev of others": ((8,), lambda p, h: h[::-1].sum(1)),
+    **{n: ((), lambda p, h, n=n: getattr(lax, n)(h, 1)) for n in ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")},
+    "cumsum of others": ((8,), lambda p, h: lax.cumsum(h, 0).sum(1)),
+    "reduce_window_sum": (
+        (8,),
+        lambda p, h: lax.reduce_window(h[:, None], 0.0, lax.add, (2, 1, 1), (1, 1, 1), "VALID").sum(2),
+    ),
+    "reduce_window_max": ((8,), lambda p, h: lax.reduce_window(h, -jnp.inf, lax.max, (2, 1), (1, 1), "VALID").sum(1)),
+    "reduce_window_max over units": (
+        (),
+        lambda p, h: lax.reduce_window(h, -jnp.inf, lax.max, (1, 2), (1, 2), "VALID").sum(1),
+    ),
+    "reduce_window_min": ((8,), lambda p, h: lax.reduce_window(h, jnp.inf, lax.min, (2, 1), (1, 1), "VALID").sum(1)),
+    "reduce_window": (
+        (8,),
+        lambda p, h: lax.reduce_window(
+            h, jnp.float32(0), lambda a, b: jnp.maximum(a, b) + 0.1, (2, 1), (1, 1), "VALID"
+        ).sum(1),
+    ),
+    "bitcast_convert_type": ((8,), lambda p, h: lax.bitcast_convert_type(h, jnp.int32).max(1)),
+    "bitcast_convert_type to bytes": ((8,), lambda p, h: lax.bitcast_convert_type(h, jnp.uint8).max((1, 2))),
+    "bitcast_convert_type of pairs": (
+        (4,),
+        lambda p, h: jnp.nan_to_num(lax.bitcast_convert_type(h.astype(jnp.float16).reshape(2, 4, 2), jnp.float32)).max(1),
+    ),
+}  # fmt: skip
+
+
+def primitives_of(fn):
+    call = jaxprs.split_call((X,), {})
+    program = jaxprs.trace_call(fn, W, call).program
+    return {eqn.name for eqn in program.eqns}
+
+
+def agree(fn):
+    graph = engine.trace(fn, W, X, free_outputs=())
+    for seed in range(2):
+        plan = random_plan(graph, seed)
+        small = jax.tree.map(np.asarray, engine.narrow(fn, graph, plan)(engine.cut(W, graph, plan), X))
+        wide = jax.tree.map(np.asarray, engine.gate(fn, graph)(W, graph.masks(plan), X))
+        np.testing.assert_allclose(small.astype(float), wide.astype(float), rtol=2e-5, atol=2e-6)
+    return graph
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_elementwise(name):
+    """Units stay apart: the result at kept units is the dense result at those units."""
+    op = ELEMENTWISE[name]
+    fn = lambda p, x: op(positive(x[:, :1] + p["h"]))  # noqa: E731
+    assert name in primitives_of(fn) or name in ("copy", "stop_gradient", "convert_element_type")
+    graph = engine.trace(fn, W, X, free_outputs=("",))
+    assert graph.groups["h"].size == 8
+    plan = engine.Plan({"h": [0, 3, 4]})
+    small = engine.narrow(fn, graph, plan)(engine.cut(W, graph, plan), X)
+    dense = jax.tree.map(np.asarray, fn(W, X))
+    np.testing.assert_allclose(np.asarray(small), dense[:, [0, 3, 4]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_row(name):
+    units, then = ROWS[name]
+    fn = lambda p, x: then(p, x @ p["w"])  # noqa: E731
+    if name != "expand_dims":  # not every version of jax emits it
+        assert name.partition(" ")[0] in primitives_of(fn)
+    assert tuple(group.size for group in agree(fn).groups.values()) == units
+
+
+def test_every_rule_has_a_row():
+    rows = {name.partition(" ")[0] for name in ROWS}
+    assert set(base._RULES) == rows | set(ELEMENTWISE)
+    assert set(elementwise.NAMES) == set(ELEMENTWISE)
+
+
+def test_a_rule_can_be_registered():
+    """`fft` over the batch axis, say, leaves units alone; whoever knows so can say so."""
+    fn = lambda p, x: jnp.abs(jnp.fft.fft(x @ p["w"], axis=0)).sum(1)  # noqa: E731
+    assert not engine.trace(fn, W, X).groups
+    try:
+        base.register("fft", base.Rule(elementwise.axes))
+        assert [g.size for g in agree(fn).groups.values()] == [8]
+    finally:
+        del base._RULES["fft"]
+
+
+def test_an_unknown_primitive_pins_and_says_so():
+    graph = engine.trace(lambda p, x: jnp.fft.fft(x @ p["w"]).real, W, X)
+    assert "no rule for the primitive `fft` (test_rules.py:" in str(graph.pinned["w[1]"])
