@@ -64,12 +64,13 @@ def narrow_twice(bench: Bench, examples: int) -> None:
     @settings(quiet, max_examples=examples)
     @given(st.data())
     def under_plans(data):
-        seen.append(1)
-        if len(seen) > 1 or examples == 1:
-            first = data.draw(plans(bench.graph, least=2))
+        first = data.draw(plans(bench.graph, least=2))
+        seen.append(first)
+        if len(seen) > 1 or examples == 1:  # the first that Hypothesis draws is the smallest
             bench.law6(first, lambda graph: data.draw(plans(graph)))
 
     under_plans()
+    assert len(seen) == examples
 
 
 def names():

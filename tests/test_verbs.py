@@ -1,0 +1,455 @@
+"""`cut`, `narrow` and `gate` where programs and callers are odd: counter-examples found so far, and every message."""
+
+from collections import OrderedDict
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.core import FrozenDict
+from jax import export, lax
+from laws import Bench, draw, leaves_of, random_plan
+from subjects import subjects
+from zoo import C, D, conv, dense
+
+from treesurgeon import engine
+from treesurgeon.engine import NarrowError, Plan, PlanError, StructureError, TreesurgeonError
+
+P = draw({"s": D(5, 6), "a": D(6, 6), "c": D(6, 2)}, 0, np.float32)
+RNG = np.random.default_rng(0)
+X, Y = RNG.normal(size=(4, 5)).astype(np.float32), np.array([0, 1, 0, 1])
+
+
+def model(p, x):
+    h = jnp.tanh(dense(p["s"], x))
+    h = h + jnp.tanh(dense(p["a"], h))
+    return dense(p["c"], h)
+
+
+def loss(p, x, y):
+    return -jnp.take_along_axis(jax.nn.log_softmax(model(p, x)), y[:, None], 1).mean()
+
+
+GRAPH = engine.trace(model, P, X)
+KEEP, DROP = Plan({"s": [0, 2, 3]}), Plan({"s": [0, 2, 3]}, {"a"})
+UNITS = GRAPH.masks(KEEP)["units"]
+
+
+def close(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=1e-5, atol=1e-6), a, b)
+
+
+def agree(fn, params, *args, seeds=(0, 1)):
+    """Trace, and compare narrow with gate under plans."""
+    graph = engine.trace(fn, params, *args)
+    for seed in seeds:
+        plan = random_plan(graph, seed)
+        close(
+            engine.narrow(fn, graph, plan)(engine.cut(params, graph, plan), *args),
+            engine.gate(fn, graph)(params, graph.masks(plan), *args),
+        )
+    return graph
+
+
+# A graph serves other functions of the same parameters.
+
+
+@pytest.mark.parametrize("plan", [KEEP, DROP])
+def test_a_loss_of_the_traced_model(plan):
+    small = engine.cut(P, GRAPH, plan)
+    value, grads = jax.value_and_grad(engine.narrow(loss, GRAPH, plan))(small, X, Y)
+    wide, wide_grads = jax.value_and_grad(engine.gate(loss, GRAPH))(P, GRAPH.masks(plan), X, Y)
+    close((value, grads), (wide, engine.cut(wide_grads, GRAPH, plan)))
+
+
+@pytest.mark.parametrize("plan", [KEEP, DROP])
+def test_a_function_that_runs_the_model_twice(plan):
+    def two(p, x, y):
+        return loss(p, x, y) + loss(p, 2 * x[::-1], y)
+
+    small = engine.cut(P, GRAPH, plan)
+    once = engine.narrow(loss, GRAPH, plan)
+    want = once(small, X, Y) + once(small, 2 * X[::-1], Y)
+    close(engine.narrow(two, GRAPH, plan)(small, X, Y), want)
+    close(engine.gate(two, GRAPH)(P, GRAPH.masks(plan), X, Y), want)
+
+
+def decayed(p, x, y):
+    return loss(p, x, y) + sum((leaf**2).sum() for leaf in jax.tree.leaves(p))
+
+
+def test_weight_decay():
+    small = engine.cut(P, GRAPH, KEEP)
+    want = engine.narrow(loss, GRAPH, KEEP)(small, X, Y) + sum((leaf**2).sum() for leaf in jax.tree.leaves(small))
+    close(engine.narrow(decayed, GRAPH, KEEP)(small, X, Y), want)
+    close(engine.gate(decayed, GRAPH)(P, {"units": UNITS}, X, Y), want)
+
+
+def test_weight_decay_of_a_dropped_block_is_refused():
+    message = "reads a/[bw] outside of the block 'a', which the traced function did not"
+    with pytest.raises(NarrowError, match=message):
+        engine.narrow(decayed, GRAPH, DROP)(engine.cut(P, GRAPH, DROP), X, Y)
+    with pytest.raises(NarrowError, match=message):
+        engine.gate(decayed, GRAPH)(P, GRAPH.masks(DROP), X, Y)
+
+
+def test_a_function_without_the_block():
+    def early(p, x):
+        return jnp.tanh(dense(p["s"], x)).sum()
+
+    close(
+        engine.narrow(early, GRAPH, DROP)(engine.cut(P, GRAPH, DROP), X),
+        engine.gate(early, GRAPH)(P, GRAPH.masks(DROP), X),
+    )
+
+
+def test_a_shared_block_that_is_used_another_way():
+    def shared(p, x):
+        h = jnp.tanh(dense(p["s"], x))
+        h = h + jnp.tanh(dense(p["a"], h))
+        return dense(p["c"], h) + p["a"]["w"].sum() + p["a"]["b"].sum()
+
+    def other(p, x):
+        h = jnp.tanh(dense(p["s"], x))
+        return dense(p["c"], jnp.tanh(dense(p["a"], h))[:, ::-1] * h)
+
+    graph = agree(shared, P, X)
+    plan = Plan({}, graph.blocks.keys())
+    assert plan.drop
+    with pytest.raises(NarrowError, match="is not a block of this function"):
+        engine.narrow(other, graph, plan)(engine.cut(P, graph, plan), X)
+
+
+def test_a_function_that_reads_units_another_way():
+    def head(p, h):
+        return dense(p["c"], h)
+
+    h = np.ones((4, 6), np.float32)
+    with pytest.raises(NarrowError, match="reads group 's' in a way that the traced function did not"):
+        engine.narrow(head, GRAPH, KEEP)(engine.cut(P, GRAPH, KEEP), h)
+    with pytest.raises(NarrowError, match="so it cannot be gated: trace this function instead"):
+        engine.gate(head, GRAPH)(P, {"units": UNITS}, h)
+
+
+def test_an_unknown_primitive_that_meets_a_pruned_axis():
+    def spectrum(p, x):
+        return jnp.fft.fft(jnp.tanh(dense(p["s"], x))).real.sum()
+
+    with pytest.raises(NarrowError, match="reads group 's' in a way|`fft` has no rule"):
+        engine.narrow(spectrum, GRAPH, KEEP)(engine.cut(P, GRAPH, KEEP), X)
+
+
+@pytest.mark.parametrize("name", ["mlp", "digits_cnn", "vgg11", "resnet20"])
+def test_the_inference_graph_serves_training(name):
+    bench = Bench(subjects()[f"{name}-train"])
+    bench.graph = Bench(subjects()[name]).graph
+    plan = random_plan(bench.graph, 1, drop=0.6)
+    assert plan.drop
+    small, fast = bench.narrowed(plan)
+    shapes = leaves_of(jax.eval_shape(fast, small, *bench.args))
+    want = {f"1/{path}": x.shape for path, x in leaves_of(small).items() if path.startswith("batch_stats")}
+    assert {path: x.shape for path, x in shapes.items() if path.startswith("1/")} == want
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mlp", "digits_cnn", "vgg11", "resnet20"])
+def test_the_inference_graph_serves_training_in_numbers(name):
+    bench = Bench(subjects()[f"{name}-train"])
+    bench.graph = Bench(subjects()[name]).graph
+    for seed in range(3):
+        bench.law2_and_5(random_plan(bench.graph, seed, drop=0.6))
+
+
+# Callers.
+
+
+def test_gate_under_transformations():
+    gated, masks = engine.gate(model, GRAPH), GRAPH.masks(DROP)
+    stack = jax.tree.map(lambda m: np.stack([m, np.ones_like(m)]), masks)
+    want = np.stack([gated(P, masks, X), model(P, X)])
+    close(jax.jit(jax.vmap(lambda m: gated(P, m, X)))(stack), want)
+    close(lax.map(lambda m: gated(P, m, X), stack), want)
+    per_candidate = jax.jit(jax.vmap(jax.grad(lambda p, m: gated(p, m, X).sum()), (None, 0)))(P, stack)
+    summed = jax.grad(lambda p: jax.vmap(lambda m: gated(p, m, X))(stack).sum())(P)
+    close(jax.tree.map(lambda g: g.sum(0), per_candidate), summed)
+    forward = jax.jvp(lambda x: gated(P, masks, x).sum(), (X,), (X,))[1]
+    close(forward, (jax.grad(lambda x: gated(P, masks, x).sum())(X) * X).sum())
+    close(jax.jit(jax.checkpoint(lambda p: gated(p, masks, X)))(P), want[0])
+    assert np.isfinite(jax.jit(jax.hessian(lambda x: gated(P, masks, x).sum()))(X[:1])).all()
+
+
+def test_relu_at_exactly_zero():
+    p = {"a": {"w": np.zeros((5, 6), "f"), "b": np.zeros(6, "f")}, "c": {"w": np.ones((6, 2), "f")}}
+    for act in (jax.nn.relu, jax.nn.relu6, jax.nn.elu, jax.nn.leaky_relu, lambda h: jnp.maximum(h, 0)):
+        fn = lambda p, x, act=act: (act(dense(p["a"], x)) @ p["c"]["w"]).sum()  # noqa: E731
+        graph = engine.trace(fn, p, X)
+        plan = Plan({"a": [1, 2]})
+        dense_grad = engine.cut(jax.grad(fn)(p, X), graph, plan)
+        close(jax.grad(engine.narrow(fn, graph, plan))(engine.cut(p, graph, plan), X), dense_grad)
+        close(engine.cut(jax.grad(engine.gate(fn, graph))(p, graph.masks(plan), X), graph, plan), dense_grad)
+
+
+def test_masks_may_leave_groups_and_blocks_out():
+    gated = engine.gate(model, GRAPH)
+    close(gated(P, {}, X), model(P, X))
+    close(gated(P, {"units": UNITS}, X), gated(P, GRAPH.masks(KEEP), X))
+    close(gated(P, {"blocks": {"a": False}}, X), gated(P, GRAPH.masks(Plan({}, {"a"})), X))
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        ({"group": {}}, r"expected the keys 'units' and 'blocks', got also \['group'\]"),
+        ({"units": {"zz": np.ones(6, bool)}}, "names 'zz', which is not in the graph"),
+        ({"blocks": {"zz": True}}, "names 'zz', which is not in the graph"),
+        ({"units": {"s": np.ones(5, bool)}}, r"expected shape \(6,\), got \(5,\)"),
+        ({"units": {"s": np.ones((2, 6), bool)}}, "stacks of masks go through jax.vmap"),
+    ],
+)
+def test_masks_that_do_not_fit(masks, message):
+    with pytest.raises(PlanError, match=message):
+        engine.gate(model, GRAPH)(P, masks, X)
+
+
+def test_parameters_that_do_not_fit():
+    small = engine.cut(P, GRAPH, DROP)
+    with pytest.raises(StructureError, match=r"pass what cut\(params, graph, plan\) returns(.|\n)*a/b: not expected"):
+        engine.narrow(model, GRAPH, DROP)(P, X)
+    with pytest.raises(StructureError, match=r"pass the dense pytree that was traced(.|\n)*a/b: expected \(6,\), missing"):
+        engine.gate(model, GRAPH)(small, {}, X)
+    with pytest.raises(StructureError, match=r"pass the pytree that was traced(.|\n)*s/b: expected \(6,\), got \(3,\)"):
+        engine.cut(small, GRAPH, DROP)
+    many = {str(i): np.ones(3) for i in range(12)}
+    with pytest.raises(StructureError, match="… and "):
+        engine.cut(many, GRAPH, DROP)
+
+
+def test_masks_that_are_not_closed_over_ties():
+    """The exit of a dropped block holds zeros where its entry was removed."""
+    p = draw({"a": D(5, 6), "b": D(6, 6), "c": D(6, 2)}, 3, np.float32)
+    fn = lambda p, x: dense(p["c"], jnp.tanh(dense(p["b"], jnp.tanh(dense(p["a"], x)))))  # noqa: E731
+    graph = engine.trace(fn, p, X)
+    entry, exit_ = np.arange(6) < 3, np.isin(np.arange(6), [2, 3, 4])
+    masks = {"units": {"a": entry, "b": exit_}, "blocks": {"b": np.asarray(False)}}
+    want = dense(p["c"], np.tanh(dense(p["a"], X)) * (entry & exit_))
+    close(engine.gate(fn, graph)(p, masks, X), want)
+
+
+def test_other_batches_and_dtypes():
+    small, fast = engine.cut(P, GRAPH, DROP), engine.narrow(model, GRAPH, DROP)
+    assert fast(small, np.ones((7, 5), "f")).shape == (7, 2)
+    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), small)
+    assert fast(half, X.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    assert engine.gate(model, GRAPH)(jax.tree.map(jnp.bfloat16, P), {"units": UNITS}, jnp.bfloat16(X)).dtype == "bfloat16"
+    assert fast(small, X).dtype == np.float32
+
+
+def test_mappings_of_another_order():
+    backwards = OrderedDict((k, OrderedDict(reversed(P[k].items()))) for k in reversed(P))
+    close(engine.gate(model, GRAPH)(backwards, {"units": UNITS}, X), engine.gate(model, GRAPH)(P, {"units": UNITS}, X))
+
+
+def test_static_arguments():
+    def fn(p, x, mode="a", *, scale=(1,)):
+        return model(p, x) * (2 if mode is True or mode == "a" else 3) * scale[0]
+
+    graph = engine.trace(fn, P, X, "b", scale=(2,))
+    small, fast = engine.cut(P, GRAPH, KEEP), engine.narrow(fn, graph, KEEP)
+    close(fast(small, X, "a") * 3, fast(small, X, "b") * 2)
+    close(fast(small, X, 1) * 2, fast(small, X, True) * 3)  # 1 == True, and yet another program
+    close(fast(small, X, scale=[3]), fast(small, X) * 3)
+
+
+def test_a_function_is_retraced_once_for_each_shape():
+    calls = []
+
+    def counted(p, x):
+        calls.append(x.shape)
+        return model(p, x)
+
+    fast, small = engine.narrow(counted, GRAPH, KEEP), engine.cut(P, GRAPH, KEEP)
+    for n in (4, 4, 3, 4, 3):
+        fast(small, X[:n])
+    assert calls == [(4, 5), (3, 5)]
+
+
+def test_closures_over_tracers():
+    def outer(scale):
+        fn = lambda p, x: model(p, x) * scale + scale  # noqa: E731
+        small = engine.narrow(fn, GRAPH, DROP)(engine.cut(P, GRAPH, DROP), X).sum()
+        return small + engine.gate(fn, GRAPH)(P, GRAPH.masks(DROP), X).sum()
+
+    slope = outer(1.0)
+    close(jax.grad(outer)(2.0), slope)
+    close(jax.jit(outer)(2.0), 2 * slope)
+    close(jax.vmap(outer)(jnp.arange(3.0)), slope * np.arange(3))
+
+
+def test_trace_inside_jit():
+    @jax.jit
+    def whole(p, x):
+        graph = engine.trace(model, p, x)
+        return engine.narrow(model, graph, KEEP)(engine.cut(p, graph, KEEP), x)
+
+    close(whole(P, X), engine.narrow(model, GRAPH, KEEP)(engine.cut(P, GRAPH, KEEP), X))
+
+
+@pytest.mark.parametrize("name", ["mlp", "digits_cnn", "vgg11", "resnet20"])
+def test_symbolic_batch(name):
+    bench = Bench(subjects()[name])
+    plan = random_plan(bench.graph, 1)
+    small, fast = bench.narrowed(plan)
+    x = bench.args[0]
+    (b,) = export.symbolic_shape("b")
+    exported = export.export(jax.jit(lambda x: fast(small, x)))(jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype))
+    for n in (1, 2):
+        close(exported.call(x[:n]), jax.jit(fast)(small, x[:n]))
+
+
+# Pytrees.
+
+
+class Layer(NamedTuple):
+    w: object
+    v: object
+    none: object = None
+
+
+def test_containers():
+    params = FrozenDict(
+        {"l": Layer(P["s"]["w"], P["c"]["w"]), "e": {}, "m": None, "block": {"w": P["a"]["w"]}, "k": 2.0, "n": 3}
+    )
+
+    def fn(p, x):
+        h = x @ p["l"].w * p["k"]
+        h = h + jnp.tanh(h @ p["block"]["w"])
+        return h @ p["l"].v * p["n"]
+
+    graph = agree(fn, params, X)
+    plan = Plan({"l": [1, 2]}, graph.blocks.keys())
+    small = engine.cut(params, graph, plan)
+    assert isinstance(small, FrozenDict)
+    assert jax.tree.map(np.shape, dict(small)) == {"l": Layer((5, 2), (2, 2)), "e": {}, "m": None, "k": (), "n": ()}
+    assert engine.cost(graph, plan).size == 10 + 4 + 2
+
+
+def test_leaves_of_lists_leave_none_behind():
+    params = [P["s"]["w"], P["a"]["w"], P["a"]["w"] + 1, P["c"]["w"]]
+
+    def fn(p, x):
+        h = x @ p[0]
+        for w in p[1:-1]:
+            h = h + jnp.tanh(h @ w)
+        return h @ p[-1]
+
+    graph = agree(fn, params, X)
+    small = engine.cut(params, graph, Plan({}, {"1"}))
+    assert [None if w is None else w.shape for w in small] == [(5, 6), None, (6, 6), (6, 2)]
+
+
+def test_cut_does_not_copy_what_stays():
+    small = engine.cut(P, GRAPH, KEEP)
+    assert small["c"]["b"] is P["c"]["b"]
+    assert isinstance(small["s"]["w"], np.ndarray)
+
+
+def test_outputs_that_are_no_arrays():
+    def fn(p, x):
+        return {"y": model(p, x), "none": None, "three": 3, "half": 0.5, "x": x}
+
+    graph = agree(fn, P, X)
+    out = engine.narrow(fn, graph, KEEP)(engine.cut(P, graph, KEEP), X)
+    assert out["none"] is None
+    assert (int(out["three"]), float(out["half"])) == (3, 0.5)
+
+
+# Programs.
+
+
+def test_a_bit_cast_across_widths():
+    def apart(p, x):
+        return lax.bitcast_convert_type(dense(p["s"], x), jnp.uint8).sum(-1).astype(jnp.float32) @ p["c"]["w"]
+
+    def together(p, x):
+        h = dense(p["s"], x).reshape(4, 3, 2).astype(jnp.float16)
+        return jnp.nan_to_num(lax.bitcast_convert_type(h, jnp.float32)).max(-1)
+
+    assert [g.size for g in agree(apart, P, X).groups.values()] == [6]
+    assert [g.size for g in agree(together, P, X).groups.values()] == [3]
+
+
+def test_noise_for_a_dropped_block():
+    def fn(p, x, key):
+        h = dense(p["s"], x)
+        y = jnp.tanh(dense(p["a"], h))
+        return dense(p["c"], h + jnp.where(jax.random.bernoulli(key, 0.5, y.shape), y, 0))
+
+    graph = agree(fn, P, X, jax.random.key(0))
+    assert list(graph.blocks) == ["a"]
+
+
+def test_dropping_a_block_and_the_one_around_it():
+    graph = agree(nested, N, X, seeds=range(4))
+    for drop in ({"a"}, {"b"}, {"a", "b"}):
+        plan = Plan({}, drop)
+        close(
+            engine.narrow(nested, graph, plan)(engine.cut(N, graph, plan), X),
+            engine.gate(nested, graph)(N, graph.masks(plan), X),
+        )
+
+
+N = draw({"s": D(5, 6), "a": D(6, 6), "b": D(6, 6), "c": D(6, 2)}, 1, np.float32)
+
+
+def nested(p, x):
+    h = jnp.tanh(dense(p["s"], x))
+    y = h + jnp.tanh(dense(p["a"], h))
+    y = jnp.tanh(y + dense(p["b"], y))
+    return dense(p["c"], h + y)
+
+
+def test_gradients_traced_as_programs():
+    """Transposed contractions, batch-grouped convolutions of a backward pass: agree or pin."""
+    kernels = draw({"a": C(3, 3, 6), "b": C(3, 6, 4)}, 5, np.float32)
+    image = RNG.normal(size=(2, 5, 5, 3)).astype(np.float32)
+
+    def conv_loss(p, x):
+        return (conv(jax.nn.relu(conv(x, p["a"])), p["b"]) ** 2).mean()
+
+    def step(p, x):
+        grads = jax.grad(loss)(p, x, Y)
+        return model(jax.tree.map(lambda w, g: w - 0.1 * g, p, grads), x)
+
+    agree(step, P, X)
+    for fn, params, x in ((jax.grad(conv_loss), kernels, image), (jax.grad(lambda p, x: loss(p, x, Y)), P, X)):
+        graph = engine.trace(fn, params, x)
+        plan = random_plan(graph, 1, drop=0)
+        close(
+            engine.narrow(fn, graph, plan)(engine.cut(params, graph, plan), x),
+            engine.cut(engine.gate(fn, graph)(params, graph.masks(plan), x), graph, plan),
+        )
+
+
+def test_linear_algebra_and_statistics_pin():
+    def fn(p, x):
+        h = dense(p["s"], x)
+        gram = h.T @ h + jnp.eye(6)
+        return jnp.linalg.solve(gram, p["c"]["w"]).sum(0) + jnp.linalg.eigh(gram)[0].sum() + jnp.median(h, -1).sum()
+
+    assert not agree(fn, P, X).groups
+
+
+def test_printing_from_inside_pins():
+    def fn(p, x):
+        h = dense(p["s"], x)
+        jax.debug.callback(lambda v: None, h)
+        return dense(p["c"], h)
+
+    assert not agree(fn, P, X).groups
+
+
+@pytest.mark.parametrize("error", [NarrowError, PlanError, StructureError, engine.ArtifactError])
+def test_errors_are_ours(error):
+    assert issubclass(error, TreesurgeonError)
+    assert issubclass(error, ValueError)
