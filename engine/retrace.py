@@ -62,7 +62,7 @@ class Retracer:
     def __call__(self, leaves: Mapping[str, Any], args: tuple, kwargs: dict) -> tuple[Retraced, Call]:
         """The solved program for these arguments and parameter leaves, whose shapes are the graph's."""
         call = split_call(args, kwargs)
-        dtypes = tuple(getattr(leaves.get(path), "dtype", leaf.dtype) for path, leaf in self.graph.leaves.items())
+        dtypes = _dtypes(self.graph, leaves)
         key = None if call.key is None else (call.key, dtypes, bool(jax.config.read("jax_enable_x64")))
         if key in self.known:
             return self.known[key], call
@@ -70,6 +70,19 @@ class Retracer:
         if key is not None and concrete(found.analysis.program):
             self.known[key] = found
         return found, call
+
+
+def _dtypes(graph: Graph, leaves: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The dtype of every leaf at hand; a leaf that went with a block would have been cast as its fellows were."""
+    cast = {
+        leaf.dtype: getattr(leaves.get(path), "dtype", leaf.dtype)
+        for path, leaf in graph.leaves.items()
+        if path in leaves
+    }
+    return tuple(
+        getattr(leaves.get(path), "dtype", leaf.dtype) if path in leaves else cast.get(leaf.dtype, leaf.dtype)
+        for path, leaf in graph.leaves.items()
+    )
 
 
 def _retrace(fn: Callable, graph: Graph, dtypes: Sequence[Any], call: Call) -> Retraced:

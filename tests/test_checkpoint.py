@@ -1,179 +1,224 @@
-"""Saved models: what goes in comes out, and what is damaged, foreign or newer is refused with a reason."""
+"""Saved models: round trips, what they compute, training on, and every way in which a directory can be wrong."""
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from jax import export
+from laws import draw, leaves_of, random_plan
+from subjects import variables_spec
 
-from treesurgeon import engine
-from treesurgeon.engine import ArtifactError, ModelSpec, StructureError
+from treesurgeon import engine, models
+from treesurgeon.engine import ArtifactError, ModelSpec, Plan, StructureError
 
-SPEC = ModelSpec("digits_cnn", (8, 8, 1), {"stages": [[4, 4], [6]], "residual": [0, 5], "hidden": 9})
-X = np.random.default_rng(0).normal(size=(5, 8, 8, 1)).astype(np.float32)
+KWARGS = {"num_classes": 4, "stages": [[4, 4], [6], [6, 6]], "residual": [0, 5, 4], "hidden": 9, "dropout": 0.2}
+SPEC = ModelSpec("digits_cnn", (8, 8, 1), KWARGS)
+MODULE = models.resolve("digits_cnn", **KWARGS)
+VARIABLES = draw(variables_spec(MODULE, SPEC.input_shape), 0, np.float32)
+X = np.random.default_rng(1).normal(size=(5, 8, 8, 1)).astype(np.float32)
+FN, _ = engine.from_linen(MODULE, VARIABLES)
+GRAPH = engine.trace(FN, VARIABLES, X[:1])
+PLAN = random_plan(GRAPH, 4, least=2, drop=0.6)
+SMALL = engine.cut(VARIABLES, GRAPH, PLAN)
+WANT = np.asarray(jax.jit(engine.narrow(FN, GRAPH, PLAN))(SMALL, X))
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    module = SPEC.build()
-    fn, variables = engine.from_linen(module, module.init(jax.random.key(0), X))
-    graph = engine.trace(fn, variables, X)
-    first = next(name for name, group in graph.groups.items() if group.size > 3)
-    plan = engine.Plan({first: np.array([0, 2])}, {next(iter(graph.blocks))})
-    small = engine.cut(variables, graph, plan)
-    path = engine.save(
-        tmp_path_factory.mktemp("models") / "selected", SPEC, small, plan, manifest={"seed": 3}, card="# c"
-    )
-    return path, engine.narrow(fn, graph, plan)(small, X), small, plan
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run") / "selected"
+    assert PLAN.drop
+    return engine.save(path, SPEC, SMALL, PLAN, manifest={"metrics": {"acc": 0.9}, "format": 99}, card="# A card\n")
 
 
 @pytest.fixture
-def copy(made, tmp_path):
-    return shutil.copytree(made[0], tmp_path / "copy")
+def copy(saved, tmp_path):
+    return Path(shutil.copytree(saved, tmp_path / "selected"))
 
 
-def edit(path, **entries):
+def edit_manifest(path, change):
     manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps({**manifest, **entries}))
+    change(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
 
 
-def test_round_trip(made):
-    path, expected, small, plan = made
-    model = engine.load(path)
-    np.testing.assert_allclose(model(X), expected, rtol=1e-5, atol=1e-6)
-    assert jax.tree.map(np.shape, model.variables) == jax.tree.map(np.shape, small)
-    assert {k: v.tolist() for k, v in model.plan.keep.items()} == {k: v.tolist() for k, v in plan.keep.items()}
-    assert model.plan.drop == plan.drop
-    assert model.manifest["seed"] == 3
-    assert (path / "README.md").read_text() == "# c"
+def test_round_trip(saved):
+    model = engine.load(saved)
+    mine, his = leaves_of(model.variables), leaves_of(SMALL)
+    assert mine.keys() == his.keys()
+    assert all(np.array_equal(mine[k], his[k]) and mine[k].dtype == his[k].dtype for k in his)
+    np.testing.assert_allclose(model(X), WANT, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(model(X[:2]), WANT[:2], rtol=1e-5, atol=1e-6)
+    assert {k: v.tolist() for k, v in model.plan.keep.items()} == {k: v.tolist() for k, v in PLAN.keep.items()}
+    assert model.plan.drop == PLAN.drop
+    assert model.manifest["metrics"] == {"acc": 0.9}
+    assert model.manifest["format"] == 1
+    assert (saved / "README.md").read_text() == "# A card\n"
 
 
-def test_stablehlo_runs_without_the_model_and_has_a_gradient(made):
-    path, expected, _, _ = made
-    exported = export.deserialize(bytearray((path / "model.stablehlo").read_bytes()))
-    np.testing.assert_allclose(exported.call(X), expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(exported.call(X[:1]), expected[:1], rtol=1e-5, atol=1e-6)
-    model = engine.load(path)
-    slope = jax.grad(lambda x: exported.call(x).sum())(X)
-    np.testing.assert_allclose(slope, jax.grad(lambda x: model(x).sum())(X), rtol=1e-4, atol=1e-6)
+def test_load_in_another_process(saved):
+    program = "import sys, numpy as np; from treesurgeon.engine import load; x = np.load(sys.argv[2]); " + (
+        "np.save(sys.argv[3], load(sys.argv[1])(x))"
+    )
+    np.save(saved.parent / "x.npy", X)
+    paths = [str(saved), str(saved.parent / "x.npy"), str(saved.parent / "y.npy")]
+    subprocess.run([sys.executable, "-c", program, *paths], check=True)
+    np.testing.assert_allclose(np.load(paths[2]), WANT, rtol=1e-5, atol=1e-6)
 
 
-def test_training_goes_on_at_the_small_shapes(made):
-    model = engine.load(made[0])
-    y = jnp.arange(5)
+def test_stablehlo_runs_without_the_model(saved):
+    call = export.deserialize((saved / "model.stablehlo").read_bytes()).call
+    for n in (1, 3, 5):
+        np.testing.assert_allclose(call(X[:n]), WANT[:n], rtol=1e-5, atol=1e-5)
+    model = engine.load(saved)
+    mine = jax.grad(lambda x: call(x).sum())(X)
+    np.testing.assert_allclose(mine, jax.grad(lambda x: model(x).sum())(X), rtol=1e-4, atol=1e-5)
+
+
+def test_training_goes_on(saved):
+    model = engine.load(saved)
+    labels = np.arange(5) % 4
+    optimizer = optax.adam(3e-2)
 
     @jax.jit
-    def step(variables, memory):
+    def step(variables, state, key):
         def loss(params):
-            out, updates = model.apply({**variables, "params": params}, X, train=True, mutable=["batch_stats"])
-            return optax.softmax_cross_entropy_with_integer_labels(out, y).mean(), updates
+            logits, updates = model.apply(
+                {**variables, "params": params}, X, train=True, mutable=["batch_stats"], rngs={"dropout": key}
+            )
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), updates
 
-        (value, updates), slopes = jax.value_and_grad(loss, has_aux=True)(variables["params"])
-        change, memory = tx.update(slopes, memory)
-        return {"params": optax.apply_updates(variables["params"], change), **updates}, memory, value
+        (value, updates), grads = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+        change, state = optimizer.update(grads, state)
+        return {"params": optax.apply_updates(variables["params"], change), **updates}, state, value
 
-    tx = optax.sgd(0.1)
-    variables, memory = model.variables, tx.init(model.variables["params"])
-    values = []
-    for _ in range(5):
-        variables, memory, value = step(variables, memory)
-        values.append(float(value))
-    assert values[-1] < values[0]
-    assert jax.tree.map(np.shape, variables) == jax.tree.map(np.shape, model.variables)
-    moved = jax.tree.map(lambda a, b: bool((a != b).any()), variables["batch_stats"], model.variables["batch_stats"])
-    assert all(jax.tree.leaves(moved))
-
-
-def test_a_loaded_model_can_be_pruned_again(made):
-    model = engine.load(made[0])
-    graph = engine.trace(model.apply, model.variables, X)
-    name = next(iter(graph.groups))
-    plan = engine.Plan({name: np.array([0])})
-    small = engine.cut(model.variables, graph, plan)
-    out = engine.narrow(model.apply, graph, plan)(small, X)
-    gated = engine.gate(model.apply, graph)(model.variables, graph.masks(plan), X)
-    np.testing.assert_allclose(out, gated, rtol=1e-4, atol=1e-5)
+    variables, state, losses = model.variables, optimizer.init(model.variables["params"]), []
+    shapes = jax.tree.map(np.shape, variables)
+    for i in range(12):
+        variables, state, value = step(variables, state, jax.random.key(i))
+        losses.append(float(value))
+    assert jax.tree.map(np.shape, variables) == shapes
+    assert min(losses[-3:]) < losses[0]
+    again = engine.save(saved.parent / "further", SPEC, variables, model.plan)
+    np.testing.assert_allclose(engine.load(again)(X), model.apply(variables, X), rtol=1e-4, atol=1e-5)
 
 
-def test_nothing_is_overwritten_and_nothing_half_written(made, tmp_path):
-    _, _, small, plan = made
-    (tmp_path / "there").mkdir()
+def test_nothing_is_overwritten(saved):
+    before = sorted(p.name for p in saved.parent.iterdir())
     with pytest.raises(ArtifactError, match="exists: nothing was written"):
-        engine.save(tmp_path / "there", SPEC, small, plan)
-    wrong = jax.tree.map(lambda x: x[..., :1], small)
-    with pytest.raises(StructureError, match="do not fit"):
-        engine.save(tmp_path / "new", SPEC, wrong, plan)
-    assert [p.name for p in tmp_path.iterdir()] == ["there"]
+        engine.save(saved, SPEC, SMALL, PLAN)
+    with pytest.raises(StructureError):
+        engine.save(saved.parent / "other", SPEC, VARIABLES, PLAN)
+    assert sorted(p.name for p in saved.parent.iterdir()) == before
 
 
-@pytest.mark.parametrize("name", ["model.stablehlo", "README.md"])
-def test_a_changed_file_is_refused(copy, name):
-    (copy / name).write_bytes((copy / name).read_bytes() + b" ")
-    with pytest.raises(ArtifactError, match=name):
-        engine.load(copy)
+def test_a_failed_save_leaves_nothing(tmp_path):
+    with pytest.raises(TypeError):
+        engine.save(tmp_path / "m", SPEC, SMALL, PLAN, manifest={"bad": object()})
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_every_flipped_array_byte_is_refused(copy):
-    data = [p for p in (copy / "variables").rglob("*") if p.is_file() and p.stat().st_size]
-    assert data
-    for path in data:
-        whole = path.read_bytes()
-        path.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
-        with pytest.raises(ArtifactError, match="changed"):
-            engine.load(copy)
-        path.write_bytes(whole)
-    engine.load(copy)
+# Directories that are wrong.
 
 
-def test_missing_and_added_files_are_refused(copy):
-    (copy / "extra").write_text("x")
-    with pytest.raises(ArtifactError, match="extra"):
-        engine.load(copy)
-    (copy / "extra").unlink()
-    (copy / "model.stablehlo").unlink()
-    with pytest.raises(ArtifactError, match=r"model\.stablehlo"):
-        engine.load(copy)
+def flip_a_byte(path):
+    victim = max((p for p in (path / "variables").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
 
 
 @pytest.mark.parametrize(
-    ("entries", "message"),
+    ("damage", "message"),
     [
-        ({"format": 2}, "upgrade treesurgeon"),
-        ({"format": "1"}, "format '1'"),
-        ({"model": {}}, "lacks an entry"),
-        ({"plan": 3}, "lacks an entry"),
-        ({"files": {}}, "missing, added or changed"),
+        (flip_a_byte, "1 files are missing, added or changed since it was saved"),
+        (lambda p: (p / "model.stablehlo").unlink(), r"\(model.stablehlo\): copy the directory again"),
+        (lambda p: (p / "extra").write_text("x"), r"changed since it was saved \(extra\)"),
+        (lambda p: (p / "README.md").write_text("better"), r"\(README.md\)"),
+        (lambda p: shutil.rmtree(p / "variables"), "files are missing"),
+        (lambda p: (p / "manifest.json").unlink(), "has no manifest.json: it is not a saved model"),
+        (lambda p: (p / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+        (lambda p: (p / "manifest.json").write_bytes(b"\xff\xfe"), "manifest.json cannot be read"),
+        (lambda p: (p / "manifest.json").write_text("[]"), "format None; this version reads up to 1"),
+        (lambda p: edit_manifest(p, lambda m: m.update(format=2)), "format 2; this version reads up to 1: upgrade"),
+        (lambda p: edit_manifest(p, lambda m: m.update(format="1")), "format '1'"),
+        (lambda p: edit_manifest(p, lambda m: m.pop("plan")), "lacks an entry or has one of another kind: KeyError"),
+        (lambda p: edit_manifest(p, lambda m: m.update(model=3)), "has one of another kind: TypeError"),
+        (lambda p: edit_manifest(p, lambda m: m["plan"].update(keep=[])), "another kind: AttributeError"),
+        (shutil.rmtree, "is not a directory: pass the `selected/` directory of a run"),
     ],
-)
-def test_manifests_that_do_not_fit(copy, entries, message):
-    edit(copy, **entries)
+)  # fmt: skip
+def test_damage(copy, damage, message):
+    damage(copy)
     with pytest.raises(ArtifactError, match=message):
         engine.load(copy)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '"format"', "\x00"])
-def test_manifests_that_are_no_manifests(copy, text):
-    (copy / "manifest.json").write_text(text)
-    with pytest.raises(ArtifactError):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["plan"]["keep"].update({next(iter(m["plan"]["keep"])): [0]}), "do not fit|ties group"),
+        (lambda m: m["plan"].update(drop=["nowhere"]), "'nowhere', which is not there"),
+        (lambda m: m["plan"]["keep"].update({next(iter(m["plan"]["keep"])): [3, 1]}), "must be sorted"),
+        (lambda m: m["model"]["kwargs"].update(num_classes=5), "do not fit"),
+    ],
+)
+def test_a_manifest_that_was_tampered_with(copy, change, message):
+    edit_manifest(copy, change)
+    with pytest.raises(engine.TreesurgeonError, match=message):
         engine.load(copy)
 
 
-def test_missing_directory_and_missing_manifest(copy, tmp_path):
-    with pytest.raises(ArtifactError, match="not a directory"):
-        engine.load(tmp_path / "nowhere")
-    (copy / "manifest.json").unlink()
-    with pytest.raises(ArtifactError, match=r"no manifest\.json"):
-        engine.load(copy)
+class Tiny(nn.Module):
+    width: int = 6
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2)(nn.relu(nn.Dense(self.width)(x)))
 
 
-def test_foreign_code_is_imported_only_when_allowed(copy):
-    manifest = json.loads((copy / "manifest.json").read_text())
-    edit(copy, model={**manifest["model"], "model": "treesurgeon.models:digits_cnn"})
-    with pytest.raises(ArtifactError, match="allow_import=True"):
-        engine.load(copy)
-    assert engine.load(copy, allow_import=True)(X).shape == (5, 10)
-    assert engine.load(copy, module=SPEC.build())(X).shape == (5, 10)
+def test_a_model_from_elsewhere(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere.py").write_text(
+        "import pathlib\npathlib.Path(__file__).with_name('imported').touch()\nfrom test_checkpoint import Tiny\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    spec = ModelSpec("elsewhere:Tiny", (3,), {"width": 5})
+    module = Tiny(5)
+    variables = module.init(jax.random.key(0), jnp.ones((1, 3)))
+    fn, params = engine.from_linen(module, variables)
+    x = np.ones((2, 3), np.float32)
+    graph = engine.trace(fn, params, x)
+    plan = Plan({next(iter(graph.groups)): [0, 4]})
+    small = engine.cut(params, graph, plan)
+    path = engine.save(tmp_path / "m", spec, small, plan, module=module)
+    with pytest.raises(ArtifactError, match=r"built by elsewhere:Tiny, which is not part of treesurgeon: pass module="):
+        engine.load(path)
+    assert not (tmp_path / "imported").exists(), "loading ran code that the directory names"
+    want = engine.narrow(fn, graph, plan)(small, x)
+    np.testing.assert_allclose(engine.load(path, module=module)(x), want, rtol=1e-5)
+    np.testing.assert_allclose(engine.load(path, allow_import=True)(x), want, rtol=1e-5)
+    assert (tmp_path / "imported").exists()
+
+
+def test_from_linen_unboxes_and_passes_arguments():
+    class Boxed(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False, scale=1.0):
+            w = self.param("w", nn.with_partitioning(nn.initializers.ones, ("a", "b")), (3, 2))
+            return x @ w * scale * (2 if train else 1)
+
+    variables = Boxed().init(jax.random.key(0), jnp.ones((1, 3)))
+    fn, params = engine.from_linen(Boxed(), variables, train=True)
+    assert type(params) is dict
+    assert leaves_of(params)["params/w"].shape == (3, 2)
+    x = np.ones((1, 3), np.float32)
+    assert np.asarray(fn(params, x)).tolist() == [[6, 6]]
+    assert np.asarray(fn(params, x, train=False, scale=0.5)).tolist() == [[1.5, 1.5]]

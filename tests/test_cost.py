@@ -53,7 +53,10 @@ def test_statistics_are_not_trainable():
     assert engine.cost(graph, Plan({name: [0, 1]}))[:2] == (14, 10)
 
 
-@pytest.mark.parametrize("name", ["residual", "nested_residuals", "heads", "dense_net", "shared_layer_with_other_between"])
+STACKED = ["residual", "nested_residuals", "heads", "dense_net", "shared_layer_with_other_between"]
+
+
+@pytest.mark.parametrize("name", STACKED)
 def test_stacks_of_masks(name):
     graph = traced(name)
     plans = [random_plan(graph, seed) for seed in range(6)]

@@ -175,7 +175,7 @@ def test_shared_layers_make_blocks_that_drop_apart():
 
 def test_print():
     text = str(traced("residual"))
-    for part in ("2 groups", "stem", "c1[2], c2[3]", "1 blocks", "c1, c2", "pinned axes", "an axis of the input args[0]"):
+    for part in ("2 groups", "stem", "c1[2], c2[3]", "1 blocks", "c1, c2", "pinned axes", "the input args[0]"):
         assert part in text
     assert max(map(len, text.splitlines())) <= 110
     assert "2x6    b/b, b/w  (inside a)" in str(traced("nested_residuals"))

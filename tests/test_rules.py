@@ -114,7 +114,10 @@ ROWS = {
     "sort of others": ((8,), lambda p, h: jnp.sort(h, 0).sum(1)),
     "rev": ((), lambda p, h: h[:, ::-1] * 2),
     "rev of others": ((8,), lambda p, h: h[::-1].sum(1)),
-    **{n: ((), lambda p, h, n=n: getattr(lax, n)(h, 1)) for n in ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")},
+    **{
+        n: ((), lambda p, h, n=n: getattr(lax, n)(h, 1))
+        for n in ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
+    },
     "cumsum of others": ((8,), lambda p, h: lax.cumsum(h, 0).sum(1)),
     "reduce_window_sum": (
         (8,),
@@ -136,7 +139,7 @@ ROWS = {
     "bitcast_convert_type to bytes": ((8,), lambda p, h: lax.bitcast_convert_type(h, jnp.uint8).max((1, 2))),
     "bitcast_convert_type of pairs": (
         (4,),
-        lambda p, h: jnp.nan_to_num(lax.bitcast_convert_type(h.astype(jnp.float16).reshape(2, 4, 2), jnp.float32)).max(1),
+        lambda p, h: jnp.nan_to_num(lax.bitcast_convert_type(jnp.float16(h).reshape(2, 4, 2), jnp.float32)).max(1),
     ),
 }  # fmt: skip
 

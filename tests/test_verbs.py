@@ -87,7 +87,7 @@ def test_weight_decay():
 
 
 def test_weight_decay_of_a_dropped_block_is_refused():
-    message = "reads a/[bw] outside of the block 'a', which the traced function did not"
+    message = r"reads a/[bw] outside of the block 'a', which the traced function did not"
     with pytest.raises(NarrowError, match=message):
         engine.narrow(decayed, GRAPH, DROP)(engine.cut(P, GRAPH, DROP), X, Y)
     with pytest.raises(NarrowError, match=message):
@@ -112,12 +112,12 @@ def test_a_shared_block_that_is_used_another_way():
 
     def other(p, x):
         h = jnp.tanh(dense(p["s"], x))
-        return dense(p["c"], jnp.tanh(dense(p["a"], h))[:, ::-1] * h)
+        return dense(p["c"], h) + dense(p["a"], h).sum()
 
     graph = agree(shared, P, X)
     plan = Plan({}, graph.blocks.keys())
     assert plan.drop
-    with pytest.raises(NarrowError, match="is not a block of this function"):
+    with pytest.raises(NarrowError, match=r"is not a block of this function"):
         engine.narrow(other, graph, plan)(engine.cut(P, graph, plan), X)
 
 
@@ -136,7 +136,7 @@ def test_an_unknown_primitive_that_meets_a_pruned_axis():
     def spectrum(p, x):
         return jnp.fft.fft(jnp.tanh(dense(p["s"], x))).real.sum()
 
-    with pytest.raises(NarrowError, match="reads group 's' in a way|`fft` has no rule"):
+    with pytest.raises(NarrowError, match=r"reads group 's' in a way|`fft` has no rule"):
         engine.narrow(spectrum, GRAPH, KEEP)(engine.cut(P, GRAPH, KEEP), X)
 
 
@@ -216,7 +216,7 @@ def test_parameters_that_do_not_fit():
     small = engine.cut(P, GRAPH, DROP)
     with pytest.raises(StructureError, match=r"pass what cut\(params, graph, plan\) returns(.|\n)*a/b: not expected"):
         engine.narrow(model, GRAPH, DROP)(P, X)
-    with pytest.raises(StructureError, match=r"pass the dense pytree that was traced(.|\n)*a/b: expected \(6,\), missing"):
+    with pytest.raises(StructureError, match=r"the dense pytree that was traced(.|\n)*a/b: expected \(6,\), missing"):
         engine.gate(model, GRAPH)(small, {}, X)
     with pytest.raises(StructureError, match=r"pass the pytree that was traced(.|\n)*s/b: expected \(6,\), got \(3,\)"):
         engine.cut(small, GRAPH, DROP)
@@ -241,7 +241,8 @@ def test_other_batches_and_dtypes():
     assert fast(small, np.ones((7, 5), "f")).shape == (7, 2)
     half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), small)
     assert fast(half, X.astype(jnp.bfloat16)).dtype == jnp.bfloat16
-    assert engine.gate(model, GRAPH)(jax.tree.map(jnp.bfloat16, P), {"units": UNITS}, jnp.bfloat16(X)).dtype == "bfloat16"
+    gated = engine.gate(model, GRAPH)(jax.tree.map(jnp.bfloat16, P), {"units": UNITS}, jnp.bfloat16(X))
+    assert gated.dtype == jnp.bfloat16
     assert fast(small, X).dtype == np.float32
 
 
@@ -421,7 +422,7 @@ def test_gradients_traced_as_programs():
         grads = jax.grad(loss)(p, x, Y)
         return model(jax.tree.map(lambda w, g: w - 0.1 * g, p, grads), x)
 
-    agree(step, P, X)
+    agree(step, P, X, seeds=(1,))
     for fn, params, x in ((jax.grad(conv_loss), kernels, image), (jax.grad(lambda p, x: loss(p, x, Y)), P, X)):
         graph = engine.trace(fn, params, x)
         plan = random_plan(graph, 1, drop=0)

@@ -657,8 +657,7 @@ def dropout_in_dropped_block(p, x, key):
 @case({"a": D(5, 6), "b": D(6, 6)}, arr(2, 5))
 def residual_ends_in_output(p, x):
     h = jnp.tanh(dense(p["a"], x))
-    h = h + jax.nn.relu(dense(p["b"], h))
-    return h
+    return h + jax.nn.relu(dense(p["b"], h))
 
 
 @case({"b": D(5, 5), "c": D(5, 5)}, X)
