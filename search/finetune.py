@@ -3,7 +3,7 @@
     loss = objective(train_apply, temperature=4.0, distill=0.5)
     result = fit(loss, params, trainable, {"x": x, "y": y, "teacher": logits}, recipe, key, evaluate)
 
-An epoch is one compiled `scan` over the batches of a fresh permutation. All batches have one size: the last
+An epoch goes over the batches of a fresh permutation, one compiled step each. All batches have one size: the last
 one is filled up with the first images of the same permutation, so that an epoch sees every image at least
 once and at most `batch_size - 1` of them twice. Leaves that are not trainable (batch statistics) have no
 gradient and no optimiser state; the values that the forward pass returns for them take their place.
@@ -121,16 +121,24 @@ def fit(
         frozen = _divide(replace(join(trained, frozen), updates), trainable)[1]
         return (trained, frozen, memory), value
 
+    # One compiled step and a loop on the host: inside `lax.scan`, XLA's CPU backend runs the gradients of convolutions
+    # many times slower.
     @jax.jit
-    def epoch(state: Any, arrays: Batch, key: Array) -> Any:
-        def take(state: Any, at: tuple[Array, Array]) -> Any:
-            index, key = at
-            return step(state, {name: array[index] for name, array in arrays.items()}, key)
+    def update(state: Any, arrays: Batch, index: Array, key: Array) -> Any:
+        return step(state, {name: array[index] for name, array in arrays.items()}, key)
 
+    @jax.jit
+    def schedule(key: Array) -> tuple[Array, Array]:
         shuffle, noise = jax.random.split(key)
         order = jnp.resize(jax.random.permutation(shuffle, rows), (steps, size))
-        state, losses = jax.lax.scan(take, state, (order, jax.random.split(noise, steps)))
-        return state, losses.mean()
+        return order, jax.random.split(noise, steps)
+
+    def epoch(state: Any, arrays: Batch, key: Array) -> Any:
+        losses = []
+        for index, noise in zip(*schedule(key), strict=True):
+            state, loss = update(state, arrays, index, noise)
+            losses.append(loss)
+        return state, jnp.stack(losses).mean()
 
     arrays = {name: jnp.asarray(array) for name, array in data.items()}
     state = trained, frozen, optimizer.init(trained)

@@ -275,7 +275,9 @@ class Bench:
                 at = np.ix_(*kept[k]) if ct.ndim else ()
                 wide_cts[k][at] = ct[at]
                 cts[k] = ct[at]
-        out, gp, ga = numpied(self.jit(value_and_grads(fast))(small, self.args, cts))
+        run = self.jit(value_and_grads(fast))
+        self.last = plan, lambda args: numpied(run(small, args, cts)[0])
+        out, gp, ga = numpied(run(small, self.args, cts))
         wide_out, wide_gp, wide_ga = self.gated(self.params, masks, self.args, wide_cts)
         wanted = {k: wide_out[k][np.ix_(*kept[k])] if wide_out[k].ndim else wide_out[k] for k in out}
         self.close(out, wanted, "law 2", 0)
@@ -363,17 +365,17 @@ class Bench:
             mine = {k: self.read_off(k, out[k][i], m) for k in out}
             self.close(mine, {k: self.read_off(k, one[k], m) for k in out}, "law 4", 0)
 
-    def law5_transforms(self, plan: Plan, eager: bool = False) -> None:
-        """`narrow` under jit and under vmap over arguments equals a loop without vmap (without jit, if `eager`)."""
+    def law5_transforms(self, eager: bool = False) -> None:
+        """`narrow` under vmap over arguments (without jit as well, if `eager`) equals a loop; after `law2_and_5`."""
+        plan, jitted = self.last
         small, fast = self.narrowed(plan)
-        jitted = self.jit(fast)
-        once = numpied(leaves_of(jitted(small, *self.args)))
+        once = jitted(self.args)
         if eager:
             self.close(once, numpied(leaves_of(fast(small, *self.args))), "law 5, jit", 0)
         if any(is_prng(a) for a in jax.tree.leaves(self.args)):
             return
         other = draw(self.subject.args, "other", self.dtype)
-        twice = numpied(leaves_of(jitted(small, *other)))
+        twice = jitted(other)
         both = jax.tree.map(lambda *a: np.stack(a), self.args, other)
         out = numpied(leaves_of(self.jit(jax.vmap(lambda a: fast(small, *a)))(both)))
         self.close({k: v[0] for k, v in out.items()}, once, "law 5, vmap", 0)
@@ -423,6 +425,10 @@ class Bench:
             return Plan()
         return Plan(keep, frozenset(drop))
 
+    @cached_property
+    def cost_in_jit(self) -> Callable:
+        return self.jit(lambda masks: engine.cost(self.graph, masks))
+
     def law7(self, plan: Plan) -> None:
         small, fast = self.narrowed(plan)
         masks = self.graph.masks(plan)
@@ -434,8 +440,7 @@ class Bench:
         for k in mine:
             assert np.array_equal(np.asarray(mine[k]), np.asarray(by_hand[k]), equal_nan=is_float(mine[k])), k
         assert cost.macs == count_macs(jax.make_jaxpr(fast)(small, *self.args)), "law 7: MACs"
-        traced = jax.jit(lambda m: engine.cost(self.graph, m))(masks)
-        for exact, approximate in zip(cost, traced, strict=True):
+        for exact, approximate in zip(cost, self.cost_in_jit(masks), strict=True):
             assert abs(int(exact) - float(approximate)) <= 1e-6 * exact, "law 7: cost in jit"
 
 

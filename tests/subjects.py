@@ -11,7 +11,6 @@ from laws import A, Subject, arr
 
 from treesurgeon import engine, models
 
-
 MODELS = {
     "mlp": (models.mlp((7, 6, 6), 3, activation="gelu", dropout=0.3), (2, 2, 3)),
     "digits_cnn": (models.digits_cnn(4, ((4, 4), (6,), (6, 6)), (0, 5, 4), 9, 0.2), (8, 8, 1)),

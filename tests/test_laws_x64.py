@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import zoo
 from test_laws import SUBJECTS
 
-SHARDS = 6
+SHARDS = 4
 
 
 @pytest.mark.parametrize("shard", range(SHARDS))
@@ -17,7 +18,8 @@ def test_laws_in_float64(shard):
     wanted = []
     for name in list(SUBJECTS)[shard::SHARDS]:
         wanted.append(f"{tests}/test_laws.py::test_laws[{name}]")
-        wanted.append(f"{tests}/test_laws.py::test_narrowing_twice_is_narrowing_once[{name}]")
+        if name in zoo.ZOO or not name.endswith("-train") and name not in zoo.ODD:
+            wanted.append(f"{tests}/test_laws.py::test_narrowing_twice_is_narrowing_once[{name}]")
     if shard == 0:
         wanted.append(f"{tests}/test_laws.py::test_precision_of_the_process")
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"JAX_ENABLE_X64": "1"}
