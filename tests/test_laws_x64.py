@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import zoo
-from test_laws import SUBJECTS
+from test_laws import SUBJECTS, TWICE
 
 SHARDS = 4
 
@@ -18,7 +17,7 @@ def test_laws_in_float64(shard):
     wanted = []
     for name in list(SUBJECTS)[shard::SHARDS]:
         wanted.append(f"{tests}/test_laws.py::test_laws[{name}]")
-        if name in zoo.ZOO or not name.endswith("-train") and name not in zoo.ODD:
+        if name in TWICE:
             wanted.append(f"{tests}/test_laws.py::test_narrowing_twice_is_narrowing_once[{name}]")
     if shard == 0:
         wanted.append(f"{tests}/test_laws.py::test_precision_of_the_process")

@@ -152,7 +152,7 @@ def primitives_of(fn):
 
 def agree(fn):
     graph = engine.trace(fn, W, X, free_outputs=())
-    for seed in range(2):
+    for seed in range(1):
         plan = random_plan(graph, seed)
         small = jax.tree.map(np.asarray, engine.narrow(fn, graph, plan)(engine.cut(W, graph, plan), X))
         wide = jax.tree.map(np.asarray, engine.gate(fn, graph)(W, graph.masks(plan), X))
