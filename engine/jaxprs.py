@@ -175,7 +175,7 @@ def jvp_program(eqn: Eqn, differentiable: Sequence[int]) -> Program:
     Inputs are the primals, then a tangent for each operand listed in `differentiable`; outputs are the primal
     results, then their tangents.
     """
-    avals = [_struct(aval) for aval in _operand_avals(eqn)]
+    avals = [struct(aval) for aval in _operand_avals(eqn)]
 
     def rule(primals, tangents):
         def call(*chosen):
@@ -194,8 +194,10 @@ def _operand_avals(eqn: Eqn) -> list[Any]:
     return [eqn.body.avals[v] for v in eqn.body.inputs]
 
 
-def _struct(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=getattr(x, "weak_type", False))
+def struct(x: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of an array as JAX holds it: 64 bits only with x64."""
+    dtype = jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True)
+    return jax.ShapeDtypeStruct(x.shape, dtype, weak_type=getattr(x, "weak_type", False))
 
 
 def is_key(aval: Any) -> bool:
@@ -281,8 +283,8 @@ def trace_call(fn: Callable, params: Any, call: Call) -> Traced:
         result[:] = [tuple(path_name(p) for p, _ in with_paths), out_tree]
         return [leaf for _, leaf in with_paths]
 
-    structs = [_struct(leaf) if is_array(leaf) else _struct(np.asarray(leaf)) for leaf in leaves]
-    closed = jax.make_jaxpr(flat)(structs, [_struct(a) for a in call.arrays])
+    structs = [struct(leaf) if is_array(leaf) else struct(np.asarray(leaf)) for leaf in leaves]
+    closed = jax.make_jaxpr(flat)(structs, [struct(a) for a in call.arrays])
     return Traced(flatten_program(closed), result[0], result[1])
 
 

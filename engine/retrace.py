@@ -18,7 +18,7 @@ from treesurgeon.engine.axes import Atom, Axis, Fixed, Prod, Sum, product, resol
 from treesurgeon.engine.coupling import Analysis, analyse, region_turns
 from treesurgeon.engine.errors import NarrowError
 from treesurgeon.engine.graph import Graph
-from treesurgeon.engine.jaxprs import Call, concrete, split_call, trace_call
+from treesurgeon.engine.jaxprs import Call, concrete, split_call, struct, trace_call
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +87,7 @@ def _dtypes(graph: Graph, leaves: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _retrace(fn: Callable, graph: Graph, dtypes: Sequence[Any], call: Call) -> Retraced:
     leaves = list(graph.leaves.values())
-    structs = [jax.ShapeDtypeStruct(leaf.shape, dtype) for leaf, dtype in zip(leaves, dtypes, strict=True)]
+    structs = [struct(jax.ShapeDtypeStruct(leaf.shape, dtype)) for leaf, dtype in zip(leaves, dtypes, strict=True)]
     traced = trace_call(fn, tree_unflatten(graph.tree, structs), call)
     own = {name: Atom(group.size, label=name) for name, group in graph.groups.items()}
     axes = [tuple(_instance(axis, own) for axis in leaf.axes) for leaf in leaves]
