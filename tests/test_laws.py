@@ -15,10 +15,11 @@ import zoo
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from laws import Bench, plans, random_plan
+from regressions import REGRESSIONS
 from subjects import subjects
 
 MODELS = subjects()
-SUBJECTS = {name: case.subject for name, case in {**zoo.ZOO, **zoo.ODD}.items()} | MODELS
+SUBJECTS = {name: case.subject for name, case in {**zoo.ZOO, **zoo.ODD, **REGRESSIONS}.items()} | MODELS
 
 quiet = settings(
     deadline=None,
