@@ -18,11 +18,13 @@ from treesurgeon.models.mlp import MLP, mlp
 from treesurgeon.models.presets import ZOO, Preset, get, resolve
 from treesurgeon.models.resnet import ResNet, resnet
 from treesurgeon.models.vgg import VGG, vgg
+from treesurgeon.models.vit import ViT, vit
 from treesurgeon.models.weights import load_checkpoint
 
 __all__ = [
     "MLP",
     "VGG",
+    "ViT",
     "ZOO",
     "CheckpointError",
     "DigitsCNN",
@@ -38,4 +40,5 @@ __all__ = [
     "resnet",
     "resolve",
     "vgg",
+    "vit",
 ]

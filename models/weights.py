@@ -240,8 +240,9 @@ def _entries(
         return {leaf: _Entry(leaf, shape, lambda x: x) for leaf, shape in shapes.items()}
     family = model.checkpoint_layout if isinstance(model, Preset) else FAMILIES.get(type(model))
     if family is None:
+        name = repr(model.name) if isinstance(model, Preset) else f"a {type(model).__name__}"
         raise CheckpointError(
-            f"checkpoint {path}: no table of PyTorch's names for a {type(model).__name__}; expected flat "
+            f"checkpoint {path}: no table of PyTorch's names for {name}; expected flat "
             f"names, as in {next(iter(shapes))!r}, got {next(iter(arrays), 'no arrays at all')!r}. "
             "Rename them, or save with Orbax"
         )

@@ -301,7 +301,7 @@ def test_preset_describes_its_model(name):
     logits, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
     assert logits.shape == (2, preset.num_classes)
     assert len(preset.mean) == len(preset.std) == preset.input_shape[-1]
-    if name.startswith("resnet"):
+    if preset.checkpoint_layout == "resnet" and preset.input_shape == CIFAR:
         blocks = (int(name.removeprefix("resnet")) - 2) // 6
         expected = {"conv1", "bn1", "linear"} | {f"layer{s}_{b}" for s in (1, 2, 3) for b in range(blocks)}
         assert set(variables["params"]) == expected
@@ -310,8 +310,17 @@ def test_preset_describes_its_model(name):
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    # He et al. 2015, table 6; torchvision's configurations with a 512-512 head.
-    [("resnet20", 269_722), ("resnet56", 853_018), ("resnet110", 1_727_962), ("vgg16", 15_253_578)],
+    [
+        # He et al. 2015, table 6; torchvision's configurations with a 512-512 head.
+        ("resnet20", 269_722),
+        ("resnet56", 853_018),
+        ("resnet110", 1_727_962),
+        ("vgg16", 15_253_578),
+        # timm's.
+        ("vit_tiny", 5_717_416),
+        ("vit_small", 22_050_664),
+        ("vit_base", 86_567_656),
+    ],
 )
 def test_parameter_counts_are_the_published_ones(name, count):
     preset = models.get(name)

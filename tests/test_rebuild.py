@@ -1,0 +1,104 @@
+"""Laws 2 and 8, in inference and in float64: gated, narrowed, and rebuilt at smaller widths, a model is one function.
+
+Each family says how to read its arguments off the shapes of a cut pytree: what is not there has width 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+from laws import draw, leaves_of, random_plan
+from subjects import MODELS, variables_spec
+
+from treesurgeon import engine, models
+from treesurgeon.engine import Graph, Plan, PlanError
+
+Size = Callable[..., int]
+"""`size(module, axis=-1, leaf="kernel")`: the length of an axis of `params/module/leaf`, 0 where it is gone."""
+
+
+def mlp(size: Size) -> nn.Module:
+    return models.mlp([size(f"dense{i}") for i in range(3)], 3, "gelu")
+
+
+def digits_cnn(size: Size) -> nn.Module:
+    stages = [[size(f"stage{s}_{i}/conv") for i in range(n)] for s, n in ((1, 2), (2, 1), (3, 2))]
+    return models.digits_cnn(4, stages, [size(f"stage{s}_res/conv1") for s in (1, 2, 3)], size("dense0"))
+
+
+def vgg11(size: Size) -> nn.Module:
+    stages, i = [], 0
+    for convs in (1, 1, 2, 2, 2):
+        stages.append([size(f"conv{j}") for j in range(i, i + convs)])
+        i += convs
+    return models.vgg(11, 3, stages, [size("dense0"), size("dense1")])
+
+
+def layers(size: Size, name: str = "layer{}", n: int = 2) -> list[tuple[int, ...]]:
+    out = []
+    for i in range(n):
+        layer = name.format(i)
+        query, value = f"{layer}/attention/query", f"{layer}/attention/value"
+        out.append((size(query, 1), size(query), size(value), size(f"{layer}/mlp/dense0")))
+    return out
+
+
+def vit(size: Size) -> nn.Module:
+    return models.vit(num_classes=3, width=size("patch"), layers=layers(size), patch=2, scale=0.7)
+
+
+# How a family is rebuilt, and blocks that its arguments can leave out: each by the modules that go with it.
+REBUILD: dict[str, tuple[Callable[[Size], nn.Module], tuple[str, ...]]] = {
+    "mlp": (mlp, ("dense2",)),
+    "digits_cnn": (digits_cnn, ("stage1_1", "stage2_res")),
+    "vgg11": (vgg11, ("conv3 bn3", "dense1")),
+    "vit": (vit, ("layer0/norm1 layer0/attention", "layer1/norm2 layer1/mlp")),
+}
+
+
+def size_of(shapes: dict[str, tuple[int, ...]], module: str, axis: int = -1, leaf: str = "kernel") -> int:
+    shape = shapes.get(f"params/{module}/{leaf}")
+    return 0 if shape is None else shape[axis]
+
+
+def block_of(graph: Graph, modules: str) -> str:
+    """The block with which all leaves of these modules go, and no others."""
+    inside = tuple(f"{module}/" for module in modules.split())
+    leaves = {path for path in graph.leaves if path.partition("/")[2].startswith(inside)}
+    return next(name for name, block in graph.blocks.items() if set(block.leaves) == leaves)
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", REBUILD)
+def test_rebuilt_at_smaller_widths_it_computes_the_same(name, seed):
+    rebuild, droppable = REBUILD[name]
+    module, inputs = MODELS[name]
+    with jax.enable_x64(True):
+        params, xs = draw(variables_spec(module, *inputs(1)), seed, np.float64), draw(inputs(2), seed, np.float64)
+        fn, _ = engine.from_linen(module, {})
+        graph = engine.trace(fn, params, *xs)
+        keep = random_plan(graph, seed, least=2, drop=0).keep
+        plan = Plan(keep, frozenset(block_of(graph, modules) for modules in droppable if seed < 2))
+        try:
+            graph.masks(plan)
+        except PlanError:  # the ties of what is dropped leave nothing of some group
+            plan = Plan({}, plan.drop)
+
+        small, fast = engine.cut(params, graph, plan), engine.narrow(fn, graph, plan)
+        shapes = {path: leaf.shape for path, leaf in leaves_of(small).items()}
+        rebuilt = rebuild(partial(size_of, shapes))
+        template = jax.eval_shape(rebuilt.init, jax.random.key(0), *xs)
+        assert {path: leaf.shape for path, leaf in leaves_of(template).items()} == shapes
+
+        run = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+        narrowed = run(fast)(small, *xs)
+        gated = run(engine.gate(fn, graph))(params, graph.masks(plan), *xs)
+        again = run(rebuilt.apply)(small, *xs)
+    assert np.isfinite(narrowed).all()
+    np.testing.assert_allclose(narrowed, gated, rtol=1e-9, atol=1e-11)
+    np.testing.assert_allclose(again, narrowed, rtol=1e-9, atol=1e-11)
