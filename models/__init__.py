@@ -14,6 +14,7 @@ Reading order: `mlp.py`, `vgg.py`, `resnet.py`, `digits_cnn.py`, `weights.py`.
 
 from treesurgeon.models.digits_cnn import DigitsCNN, digits_cnn
 from treesurgeon.models.errors import CheckpointError, ModelError, ModelSpecError, UnknownModelError
+from treesurgeon.models.llama import Llama, llama
 from treesurgeon.models.mlp import MLP, mlp
 from treesurgeon.models.presets import ZOO, Preset, get, resolve
 from treesurgeon.models.resnet import ResNet, resnet
@@ -24,17 +25,19 @@ from treesurgeon.models.weights import load_checkpoint
 __all__ = [
     "MLP",
     "VGG",
-    "ViT",
     "ZOO",
     "CheckpointError",
     "DigitsCNN",
+    "Llama",
     "ModelError",
     "ModelSpecError",
     "Preset",
     "ResNet",
     "UnknownModelError",
+    "ViT",
     "digits_cnn",
     "get",
+    "llama",
     "load_checkpoint",
     "mlp",
     "resnet",

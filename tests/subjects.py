@@ -33,6 +33,8 @@ MODELS: dict[str, tuple[nn.Module, Inputs]] = {
         models.vit(num_classes=3, width=6, layers=((2, 3, 4, 5), (3, 2, 2, 6)), patch=2, scale=0.7, dropout=0.2),
         images(4, 4, 3),
     ),
+    "llama": (models.llama(7, 6, ((2, 2, 3, 5), (1, 3, 2, 6)), key=4, theta=10, dropout=0.2), tokens(4, 7)),
+    "llama-tied": (models.llama(7, 6, ((2, 1, 3, 5),), key=6, theta=10, tied=True), tokens(4, 7)),
 }
 # Those whose laws take the default suite too long: `test_rebuild.py` puts one plan of each to laws 2 and 8.
 SLOW = MODELS.keys() - {"mlp", "digits_cnn", "vgg11", "resnet20"}

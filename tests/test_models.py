@@ -324,8 +324,26 @@ def test_preset_describes_its_model(name):
 )
 def test_parameter_counts_are_the_published_ones(name, count):
     preset = models.get(name)
-    shapes = jax.eval_shape(preset.factory().init, jax.random.key(0), jnp.zeros((1, *preset.input_shape)))
-    assert sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])) == count
+    assert parameters(preset.factory(), jnp.zeros((1, *preset.input_shape))) == count
+
+
+def parameters(module, *inputs):
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+
+
+LLAMA_1B = models.llama(128_256, 2048, ((8, 4, 64, 8192),) * 16, theta=500_000.0, tied=True)
+
+
+@pytest.mark.parametrize(
+    ("module", "count"),
+    [
+        (models.llama(), 1_100_048_384),  # TinyLlama
+        (LLAMA_1B, 1_235_814_400),  # Llama 3.2
+    ],
+)
+def test_parameter_counts_of_language_models_are_the_published_ones(module, count):
+    assert parameters(module, jnp.zeros((1, 8), int)) == count
 
 
 @pytest.mark.parametrize(

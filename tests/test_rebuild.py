@@ -5,8 +5,9 @@ Each family says how to read its arguments off the shapes of a cut pytree: what 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,18 +21,20 @@ from treesurgeon.engine import Graph, Plan, PlanError
 
 Size = Callable[..., int]
 """`size(module, axis=-1, leaf="kernel")`: the length of an axis of `params/module/leaf`, 0 where it is gone."""
+Kept = Callable[..., list[int]]
+"""`kept(module, axis=-1, leaf="kernel")`: which positions of that axis are left, none where it is gone."""
 
 
-def mlp(size: Size) -> nn.Module:
+def mlp(size: Size, kept: Kept) -> nn.Module:
     return models.mlp([size(f"dense{i}") for i in range(3)], 3, "gelu")
 
 
-def digits_cnn(size: Size) -> nn.Module:
+def digits_cnn(size: Size, kept: Kept) -> nn.Module:
     stages = [[size(f"stage{s}_{i}/conv") for i in range(n)] for s, n in ((1, 2), (2, 1), (3, 2))]
     return models.digits_cnn(4, stages, [size(f"stage{s}_res/conv1") for s in (1, 2, 3)], size("dense0"))
 
 
-def vgg11(size: Size) -> nn.Module:
+def vgg11(size: Size, kept: Kept) -> nn.Module:
     stages, i = [], 0
     for convs in (1, 1, 2, 2, 2):
         stages.append([size(f"conv{j}") for j in range(i, i + convs)])
@@ -48,22 +51,35 @@ def layers(size: Size, name: str = "layer{}", n: int = 2) -> list[tuple[int, ...
     return out
 
 
-def vit(size: Size) -> nn.Module:
+def vit(size: Size, kept: Kept) -> nn.Module:
     return models.vit(num_classes=3, width=size("patch"), layers=layers(size), patch=2, scale=0.7)
 
 
+def llama(size: Size, kept: Kept, n: int = 2, key: int = 4, tied: bool = False) -> nn.Module:
+    layers, frequencies = [], []
+    for i in range(n):
+        query, value = f"layer{i}/attention/query", f"layer{i}/attention/value"
+        layers.append((size(query, 1), size(query, 2), size(value), size(f"layer{i}/gate")))
+        pairs = kept(query)[: size(query) // 2]  # then come their second halves
+        frequencies.append([10.0 ** (-2 * pair / key) for pair in pairs])
+    width = size("embed", leaf="embedding")
+    return models.llama(7, width, layers, key, 10, frequencies, tied)
+
+
 # How a family is rebuilt, and blocks that its arguments can leave out: each by the modules that go with it.
-REBUILD: dict[str, tuple[Callable[[Size], nn.Module], tuple[str, ...]]] = {
+REBUILD: dict[str, tuple[Callable[[Size, Kept], nn.Module], tuple[str, ...]]] = {
     "mlp": (mlp, ("dense2",)),
     "digits_cnn": (digits_cnn, ("stage1_1", "stage2_res")),
     "vgg11": (vgg11, ("conv3 bn3", "dense1")),
     "vit": (vit, ("layer0/norm1 layer0/attention", "layer1/norm2 layer1/mlp")),
+    "llama": (llama, ("layer0/norm2 layer0/gate layer0/up layer0/down", "layer1/norm1 layer1/attention")),
+    "llama-tied": (partial(llama, n=1, key=6, tied=True), ()),
 }
 
 
-def size_of(shapes: dict[str, tuple[int, ...]], module: str, axis: int = -1, leaf: str = "kernel") -> int:
-    shape = shapes.get(f"params/{module}/{leaf}")
-    return 0 if shape is None else shape[axis]
+def kept_of(indices: Mapping[str, Any], module: str, axis: int = -1, leaf: str = "kernel") -> list[int]:
+    kept = indices.get(f"params/{module}/{leaf}")
+    return [] if kept is None else kept[axis].tolist()
 
 
 def block_of(graph: Graph, modules: str) -> str:
@@ -91,7 +107,8 @@ def test_rebuilt_at_smaller_widths_it_computes_the_same(name, seed):
 
         small, fast = engine.cut(params, graph, plan), engine.narrow(fn, graph, plan)
         shapes = {path: leaf.shape for path, leaf in leaves_of(small).items()}
-        rebuilt = rebuild(partial(size_of, shapes))
+        kept = partial(kept_of, graph.indices(graph.masks(plan)))
+        rebuilt = rebuild(lambda *where, **leaf: len(kept(*where, **leaf)), kept)
         template = jax.eval_shape(rebuilt.init, jax.random.key(0), *xs)
         assert {path: leaf.shape for path, leaf in leaves_of(template).items()} == shapes
 
