@@ -14,8 +14,10 @@ Reading order: `mlp.py`, `vgg.py`, `resnet.py`, `digits_cnn.py`, `weights.py`.
 
 from treesurgeon.models.digits_cnn import DigitsCNN, digits_cnn
 from treesurgeon.models.errors import CheckpointError, ModelError, ModelSpecError, UnknownModelError
+from treesurgeon.models.imagenet_resnet import ImageNetResNet, imagenet_resnet
 from treesurgeon.models.llama import Llama, llama
 from treesurgeon.models.mlp import MLP, mlp
+from treesurgeon.models.mobilenet import MobileNet, mobilenet
 from treesurgeon.models.presets import ZOO, Preset, get, resolve
 from treesurgeon.models.resnet import ResNet, resnet
 from treesurgeon.models.vgg import VGG, vgg
@@ -28,7 +30,9 @@ __all__ = [
     "ZOO",
     "CheckpointError",
     "DigitsCNN",
+    "ImageNetResNet",
     "Llama",
+    "MobileNet",
     "ModelError",
     "ModelSpecError",
     "Preset",
@@ -37,9 +41,11 @@ __all__ = [
     "ViT",
     "digits_cnn",
     "get",
+    "imagenet_resnet",
     "llama",
     "load_checkpoint",
     "mlp",
+    "mobilenet",
     "resnet",
     "resolve",
     "vgg",

@@ -13,7 +13,11 @@ from flax import linen as nn
 
 from treesurgeon.models.digits_cnn import digits_cnn
 from treesurgeon.models.errors import ModelSpecError, UnknownModelError
+from treesurgeon.models.imagenet_resnet import STAGES as imagenet_depths
+from treesurgeon.models.imagenet_resnet import imagenet_resnet
 from treesurgeon.models.mlp import mlp
+from treesurgeon.models.mobilenet import VERSIONS as mobilenet_versions
+from treesurgeon.models.mobilenet import mobilenet
 from treesurgeon.models.resnet import DEPTHS, resnet
 from treesurgeon.models.vgg import STAGES, vgg
 from treesurgeon.models.vit import SIZES as vit_sizes
@@ -59,6 +63,8 @@ def _presets() -> list[Preset]:
         Preset("digits_cnn", digits_cnn, *digits, train, "digits_cnn"),
         *(Preset(f"vgg{d}", partial(vgg, d), cifar, 10, *vgg_norm, train, "vgg") for d in STAGES),
         *(Preset(f"resnet{d}", partial(resnet, d), cifar, 10, *resnet_norm, train, "resnet") for d in DEPTHS),
+        *(Preset(f"resnet{d}", partial(imagenet_resnet, d), *imagenet, train, "resnet") for d in imagenet_depths),
+        *(Preset(f"mobilenet_{v}", partial(mobilenet, v), *imagenet, train, None) for v in mobilenet_versions),
         *(Preset(f"vit_{s}", partial(vit, s), *imagenet, train, None) for s in vit_sizes),
     ]
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from treesurgeon.models.digits_cnn import DigitsCNN
 from treesurgeon.models.errors import CheckpointError
+from treesurgeon.models.imagenet_resnet import ImageNetResNet
 from treesurgeon.models.mlp import MLP
 from treesurgeon.models.presets import Preset
 from treesurgeon.models.resnet import ResNet
@@ -65,7 +66,7 @@ def _dotted(module: str, shapes: Shapes) -> str:
 
 
 def _resnet_name(module: str, shapes: Shapes) -> str:
-    """`layer1_0/conv1` -> `layer1.0.conv1`, as in github.com/akamaster/pytorch_resnet_cifar10."""
+    """`layer1_0/conv1` -> `layer1.0.conv1`, as in torchvision and in github.com/akamaster/pytorch_resnet_cifar10."""
     return module.replace("_", ".").replace("/", ".")
 
 
@@ -105,7 +106,7 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
     }
 )
 FAMILIES: Mapping[type[nn.Module], str] = MappingProxyType(
-    {ResNet: "resnet", VGG: "vgg", MLP: "mlp", DigitsCNN: "digits_cnn"}
+    {ResNet: "resnet", ImageNetResNet: "resnet", VGG: "vgg", MLP: "mlp", DigitsCNN: "digits_cnn"}
 )
 
 

@@ -24,6 +24,13 @@ def tokens(length: int, vocabulary: int, *more: int) -> Inputs:
     return lambda batch: tuple(arr(batch, length, kind=f"i:{n}") for n in (vocabulary, *more))
 
 
+V2_ROWS = [
+    (3, 1, 4, 0, 5, "relu6", False, False),
+    (3, 1, 7, 0, 5, "relu6", True, True),
+    (3, 2, 6, 0, 4, "relu6", True, False),
+]
+V3_ROWS = [(3, 2, 4, 3, 5, "relu", False, False), (5, 1, 6, 4, 5, "hard_swish", True, True)]
+
 MODELS: dict[str, tuple[nn.Module, Inputs]] = {
     "mlp": (models.mlp((7, 6, 6), 3, activation="gelu", dropout=0.3), images(2, 2, 3)),
     "digits_cnn": (models.digits_cnn(4, ((4, 4), (6,), (6, 6)), (0, 5, 4), 9, 0.2), images(8, 8, 1)),
@@ -33,6 +40,18 @@ MODELS: dict[str, tuple[nn.Module, Inputs]] = {
         models.vit(num_classes=3, width=6, layers=((2, 3, 4, 5), (3, 2, 2, 6)), patch=2, scale=0.7, dropout=0.2),
         images(4, 4, 3),
     ),
+    "resnet18": (
+        models.imagenet_resnet(18, 3, 4, (4, 5, 4, 6), ([[4], [5]], [[4], []], [[3], []], [[4], []])),
+        images(16, 16, 3),
+    ),
+    "resnet50": (
+        models.imagenet_resnet(
+            50, 3, 4, (6, 5, 4, 6), ([[4, 3], [5, 2], []], [[4, 5], [], [], []], [[3, 4], *[[]] * 5], [[2, 4], [], []])
+        ),
+        images(16, 16, 3),
+    ),
+    "mobilenet_v2": (models.mobilenet("v2", 3, 4, V2_ROWS, 6), images(8, 8, 3)),
+    "mobilenet_v3": (models.mobilenet("v3_small", 3, 4, V3_ROWS, 6, 5), images(8, 8, 3)),
     "llama": (models.llama(7, 6, ((2, 2, 3, 5), (1, 3, 2, 6)), key=4, theta=10, dropout=0.2), tokens(4, 7)),
     "llama-tied": (models.llama(7, 6, ((2, 1, 3, 5),), key=6, theta=10, tied=True), tokens(4, 7)),
 }

@@ -316,6 +316,14 @@ def test_preset_describes_its_model(name):
         ("resnet56", 853_018),
         ("resnet110", 1_727_962),
         ("vgg16", 15_253_578),
+        # torchvision's.
+        ("resnet18", 11_689_512),
+        ("resnet34", 21_797_672),
+        ("resnet50", 25_557_032),
+        ("resnet101", 44_549_160),
+        ("mobilenet_v2", 3_504_872),
+        ("mobilenet_v3_small", 2_542_856),
+        ("mobilenet_v3_large", 5_483_032),
         # timm's.
         ("vit_tiny", 5_717_416),
         ("vit_small", 22_050_664),
@@ -423,6 +431,12 @@ def test_resolve_finds_factories_in_the_current_directory():
         ("resnet20", {"zeros": [[8, 7], [16, 16]]}, models.ModelSpecError, r"layer2_0 .*lo \+ 16 \+ hi = 32"),
         ("resnet20", {"inner": [[9] * 3, [0, 1, 1], [1] * 3]}, models.ModelSpecError, r"width of at least 1"),
         ("resnet20", {"inner": [[16] * 2] * 3}, models.ModelSpecError, r"3 x 3 inner widths"),
+        ("resnet18", {"inner": [[[64]] * 2] * 3}, models.ModelSpecError, r"\[2, 2, 2, 2\] blocks of 1 inner widths"),
+        ("resnet50", {"widths": [64] * 3}, models.ModelSpecError, r"takes 4 widths .* got 3 widths"),
+        ("treesurgeon.models:imagenet_resnet", {"depth": 20}, models.ModelSpecError, r"one of \[18, 34, .*got 20"),
+        ("treesurgeon.models:vit", {"size": "huge"}, models.ModelSpecError, r"one of tiny, small, base, got 'huge'"),
+        ("treesurgeon.models:mobilenet", {"version": "v4"}, models.ModelSpecError, r"one of v2, .*got 'v4'"),
+        ("treesurgeon.models:llama", {"frequencies": [[1.0]]}, models.ModelSpecError, r"each of the 22 layers, got 1"),
         ("digits_cnn", {"residual": [1]}, models.ModelSpecError, r"each of the 3 stages, got \(1,\)"),
     ],
 )

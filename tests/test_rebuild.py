@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from laws import draw, leaves_of, random_plan
-from subjects import MODELS, variables_spec
+from subjects import MODELS, V2_ROWS, V3_ROWS, variables_spec
 
 from treesurgeon import engine, models
 from treesurgeon.engine import Graph, Plan, PlanError
@@ -55,6 +55,25 @@ def vit(size: Size, kept: Kept) -> nn.Module:
     return models.vit(num_classes=3, width=size("patch"), layers=layers(size), patch=2, scale=0.7)
 
 
+def imagenet_resnet(size: Size, kept: Kept, depth: int, blocks: tuple[int, ...]) -> nn.Module:
+    def inner(block: str) -> list[int]:
+        convolutions = (1,) if depth < 50 else (1, 2)
+        return [size(f"{block}/conv{i}") for i in convolutions] if size(f"{block}/conv1") else []
+
+    rows = [[inner(f"layer{s}_{b}") for b in range(n)] for s, n in enumerate(blocks, start=1)]
+    out = [size(f"layer{s}_0/downsample_0") for s in (1, 2, 3, 4)]
+    return models.imagenet_resnet(depth, 3, size("conv1"), [out[0] or size("conv1"), *out[1:]], rows)
+
+
+def mobilenet(size: Size, kept: Kept, version: str, rows: list[tuple]) -> nn.Module:
+    new = []
+    for i, (kernel, stride, *_, activation, expands, residual) in enumerate(rows):
+        block = f"block{i}"
+        widths = size(f"{block}/depthwise"), size(f"{block}/se/dense0"), size(f"{block}/project")
+        new.append((kernel, stride, *widths, activation, expands, residual))
+    return models.mobilenet(version, 3, size("stem"), new, size("last"), size("dense0"))
+
+
 def llama(size: Size, kept: Kept, n: int = 2, key: int = 4, tied: bool = False) -> nn.Module:
     layers, frequencies = [], []
     for i in range(n):
@@ -72,6 +91,13 @@ REBUILD: dict[str, tuple[Callable[[Size, Kept], nn.Module], tuple[str, ...]]] = 
     "digits_cnn": (digits_cnn, ("stage1_1", "stage2_res")),
     "vgg11": (vgg11, ("conv3 bn3", "dense1")),
     "vit": (vit, ("layer0/norm1 layer0/attention", "layer1/norm2 layer1/mlp")),
+    "resnet18": (partial(imagenet_resnet, depth=18, blocks=(2, 2, 2, 2)), ()),
+    "resnet50": (
+        partial(imagenet_resnet, depth=50, blocks=(3, 4, 6, 3)),
+        ("layer1_1/conv1 layer1_1/bn1 layer1_1/conv2 layer1_1/bn2 layer1_1/conv3 layer1_1/bn3",),
+    ),
+    "mobilenet_v2": (partial(mobilenet, version="v2", rows=V2_ROWS), ("block1",)),
+    "mobilenet_v3": (partial(mobilenet, version="v3_small", rows=V3_ROWS), ("block1",)),
     "llama": (llama, ("layer0/norm2 layer0/gate layer0/up layer0/down", "layer1/norm1 layer1/attention")),
     "llama-tied": (partial(llama, n=1, key=6, tied=True), ()),
 }
