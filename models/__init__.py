@@ -12,8 +12,10 @@ A model is written down as `{"model": spec, "kwargs": {...}}`, and `resolve(spec
 Reading order: `mlp.py`, `vgg.py`, `resnet.py`, `digits_cnn.py`, `weights.py`.
 """
 
+from treesurgeon.models.bert import BERT, bert
 from treesurgeon.models.digits_cnn import DigitsCNN, digits_cnn
 from treesurgeon.models.errors import CheckpointError, ModelError, ModelSpecError, UnknownModelError
+from treesurgeon.models.gpt import GPT, gpt
 from treesurgeon.models.imagenet_resnet import ImageNetResNet, imagenet_resnet
 from treesurgeon.models.llama import Llama, llama
 from treesurgeon.models.mlp import MLP, mlp
@@ -25,6 +27,8 @@ from treesurgeon.models.vit import ViT, vit
 from treesurgeon.models.weights import load_checkpoint
 
 __all__ = [
+    "BERT",
+    "GPT",
     "MLP",
     "VGG",
     "ZOO",
@@ -39,8 +43,10 @@ __all__ = [
     "ResNet",
     "UnknownModelError",
     "ViT",
+    "bert",
     "digits_cnn",
     "get",
+    "gpt",
     "imagenet_resnet",
     "llama",
     "load_checkpoint",

@@ -53,6 +53,12 @@ MODELS: dict[str, tuple[nn.Module, Inputs]] = {
     "mobilenet_v2": (models.mobilenet("v2", 3, 4, V2_ROWS, 6), images(8, 8, 3)),
     "mobilenet_v3": (models.mobilenet("v3_small", 3, 4, V3_ROWS, 6, 5), images(8, 8, 3)),
     "llama": (models.llama(7, 6, ((2, 2, 3, 5), (1, 3, 2, 6)), key=4, theta=10, dropout=0.2), tokens(4, 7)),
+    "gpt": (models.gpt(7, 5, 6, 2, (2, 3, 4, 5), 0.7, dropout=0.2), tokens(4, 7)),
+    "gpt-remat": (models.gpt(7, 4, 6, 2, (2, 3, 4, 5), 0.7, remat=True, dropout=0.2), tokens(4, 7)),
+    "bert": (
+        models.bert(3, 7, 5, 2, 6, ((2, 3, 4, 5), (3, 2, 2, 6)), 5, scale=0.7, dropout=0.2),
+        tokens(4, 7, 2, 2),
+    ),
     "llama-tied": (models.llama(7, 6, ((2, 1, 3, 5),), key=6, theta=10, tied=True), tokens(4, 7)),
 }
 # Those whose laws take the default suite too long: `test_rebuild.py` puts one plan of each to laws 2 and 8.

@@ -348,6 +348,8 @@ LLAMA_1B = models.llama(128_256, 2048, ((8, 4, 64, 8192),) * 16, theta=500_000.0
     [
         (models.llama(), 1_100_048_384),  # TinyLlama
         (LLAMA_1B, 1_235_814_400),  # Llama 3.2
+        (models.gpt(), 124_439_808),  # GPT-2 small
+        (models.bert(), 109_482_240 + 2 * 769),  # BERT base, uncased, and the head
     ],
 )
 def test_parameter_counts_of_language_models_are_the_published_ones(module, count):

@@ -55,6 +55,16 @@ def vit(size: Size, kept: Kept) -> nn.Module:
     return models.vit(num_classes=3, width=size("patch"), layers=layers(size), patch=2, scale=0.7)
 
 
+def gpt(size: Size, kept: Kept, length: int, remat: bool) -> nn.Module:
+    query, value = "layers/attention/query", "layers/attention/value"
+    widths = size(query, 2), size(query), size(value), size("layers/mlp/dense0")
+    return models.gpt(7, length, size("embed", leaf="embedding"), size(query, 0), widths, 0.7, remat)
+
+
+def bert(size: Size, kept: Kept) -> nn.Module:
+    return models.bert(3, 7, 5, 2, size("token", leaf="embedding"), layers(size), size("pooler"), scale=0.7)
+
+
 def imagenet_resnet(size: Size, kept: Kept, depth: int, blocks: tuple[int, ...]) -> nn.Module:
     def inner(block: str) -> list[int]:
         convolutions = (1,) if depth < 50 else (1, 2)
@@ -99,6 +109,9 @@ REBUILD: dict[str, tuple[Callable[[Size, Kept], nn.Module], tuple[str, ...]]] = 
     "mobilenet_v2": (partial(mobilenet, version="v2", rows=V2_ROWS), ("block1",)),
     "mobilenet_v3": (partial(mobilenet, version="v3_small", rows=V3_ROWS), ("block1",)),
     "llama": (llama, ("layer0/norm2 layer0/gate layer0/up layer0/down", "layer1/norm1 layer1/attention")),
+    "gpt": (partial(gpt, length=5, remat=False), ()),
+    "gpt-remat": (partial(gpt, length=4, remat=True), ()),
+    "bert": (bert, ("layer0/norm2 layer0/mlp",)),
     "llama-tied": (partial(llama, n=1, key=6, tied=True), ()),
 }
 
