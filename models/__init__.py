@@ -13,6 +13,8 @@ Reading order: `mlp.py`, `vgg.py`, `resnet.py`, `digits_cnn.py`, `weights.py`.
 """
 
 from treesurgeon.models.bert import BERT, bert
+from treesurgeon.models.convnext import ConvNeXt, convnext
+from treesurgeon.models.densenet import DenseNet, densenet
 from treesurgeon.models.digits_cnn import DigitsCNN, digits_cnn
 from treesurgeon.models.errors import CheckpointError, ModelError, ModelSpecError, UnknownModelError
 from treesurgeon.models.gpt import GPT, gpt
@@ -22,6 +24,7 @@ from treesurgeon.models.mlp import MLP, mlp
 from treesurgeon.models.mobilenet import MobileNet, mobilenet
 from treesurgeon.models.presets import ZOO, Preset, get, resolve
 from treesurgeon.models.resnet import ResNet, resnet
+from treesurgeon.models.unet import UNet, unet
 from treesurgeon.models.vgg import VGG, vgg
 from treesurgeon.models.vit import ViT, vit
 from treesurgeon.models.weights import load_checkpoint
@@ -33,6 +36,8 @@ __all__ = [
     "VGG",
     "ZOO",
     "CheckpointError",
+    "ConvNeXt",
+    "DenseNet",
     "DigitsCNN",
     "ImageNetResNet",
     "Llama",
@@ -41,9 +46,12 @@ __all__ = [
     "ModelSpecError",
     "Preset",
     "ResNet",
+    "UNet",
     "UnknownModelError",
     "ViT",
     "bert",
+    "convnext",
+    "densenet",
     "digits_cnn",
     "get",
     "gpt",
@@ -54,6 +62,7 @@ __all__ = [
     "mobilenet",
     "resnet",
     "resolve",
+    "unet",
     "vgg",
     "vit",
 ]

@@ -52,6 +52,12 @@ MODELS: dict[str, tuple[nn.Module, Inputs]] = {
     ),
     "mobilenet_v2": (models.mobilenet("v2", 3, 4, V2_ROWS, 6), images(8, 8, 3)),
     "mobilenet_v3": (models.mobilenet("v3_small", 3, 4, V3_ROWS, 6, 5), images(8, 8, 3)),
+    "densenet": (
+        models.densenet(121, 3, 4, (((3, 2), (4, 3)), ((3, 2), (4, 2))), (5,), dropout=0.2),
+        images(16, 16, 3),
+    ),
+    "convnext": (models.convnext("tiny", 3, (4, 5), ((6, 7), (6,)), 2, 0.2, 0.2), images(8, 8, 3)),
+    "unet": (models.unet(2, ((3, 4), (5, 4), (4, 6)), ((3, 5, 4), (4, 3, 5)), 0.2), images(8, 8, 3)),
     "llama": (models.llama(7, 6, ((2, 2, 3, 5), (1, 3, 2, 6)), key=4, theta=10, dropout=0.2), tokens(4, 7)),
     "gpt": (models.gpt(7, 5, 6, 2, (2, 3, 4, 5), 0.7, dropout=0.2), tokens(4, 7)),
     "gpt-remat": (models.gpt(7, 4, 6, 2, (2, 3, 4, 5), 0.7, remat=True, dropout=0.2), tokens(4, 7)),

@@ -324,6 +324,10 @@ def test_preset_describes_its_model(name):
         ("mobilenet_v2", 3_504_872),
         ("mobilenet_v3_small", 2_542_856),
         ("mobilenet_v3_large", 5_483_032),
+        ("densenet121", 7_978_856),
+        ("densenet161", 28_681_000),
+        ("convnext_tiny", 28_589_128),
+        ("convnext_base", 88_591_464),
         # timm's.
         ("vit_tiny", 5_717_416),
         ("vit_small", 22_050_664),
@@ -338,6 +342,11 @@ def test_parameter_counts_are_the_published_ones(name, count):
 def parameters(module, *inputs):
     shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
     return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+
+
+def test_parameters_of_a_unet():
+    """Those of github.com/milesial/Pytorch-UNet."""
+    assert parameters(models.unet(), jnp.zeros((1, 64, 64, 3))) == 31_037_698
 
 
 LLAMA_1B = models.llama(128_256, 2048, ((8, 4, 64, 8192),) * 16, theta=500_000.0, tied=True)
@@ -439,6 +448,11 @@ def test_resolve_finds_factories_in_the_current_directory():
         ("treesurgeon.models:vit", {"size": "huge"}, models.ModelSpecError, r"one of tiny, small, base, got 'huge'"),
         ("treesurgeon.models:mobilenet", {"version": "v4"}, models.ModelSpecError, r"one of v2, .*got 'v4'"),
         ("treesurgeon.models:llama", {"frequencies": [[1.0]]}, models.ModelSpecError, r"each of the 22 layers, got 1"),
+        ("densenet121", {"transitions": [8]}, models.ModelSpecError, r"4 stages have 3 transitions .* got 1"),
+        ("treesurgeon.models:densenet", {"depth": 9}, models.ModelSpecError, r"one of \[121, .*got 9"),
+        ("convnext_tiny", {"hidden": [[8]]}, models.ModelSpecError, r"each of the 4 widths, got 1"),
+        ("treesurgeon.models:convnext", {"size": "huge"}, models.ModelSpecError, r"one of tiny, .*got 'huge'"),
+        ("treesurgeon.models:unet", {"up": [[8, 8, 8]]}, models.ModelSpecError, r"5 levels down take 4 up, got 1"),
         ("digits_cnn", {"residual": [1]}, models.ModelSpecError, r"each of the 3 stages, got \(1,\)"),
     ],
 )

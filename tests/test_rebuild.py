@@ -75,6 +75,23 @@ def imagenet_resnet(size: Size, kept: Kept, depth: int, blocks: tuple[int, ...])
     return models.imagenet_resnet(depth, 3, size("conv1"), [out[0] or size("conv1"), *out[1:]], rows)
 
 
+def densenet(size: Size, kept: Kept) -> nn.Module:
+    layers = [f"dense{s}_{i}" for s in (1, 2) for i in (0, 1)]
+    rows = [(size(f"{layer}/conv1"), size(f"{layer}/conv2")) for layer in layers]
+    return models.densenet(121, 3, size("conv0"), (rows[:2], rows[2:]), [size("transition1")])
+
+
+def convnext(size: Size, kept: Kept) -> nn.Module:
+    hidden = [[size(f"{block}/dense0") for block in blocks] for blocks in (("stage1_0", "stage1_1"), ("stage2_0",))]
+    return models.convnext("tiny", 3, (size("stem"), size("down1")), hidden, 2)
+
+
+def unet(size: Size, kept: Kept) -> nn.Module:
+    down = [(size(f"down{i}/conv0"), size(f"down{i}/conv1")) for i in (0, 1, 2)]
+    up = [(size(f"upsample{i}"), size(f"up{i}/conv0"), size(f"up{i}/conv1")) for i in (0, 1)]
+    return models.unet(2, down, up)
+
+
 def mobilenet(size: Size, kept: Kept, version: str, rows: list[tuple]) -> nn.Module:
     new = []
     for i, (kernel, stride, *_, activation, expands, residual) in enumerate(rows):
@@ -108,6 +125,9 @@ REBUILD: dict[str, tuple[Callable[[Size, Kept], nn.Module], tuple[str, ...]]] = 
     ),
     "mobilenet_v2": (partial(mobilenet, version="v2", rows=V2_ROWS), ("block1",)),
     "mobilenet_v3": (partial(mobilenet, version="v3_small", rows=V3_ROWS), ("block1",)),
+    "densenet": (densenet, ()),
+    "convnext": (convnext, ("stage1_1",)),
+    "unet": (unet, ()),
     "llama": (llama, ("layer0/norm2 layer0/gate layer0/up layer0/down", "layer1/norm1 layer1/attention")),
     "gpt": (partial(gpt, length=5, remat=False), ()),
     "gpt-remat": (partial(gpt, length=4, remat=True), ()),
