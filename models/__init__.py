@@ -16,10 +16,13 @@ from treesurgeon.models.bert import BERT, bert
 from treesurgeon.models.convnext import ConvNeXt, convnext
 from treesurgeon.models.densenet import DenseNet, densenet
 from treesurgeon.models.digits_cnn import DigitsCNN, digits_cnn
+from treesurgeon.models.efficientnet import EfficientNet, efficientnet
 from treesurgeon.models.errors import CheckpointError, ModelError, ModelSpecError, UnknownModelError
 from treesurgeon.models.gpt import GPT, gpt
 from treesurgeon.models.imagenet_resnet import ImageNetResNet, imagenet_resnet
 from treesurgeon.models.llama import Llama, llama
+from treesurgeon.models.lstm import LSTMTagger, lstm_tagger
+from treesurgeon.models.mixer import Mixer, mixer
 from treesurgeon.models.mlp import MLP, mlp
 from treesurgeon.models.mobilenet import MobileNet, mobilenet
 from treesurgeon.models.presets import ZOO, Preset, get, resolve
@@ -39,8 +42,11 @@ __all__ = [
     "ConvNeXt",
     "DenseNet",
     "DigitsCNN",
+    "EfficientNet",
     "ImageNetResNet",
+    "LSTMTagger",
     "Llama",
+    "Mixer",
     "MobileNet",
     "ModelError",
     "ModelSpecError",
@@ -53,11 +59,14 @@ __all__ = [
     "convnext",
     "densenet",
     "digits_cnn",
+    "efficientnet",
     "get",
     "gpt",
     "imagenet_resnet",
     "llama",
     "load_checkpoint",
+    "lstm_tagger",
+    "mixer",
     "mlp",
     "mobilenet",
     "resnet",

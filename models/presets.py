@@ -16,9 +16,12 @@ from treesurgeon.models.convnext import convnext
 from treesurgeon.models.densenet import DEPTHS as densenet_depths
 from treesurgeon.models.densenet import densenet
 from treesurgeon.models.digits_cnn import digits_cnn
+from treesurgeon.models.efficientnet import efficientnet
 from treesurgeon.models.errors import ModelSpecError, UnknownModelError
 from treesurgeon.models.imagenet_resnet import STAGES as imagenet_depths
 from treesurgeon.models.imagenet_resnet import imagenet_resnet
+from treesurgeon.models.mixer import SIZES as mixer_sizes
+from treesurgeon.models.mixer import mixer
 from treesurgeon.models.mlp import mlp
 from treesurgeon.models.mobilenet import VERSIONS as mobilenet_versions
 from treesurgeon.models.mobilenet import mobilenet
@@ -69,8 +72,10 @@ def _presets() -> list[Preset]:
         *(Preset(f"resnet{d}", partial(resnet, d), cifar, 10, *resnet_norm, train, "resnet") for d in DEPTHS),
         *(Preset(f"resnet{d}", partial(imagenet_resnet, d), *imagenet, train, "resnet") for d in imagenet_depths),
         *(Preset(f"mobilenet_{v}", partial(mobilenet, v), *imagenet, train, None) for v in mobilenet_versions),
+        Preset("efficientnet_b0", efficientnet, *imagenet, train, None),
         *(Preset(f"densenet{d}", partial(densenet, d), *imagenet, train, None) for d in densenet_depths),
         *(Preset(f"convnext_{s}", partial(convnext, s), *imagenet, train, None) for s in convnext_sizes),
+        *(Preset(f"mixer_{s}16", partial(mixer, s), *imagenet, train, None) for s in mixer_sizes),
         *(Preset(f"vit_{s}", partial(vit, s), *imagenet, train, None) for s in vit_sizes),
     ]
 

@@ -30,6 +30,7 @@ V2_ROWS = [
     (3, 2, 6, 0, 4, "relu6", True, False),
 ]
 V3_ROWS = [(3, 2, 4, 3, 5, "relu", False, False), (5, 1, 6, 4, 5, "hard_swish", True, True)]
+B0_ROWS = [(3, 1, 4, 2, 5, "silu", False, False), (5, 1, 6, 3, 5, "silu", True, True)]
 
 MODELS: dict[str, tuple[nn.Module, Inputs]] = {
     "mlp": (models.mlp((7, 6, 6), 3, activation="gelu", dropout=0.3), images(2, 2, 3)),
@@ -58,6 +59,9 @@ MODELS: dict[str, tuple[nn.Module, Inputs]] = {
     ),
     "convnext": (models.convnext("tiny", 3, (4, 5), ((6, 7), (6,)), 2, 0.2, 0.2), images(8, 8, 3)),
     "unet": (models.unet(2, ((3, 4), (5, 4), (4, 6)), ((3, 5, 4), (4, 3, 5)), 0.2), images(8, 8, 3)),
+    "efficientnet": (models.efficientnet(0, 3, 4, B0_ROWS, 6, drop_path=0.4), images(8, 8, 3)),
+    "mixer": (models.mixer("s", 3, 5, ((4, 6), (5, 7)), 2, 0.2), images(4, 4, 3)),
+    "lstm": (models.lstm_tagger(7, 5, ((4, 3), (5, 0)), 3, 0.2), tokens(4, 7)),
     "llama": (models.llama(7, 6, ((2, 2, 3, 5), (1, 3, 2, 6)), key=4, theta=10, dropout=0.2), tokens(4, 7)),
     "gpt": (models.gpt(7, 5, 6, 2, (2, 3, 4, 5), 0.7, dropout=0.2), tokens(4, 7)),
     "gpt-remat": (models.gpt(7, 4, 6, 2, (2, 3, 4, 5), 0.7, remat=True, dropout=0.2), tokens(4, 7)),

@@ -328,7 +328,10 @@ def test_preset_describes_its_model(name):
         ("densenet161", 28_681_000),
         ("convnext_tiny", 28_589_128),
         ("convnext_base", 88_591_464),
+        ("efficientnet_b0", 5_288_548),
         # timm's.
+        ("mixer_s16", 18_528_264),
+        ("mixer_b16", 59_880_472),
         ("vit_tiny", 5_717_416),
         ("vit_small", 22_050_664),
         ("vit_base", 86_567_656),
@@ -347,6 +350,11 @@ def parameters(module, *inputs):
 def test_parameters_of_a_unet():
     """Those of github.com/milesial/Pytorch-UNet."""
     assert parameters(models.unet(), jnp.zeros((1, 64, 64, 3))) == 31_037_698
+
+
+def test_parameters_of_a_wider_and_deeper_efficientnet():
+    """Those of torchvision's B1."""
+    assert parameters(models.efficientnet(1), jnp.zeros((1, 64, 64, 3))) == 7_794_184
 
 
 LLAMA_1B = models.llama(128_256, 2048, ((8, 4, 64, 8192),) * 16, theta=500_000.0, tied=True)
@@ -453,6 +461,8 @@ def test_resolve_finds_factories_in_the_current_directory():
         ("convnext_tiny", {"hidden": [[8]]}, models.ModelSpecError, r"each of the 4 widths, got 1"),
         ("treesurgeon.models:convnext", {"size": "huge"}, models.ModelSpecError, r"one of tiny, .*got 'huge'"),
         ("treesurgeon.models:unet", {"up": [[8, 8, 8]]}, models.ModelSpecError, r"5 levels down take 4 up, got 1"),
+        ("efficientnet_b0", {"scale": 8}, models.ModelSpecError, r"scale must be 0 to 7, got 8"),
+        ("treesurgeon.models:mixer", {"size": "huge"}, models.ModelSpecError, r"one of s, b, l, got 'huge'"),
         ("digits_cnn", {"residual": [1]}, models.ModelSpecError, r"each of the 3 stages, got \(1,\)"),
     ],
 )

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from laws import draw, leaves_of, random_plan
-from subjects import MODELS, V2_ROWS, V3_ROWS, variables_spec
+from subjects import B0_ROWS, MODELS, V2_ROWS, V3_ROWS, variables_spec
 
 from treesurgeon import engine, models
 from treesurgeon.engine import Graph, Plan, PlanError
@@ -92,13 +92,32 @@ def unet(size: Size, kept: Kept) -> nn.Module:
     return models.unet(2, down, up)
 
 
+def mixer(size: Size, kept: Kept) -> nn.Module:
+    hidden = [[size(f"layer{i}/{mlp}/dense0") for mlp in ("tokens", "channels")] for i in (0, 1)]
+    return models.mixer("s", 3, size("patch"), hidden, 2)
+
+
+def lstm(size: Size, kept: Kept) -> nn.Module:
+    hidden = [(size(f"forward{i}/hi"), size(f"backward{i}/hi")) for i in (0, 1)]
+    return models.lstm_tagger(7, size("embed", leaf="embedding"), hidden, 3)
+
+
+def efficientnet(size: Size, kept: Kept) -> nn.Module:
+    return models.efficientnet(0, 3, size("stem"), rows_of(size, B0_ROWS), size("last"))
+
+
 def mobilenet(size: Size, kept: Kept, version: str, rows: list[tuple]) -> nn.Module:
+    return models.mobilenet(version, 3, size("stem"), rows_of(size, rows), size("last"), size("dense0"))
+
+
+def rows_of(size: Size, rows: list[tuple]) -> list[tuple]:
+    """Inverted residuals at the widths that are left."""
     new = []
     for i, (kernel, stride, *_, activation, expands, residual) in enumerate(rows):
         block = f"block{i}"
         widths = size(f"{block}/depthwise"), size(f"{block}/se/dense0"), size(f"{block}/project")
         new.append((kernel, stride, *widths, activation, expands, residual))
-    return models.mobilenet(version, 3, size("stem"), new, size("last"), size("dense0"))
+    return new
 
 
 def llama(size: Size, kept: Kept, n: int = 2, key: int = 4, tied: bool = False) -> nn.Module:
@@ -128,6 +147,9 @@ REBUILD: dict[str, tuple[Callable[[Size, Kept], nn.Module], tuple[str, ...]]] = 
     "densenet": (densenet, ()),
     "convnext": (convnext, ("stage1_1",)),
     "unet": (unet, ()),
+    "efficientnet": (efficientnet, ("block1",)),
+    "mixer": (mixer, ("layer0/norm1 layer0/tokens", "layer1/norm2 layer1/channels")),
+    "lstm": (lstm, ()),
     "llama": (llama, ("layer0/norm2 layer0/gate layer0/up layer0/down", "layer1/norm1 layer1/attention")),
     "gpt": (partial(gpt, length=5, remat=False), ()),
     "gpt-remat": (partial(gpt, length=4, remat=True), ()),
