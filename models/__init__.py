@@ -27,6 +27,7 @@ from treesurgeon.models.mlp import MLP, mlp
 from treesurgeon.models.mobilenet import MobileNet, mobilenet
 from treesurgeon.models.presets import ZOO, Preset, get, resolve
 from treesurgeon.models.resnet import ResNet, resnet
+from treesurgeon.models.swin import Swin, swin
 from treesurgeon.models.unet import UNet, unet
 from treesurgeon.models.vgg import VGG, vgg
 from treesurgeon.models.vit import ViT, vit
@@ -52,6 +53,7 @@ __all__ = [
     "ModelSpecError",
     "Preset",
     "ResNet",
+    "Swin",
     "UNet",
     "UnknownModelError",
     "ViT",
@@ -71,6 +73,7 @@ __all__ = [
     "mobilenet",
     "resnet",
     "resolve",
+    "swin",
     "unet",
     "vgg",
     "vit",

@@ -26,6 +26,8 @@ from treesurgeon.models.mlp import mlp
 from treesurgeon.models.mobilenet import VERSIONS as mobilenet_versions
 from treesurgeon.models.mobilenet import mobilenet
 from treesurgeon.models.resnet import DEPTHS, resnet
+from treesurgeon.models.swin import SIZES as swin_sizes
+from treesurgeon.models.swin import swin
 from treesurgeon.models.vgg import STAGES, vgg
 from treesurgeon.models.vit import SIZES as vit_sizes
 from treesurgeon.models.vit import vit
@@ -75,6 +77,7 @@ def _presets() -> list[Preset]:
         Preset("efficientnet_b0", efficientnet, *imagenet, train, None),
         *(Preset(f"densenet{d}", partial(densenet, d), *imagenet, train, None) for d in densenet_depths),
         *(Preset(f"convnext_{s}", partial(convnext, s), *imagenet, train, None) for s in convnext_sizes),
+        *(Preset(f"swin_{s}", partial(swin, s), *imagenet, train, None) for s in swin_sizes),
         *(Preset(f"mixer_{s}16", partial(mixer, s), *imagenet, train, None) for s in mixer_sizes),
         *(Preset(f"vit_{s}", partial(vit, s), *imagenet, train, None) for s in vit_sizes),
     ]

@@ -62,6 +62,10 @@ MODELS: dict[str, tuple[nn.Module, Inputs]] = {
     "efficientnet": (models.efficientnet(0, 3, 4, B0_ROWS, 6, drop_path=0.4), images(8, 8, 3)),
     "mixer": (models.mixer("s", 3, 5, ((4, 6), (5, 7)), 2, 0.2), images(4, 4, 3)),
     "lstm": (models.lstm_tagger(7, 5, ((4, 3), (5, 0)), 3, 0.2), tokens(4, 7)),
+    "swin": (
+        models.swin("tiny", 3, (4, 6), (((2, 3, 5), (3, 2, 4)), ((2, 2, 5),)), 2, 2, 0.7, 0.2, 0.2),
+        images(8, 8, 3),
+    ),
     "llama": (models.llama(7, 6, ((2, 2, 3, 5), (1, 3, 2, 6)), key=4, theta=10, dropout=0.2), tokens(4, 7)),
     "gpt": (models.gpt(7, 5, 6, 2, (2, 3, 4, 5), 0.7, dropout=0.2), tokens(4, 7)),
     "gpt-remat": (models.gpt(7, 4, 6, 2, (2, 3, 4, 5), 0.7, remat=True, dropout=0.2), tokens(4, 7)),

@@ -330,6 +330,8 @@ def test_preset_describes_its_model(name):
         ("convnext_base", 88_591_464),
         ("efficientnet_b0", 5_288_548),
         # timm's.
+        ("swin_tiny", 28_288_354),
+        ("swin_base", 87_768_224),
         ("mixer_s16", 18_528_264),
         ("mixer_b16", 59_880_472),
         ("vit_tiny", 5_717_416),
@@ -463,6 +465,8 @@ def test_resolve_finds_factories_in_the_current_directory():
         ("treesurgeon.models:unet", {"up": [[8, 8, 8]]}, models.ModelSpecError, r"5 levels down take 4 up, got 1"),
         ("efficientnet_b0", {"scale": 8}, models.ModelSpecError, r"scale must be 0 to 7, got 8"),
         ("treesurgeon.models:mixer", {"size": "huge"}, models.ModelSpecError, r"one of s, b, l, got 'huge'"),
+        ("swin_tiny", {"layers": [[]]}, models.ModelSpecError, r"each of the 4 widths, got 1"),
+        ("treesurgeon.models:swin", {"size": "huge"}, models.ModelSpecError, r"one of tiny, .*got 'huge'"),
         ("digits_cnn", {"residual": [1]}, models.ModelSpecError, r"each of the 3 stages, got \(1,\)"),
     ],
 )

@@ -92,6 +92,14 @@ def unet(size: Size, kept: Kept) -> nn.Module:
     return models.unet(2, down, up)
 
 
+def swin(size: Size, kept: Kept) -> nn.Module:
+    def layer(name: str) -> tuple[int, ...]:
+        return size(f"{name}/attention/qkv", 2), size(f"{name}/attention/qkv", 3), size(f"{name}/mlp/dense0")
+
+    layers = (layer("stage1_0"), layer("stage1_1")), (layer("stage2_0"),)
+    return models.swin("tiny", 3, (size("patch"), size("down1")), layers, 2, 2, 0.7)
+
+
 def mixer(size: Size, kept: Kept) -> nn.Module:
     hidden = [[size(f"layer{i}/{mlp}/dense0") for mlp in ("tokens", "channels")] for i in (0, 1)]
     return models.mixer("s", 3, size("patch"), hidden, 2)
@@ -150,6 +158,7 @@ REBUILD: dict[str, tuple[Callable[[Size, Kept], nn.Module], tuple[str, ...]]] = 
     "efficientnet": (efficientnet, ("block1",)),
     "mixer": (mixer, ("layer0/norm1 layer0/tokens", "layer1/norm2 layer1/channels")),
     "lstm": (lstm, ()),
+    "swin": (swin, ("stage1_0/norm1 stage1_0/attention", "stage2_0/norm2 stage2_0/mlp")),
     "llama": (llama, ("layer0/norm2 layer0/gate layer0/up layer0/down", "layer1/norm1 layer1/attention")),
     "gpt": (partial(gpt, length=5, remat=False), ()),
     "gpt-remat": (partial(gpt, length=4, remat=True), ()),
