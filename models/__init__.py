@@ -9,7 +9,8 @@ variables = models.load_checkpoint("resnet56.safetensors", preset, template)
 ```
 
 A model is written down as `{"model": spec, "kwargs": {...}}`, and `resolve(spec, **kwargs)` builds it again.
-Reading order: `mlp.py`, `vgg.py`, `resnet.py`, `digits_cnn.py`, `weights.py`.
+Reading order: `mlp.py`, `resnet.py`, `presets.py`, `weights.py`; then, of the transformers, `attention.py` and
+`vit.py` before the others. A family's widths are read off a pruned checkpoint in `tests/test_rebuild.py`.
 """
 
 from treesurgeon.models.bert import BERT, bert

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import ArrayLike
 
 
 class LayerWidths(NamedTuple):
@@ -45,7 +46,7 @@ class Attention(nn.Module):
     dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None, train: bool = False) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: ArrayLike | None = None, train: bool = False) -> jax.Array:
         """Map `[N, T, D]` to the same shape; where `mask` (`[N or 1, 1, T or 1, T]`) is False nobody looks."""
         query = nn.DenseGeneral((self.heads, self.key), name="query")(x)
         key = nn.DenseGeneral((self.heads, self.key), name="key")(x)

@@ -71,7 +71,7 @@ class DenseNet(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Map images `[N, H, W, C]` to logits `[N, num_classes]`."""
         x = nn.relu(_norm(train, "bn0")(_conv(self.stem, 7, 2, "conv0")(x)))
-        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType] (typed as str)
         for s, layers in enumerate(self.stages, start=1):
             if s > 1:
                 x = nn.relu(_norm(train, f"transition_bn{s - 1}")(x))

@@ -80,7 +80,7 @@ class ImageNetResNet(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Map images `[N, H, W, C]` to logits `[N, num_classes]`."""
         x = nn.relu(_norm(train, "bn1")(_conv(self.stem, 7, 2, "conv1")(x)))
-        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType] (typed as str)
         for s, (width, blocks, projects) in enumerate(zip(self.widths, self.inner, self.projects, strict=True)):
             for b, inner in enumerate(blocks):
                 if inner:

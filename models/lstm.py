@@ -4,6 +4,7 @@ The cell is that of Hochreiter and Schmidhuber 1997, "Long Short-Term Memory". T
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ class LSTMTagger(nn.Module):
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(self.num_tags, name="linear")(x)
 
-    def _run(self, name: str, width: int, x: jax.Array, reverse: bool = False) -> jax.Array:
+    def _run(self, name: str, width: int, x: jax.Array, reverse: bool = False) -> Any:
         cell = nn.OptimizedLSTMCell(width, name=name)
         carry = jnp.zeros((2, x.shape[0], width), x.dtype)  # the cell's own would be float32 whatever x is
         return nn.RNN(cell, reverse=reverse, keep_order=True)(x, initial_carry=(carry[0], carry[1]))

@@ -5,7 +5,7 @@ each relative position, and head, is added to the logits. Sides of the feature m
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from treesurgeon.models.attention import MLP
 
 # Width of the first stage and layers of each; 32 units a head, heads and widths double from stage to stage.
 SIZES = {"tiny": (96, (2, 2, 6, 2)), "small": (96, (2, 2, 18, 2)), "base": (128, (2, 2, 18, 2))}
+
+Array = TypeVar("Array", jax.Array, np.ndarray)
 
 
 class WindowWidths(NamedTuple):
@@ -32,7 +34,7 @@ class WindowWidths(NamedTuple):
     hidden: int
 
 
-def windows(x: jax.Array, side: int) -> jax.Array:
+def windows(x: Array, side: int) -> Array:
     """Cut maps `[N, H, W, ...]` into windows `[N, H/side * W/side, side * side, ...]`."""
     n, h, w, *rest = x.shape
     x = x.reshape((n, h // side, side, w // side, side, *rest)).swapaxes(2, 3)
@@ -48,7 +50,7 @@ def relative_positions(side: int) -> np.ndarray:
 def visible(height: int, width: int, side: int, shift: int) -> np.ndarray:
     """`[windows, side², side²]`: whether two positions of a shifted window were neighbours before the shift."""
     rows, columns = (np.digitize(np.arange(n), [n - side, n - shift]) for n in (height, width))
-    region = np.asarray(windows((rows[:, None] * 3 + columns)[None], side))[0]
+    region = windows((rows[:, None] * 3 + columns)[None], side)[0]
     return region[:, :, None] == region[:, None, :]
 
 

@@ -381,6 +381,10 @@ def test_parameter_counts_of_language_models_are_the_published_ones(module, coun
         ("resnet56", {"num_classes": 100, "inner": [[8] * 9] * 3}),
         ("mlp", {"widths": [5], "activation": "gelu"}),
         ("flax.linen:Dense", {"features": 3}),
+        ("vit_tiny", {"width": 8, "layers": [[2, 3, 4, 5], [0, 0, 0, 6]]}),
+        ("mobilenet_v2", {"rows": [[3, 1, 4, 0, 5, "relu6", False, False]]}),
+        ("swin_tiny", {"widths": [8], "layers": [[[2, 3, 4]]]}),
+        ("treesurgeon.models:llama", {"layers": [[1, 2, 3, 4]], "frequencies": [[1.0, 0.5]]}),
     ],
 )
 def test_spec_survives_json(spec, kwargs):
