@@ -101,7 +101,8 @@ class _Flow:
     """Live data values as nodes: node n < len(inputs) is input n, the others are equations, -1 is the end.
 
     `signal` holds the nodes that carry the network's activations: floating-point values that come from inputs or that
-    parameters had a part in. Masks and positions, which steer them from the side, are no signal.
+    parameters had a part in. Masks and positions, which steer them from the side, are no signal. No block reaches
+    across `barriers`: identity would let derivatives through where they are stopped.
     """
 
     def __init__(self, program: Program, kinds: Kinds, roots: Sequence[Operand]):
@@ -132,6 +133,8 @@ class _Flow:
                 fed[self.node[v]].append(-1)
         self.ipdom = _dominators(self.nodes[::-1], {n: s or [-1] for n, s in fed.items()})
         self.pdominates = _ancestry(self.ipdom)
+        eqns = program.eqns
+        self.barriers = {n for n in self.nodes if n >= shift and eqns[n - shift].name == "stop_gradient"}
         self.signal: set[int] = set()
         for n in self.nodes:
             if n < shift:
@@ -172,7 +175,9 @@ class _Streams:
         self.idom = _dominators(self.nodes, feeds)
         inside = _ancestry(self.idom)
         self.pdominates = flow.pdominates
-        self.next = {u: v for u in self.nodes if (v := flow.ipdom[u]) in within and inside(u, v)}
+        self.next = {
+            u: v for u in self.nodes if (v := flow.ipdom[u]) in within and inside(u, v) and v not in flow.barriers
+        }
         self.prev = {v: u for u, v in self.next.items()}
         self._head: dict[int, int] = {}
         self._around: dict[int, int | None] = {}

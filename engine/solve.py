@@ -212,7 +212,8 @@ def _follow_sums(
             value = _scalar(eqn.ins[at], scalars)
             axes = sums.get(source, ()) if isinstance(source, int) else ()
             if axes and value is not None:
-                if divisor := _tied(at, axes, float(value), inverse=eqn.name == "mul"):
+                real = np.real(value) if np.imag(value) == 0 else np.nan
+                if divisor := _tied(at, axes, float(real), inverse=eqn.name == "mul"):
                     solution.divisors[i] = divisor
                 return
 

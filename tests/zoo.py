@@ -477,6 +477,19 @@ def conv_1d_transposed(p, x):
     return dense(p["head"], lax.conv_transpose(h, p["c2"], (2,), "SAME", dimension_numbers=numbers))
 
 
+@case({"a": D(5, 6), "b": D(5, 6)}, arr(3, 5), groups={"a": "6 a/w:1 a/b:0 b/w:1 b/b:0"}, blocks=())
+def sort_that_carries(p, x):
+    """Sorting along the batch: what is carried along is one array with what is sorted."""
+    u, v = dense(p["a"], x), dense(p["b"], x)
+    return lax.sort_key_val(u, v, dimension=0)[1].sum(1) + jnp.argsort(u, axis=0).sum(1)
+
+
+@case({"a": D(5, 6)}, X, groups={"a": "6 a/w:1 a/b:0"}, blocks=(), divisors=1)
+def complex_mean(p, x):
+    h = dense(p["a"], x) + 1j
+    return jnp.abs(h.mean(1)) + jnp.abs(h.sum(1) * 2j)
+
+
 # Loops, branches, and functions with derivatives of their own.
 
 
@@ -1182,3 +1195,10 @@ def weighted_mean(p, x):
     h = jnp.tanh(dense(p["a"], x))
     w = jax.nn.softplus(p["m"])
     return (h * w).sum(-1) / w.sum() + (h @ w) / 8 + jnp.average(h, axis=-1, weights=w)
+
+
+@case({"a": arr(5, 6), "b": arr(6, 6)}, X)
+def block_before_stop_gradient(p, x):
+    u = x @ p["a"]
+    v = lax.stop_gradient(u + jnp.tanh(u @ p["b"]))
+    return lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + 1, v + s[1]), (0, v))[1].sum(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from treesurgeon.engine.axes import Axis, Fixed, fresh, pin
+from treesurgeon.engine.axes import Axis, Fixed, fresh, pin, unify
 from treesurgeon.engine.rules.base import Axes, Mix, Rule, Site, fixed_axes, pin_all, register
 
 
@@ -24,11 +24,12 @@ def pinning(dims: Callable[[Site], tuple[int, ...]], text: str, drop: bool = Fal
     def axes(site: Site) -> list[Axes]:
         fast = dims(site)
         why = site.why(text)
-        for operand in site.ins:
-            for d in fast:
-                if d < len(operand):
-                    pin(operand[d], why)
         first = site.ins[0]
+        for operand in site.ins[1:]:
+            for a, b in zip(first, operand, strict=True):
+                unify(a, b, site.why(f"the operands of `{site.eqn.name}` split this axis differently"))
+        for d in fast:
+            pin(first[d], why)
         out = tuple(axis for d, axis in enumerate(first) if not (drop and d in fast))
         return [
             tuple(a if shape[d] == a.size else Fixed(shape[d], why) for d, a in enumerate(out))
