@@ -2,6 +2,8 @@
 
 Values are nodes, data dependence is edges. u → v is a *link* when every path into v passes u and every path out of u
 passes v, with nothing in between that has the same property (v is u's immediate post-dominator and u dominates v).
+What steers a branch from the side does not count as a path into it: masks and positions, and, where the network has
+several inputs, whatever does not depend on the input that the stream comes from (a decoder's view of its encoder).
 Links form chains, and chains nest: the branch of a residual addition is a chain inside the link of the addition. On a
 chain, the stretch between two points of one shape can be replaced by identity. A block is the shortest such stretch
 that holds a contraction with parameters, together with the norm and activation that follow it; taken from the front of
@@ -15,11 +17,13 @@ nest: Johnson, Pearson and Pingali, "The program structure tree", PLDI 1994.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
-from treesurgeon.engine.flow import Kinds, kernel_operand, live
-from treesurgeon.engine.jaxprs import Operand, Program
+from treesurgeon.engine.flow import Kinds, kernel_leaves, live
+from treesurgeon.engine.jaxprs import Operand, Program, is_float
+
+MOST_ORIGINS = 8
 
 
 @dataclass(frozen=True)
@@ -40,22 +44,42 @@ class _Link:
 
 
 def find_regions(
-    program: Program, kinds: Kinds, roots: Sequence[Operand], module: Callable[[int], str]
+    program: Program,
+    kinds: Kinds,
+    roots: Sequence[Operand],
+    module: Callable[[int], str],
+    stepping: Collection[int] = (),
 ) -> list[Region]:
-    """All blocks of a program in order of execution; `module` names the module of a parameter leaf."""
-    flow = _Dataflow(program, kinds, roots)
-    links = _fill_links(flow, program, kinds)
+    """All blocks of a program in order of execution; `module` names the module of a parameter leaf.
+
+    The equations `stepping` are loops whose steps are blocks already: they do not make a block.
+    """
+    flow = _Flow(program, kinds, roots)
+    found = _regions(_Streams(flow, flow.signal), program, kinds, module, stepping)
+    origins = flow.origins()
+    for origin in origins if 1 < len(origins) <= MOST_ORIGINS else ():
+        stream = _Streams(flow, flow.reach(origin))
+        for region in _regions(stream, program, kinds, module, stepping):
+            if region.residual and all(_nests(flow, region, other) for other in found):
+                found.append(region)
+    return sorted(found, key=lambda region: flow.node[region.exit])
+
+
+def _regions(
+    flow: _Streams, program: Program, kinds: Kinds, module: Callable[[int], str], stepping: Collection[int]
+) -> list[Region]:
+    links = _fill_links(flow, program, kinds, stepping)
     found: list[tuple[Region, int | None]] = []
     for chain in flow.chains():
         surrounding = flow.enclosing(chain[0])
         for region in _stretches(chain, flow, links, program, module):
             found.append((region, surrounding))
-    outer = {}
+    outer = set()
     for region, _ in found:
         node = flow.node[region.exit]
         while node != flow.node[region.entry]:
             node = flow.prev[node]
-            outer[node] = region
+            outer.add(node)
     kept = []
     for region, link in found:
         inside = False
@@ -64,18 +88,27 @@ def find_regions(
             link = flow.link_around(link)
         if region.residual or not inside:
             kept.append(region)
-    return sorted(kept, key=lambda region: flow.node[region.exit])
+    return kept
 
 
-class _Dataflow:
-    """Dominator and post-dominator trees over live data values, and the links and chains they make.
+def _nests(flow: _Flow, a: Region, b: Region) -> bool:
+    """Whether two regions are apart, or one inside the other, and not the same."""
+    (a0, a1), (b0, b1) = ((flow.node[r.entry], flow.node[r.exit]) for r in (a, b))
+    return a1 != b1 and (a1 <= b0 or b1 <= a0 or (a0 >= b0 and a1 < b1) or (b0 >= a0 and b1 < a1))
 
-    Node n < len(inputs) is input n; the others are equations. Node -1 is the virtual root (and exit).
+
+class _Flow:
+    """Live data values as nodes: node n < len(inputs) is input n, the others are equations, -1 is the end.
+
+    `signal` holds the nodes that carry the network's activations: floating-point values that come from inputs or that
+    parameters had a part in. Masks and positions, which steer them from the side, are no signal. No block reaches
+    across `barriers`: identity would let derivatives through where they are stopped.
     """
 
     def __init__(self, program: Program, kinds: Kinds, roots: Sequence[Operand]):
         shift = len(program.inputs)
         alive = live(program, roots)
+        used = {v for i in alive for v in program.eqns[i].ins} | set(roots)
         self.node: dict[int, int] = {}
         self.value: dict[int, int] = {}
         for n, v in enumerate(program.inputs):
@@ -85,34 +118,71 @@ class _Dataflow:
             if i in alive and any(kinds.data[v] for v in eqn.outs):
                 for v in eqn.outs:
                     self.node[v] = shift + i
-                if len(eqn.outs) == 1:
-                    self.value[shift + i] = eqn.outs[0]
+                read = [v for v in eqn.outs if v in used]
+                if len(read) == 1:
+                    self.value[shift + i] = read[0]
         self.shift = shift
         self.nodes = sorted(set(self.node.values()))
-        feeds = {n: self._feeding(program, n) for n in self.nodes}
+        self.feeds = {n: self._feeding(program, n) for n in self.nodes}
         fed: dict[int, list[int]] = {n: [] for n in self.nodes}
-        for n, sources in feeds.items():
+        for n, sources in self.feeds.items():
             for source in sources:
                 fed[source].append(n)
         for v in roots:
             if isinstance(v, int) and v in self.node:
                 fed[self.node[v]].append(-1)
-        self.idom = _dominators(self.nodes, {n: s or [-1] for n, s in feeds.items()})
         self.ipdom = _dominators(self.nodes[::-1], {n: s or [-1] for n, s in fed.items()})
-        inside = _ancestry(self.idom)
         self.pdominates = _ancestry(self.ipdom)
-        self.next = {u: v for u, v in self.ipdom.items() if v != -1 and inside(u, v)}
-        self.prev = {v: u for u, v in self.next.items()}
-        self._head: dict[int, int] = {}
-        self._around: dict[int, int | None] = {}
+        eqns = program.eqns
+        self.barriers = {n for n in self.nodes if n >= shift and eqns[n - shift].name == "stop_gradient"}
+        self.signal: set[int] = set()
         for n in self.nodes:
-            self._head[n] = self._head[self.prev[n]] if n in self.prev else n
+            if n < shift:
+                carries, outs = True, (program.inputs[n],)
+            else:
+                eqn = program.eqns[n - shift]
+                carries = any(s in self.signal for s in self.feeds[n]) or any(kinds.of(v)[1] for v in eqn.ins)
+                outs = eqn.outs
+            if carries and any(is_float(program.avals[v]) for v in outs):
+                self.signal.add(n)
 
     def _feeding(self, program: Program, n: int) -> list[int]:
         if n < self.shift:
             return []
         ins = program.eqns[n - self.shift].ins
         return sorted({self.node[v] for v in ins if isinstance(v, int) and v in self.node})
+
+    def origins(self) -> list[int]:
+        """The signal nodes that no other one feeds."""
+        return [n for n in self.nodes if n in self.signal and not any(s in self.signal for s in self.feeds[n])]
+
+    def reach(self, origin: int) -> set[int]:
+        """The signal nodes that depend on one of them."""
+        out = {origin}
+        for n in self.nodes:
+            if n in self.signal and any(s in out for s in self.feeds[n]):
+                out.add(n)
+        return out
+
+
+class _Streams:
+    """Links and chains among some nodes of the dataflow, what reaches them from elsewhere left aside."""
+
+    def __init__(self, flow: _Flow, within: set[int]):
+        self.shift, self.node, self.value = flow.shift, flow.node, flow.value
+        self.nodes = [n for n in flow.nodes if n in within]
+        feeds = {n: [s for s in flow.feeds[n] if s in within] or [-1] for n in self.nodes}
+        self.idom = _dominators(self.nodes, feeds)
+        inside = _ancestry(self.idom)
+        self.pdominates = flow.pdominates
+        self.next = {
+            u: v for u in self.nodes if (v := flow.ipdom[u]) in within and inside(u, v) and v not in flow.barriers
+        }
+        self.prev = {v: u for u, v in self.next.items()}
+        self._head: dict[int, int] = {}
+        self._around: dict[int, int | None] = {}
+        for n in self.nodes:
+            self._head[n] = self._head[self.prev[n]] if n in self.prev else n
 
     def chains(self) -> list[list[int]]:
         """Every maximal chain of links, as its nodes in order."""
@@ -179,21 +249,22 @@ def _ancestry(parent: dict[int, int]) -> Callable[[int, int], bool]:
     return lambda a, b: first[a] <= first[b] <= last[a]
 
 
-def _fill_links(flow: _Dataflow, program: Program, kinds: Kinds) -> dict[int, _Link]:
+def _fill_links(flow: _Streams, program: Program, kinds: Kinds, stepping: Collection[int]) -> dict[int, _Link]:
     links: dict[int, _Link] = {u: _Link() for u in flow.next}
     for n in flow.nodes:
         if n < flow.shift:
             continue
         eqn = program.eqns[n - flow.shift]
-        kernel = kernel_operand(eqn, kinds)
+        i = n - flow.shift
+        kernels = frozenset() if i in stepping else kernel_leaves(program, i, kinds)
         leaves = {leaf for v in eqn.ins if isinstance(v, int) for leaf in kinds.leaves[v] or ()}
         if not leaves:
             continue
         link, own = flow.link_of(n), True
         while link is not None:
             links[link].leaves |= leaves
-            if kernel is not None:
-                links[link].kernels |= kinds.leaves[kernel] or frozenset()
+            if kernels:
+                links[link].kernels |= kernels
                 links[link].residual |= not (own and flow.next[link] == n)
             link, own = flow.link_around(link), False
     return links
@@ -201,7 +272,7 @@ def _fill_links(flow: _Dataflow, program: Program, kinds: Kinds) -> dict[int, _L
 
 def _stretches(
     chain: list[int],
-    flow: _Dataflow,
+    flow: _Streams,
     links: dict[int, _Link],
     program: Program,
     module: Callable[[int], str],

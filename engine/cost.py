@@ -45,8 +45,10 @@ def cost(graph: Graph, plan: Plan | Mapping[str, Any]) -> Cost:
         for leaf in graph.leaves.values()
     ]
 
+    units = graph.positions(masks)
+
     def count(terms: Sequence[Term]) -> Any:
-        return _count(terms, masks, concrete)
+        return _count(terms, units, masks["blocks"], concrete)
 
     return Cost(
         count([term for term, _ in sizes]),
@@ -56,7 +58,7 @@ def cost(graph: Graph, plan: Plan | Mapping[str, Any]) -> Cost:
     )
 
 
-def _count(terms: Sequence[Term], masks: Mapping[str, Any], concrete: bool) -> Any:
+def _count(terms: Sequence[Term], units: Mapping[str, Any], blocks: Mapping[str, Any], concrete: bool) -> Any:
     dense = sum(term.scale * math.prod(axis.size for axis in term.axes) for term in terms)
     if concrete:
         dtype: Any = np.int64
@@ -70,12 +72,12 @@ def _count(terms: Sequence[Term], masks: Mapping[str, Any], concrete: bool) -> A
         amount: Any = 1
         scale = term.scale
         for axis in term.axes:
-            n = axis_count(axis, masks["units"])
+            n = axis_count(axis, units)
             if isinstance(n, int):
                 scale *= n
             else:
                 amount = amount * n.astype(dtype)
-        kept = _alive(term.contexts, masks["blocks"])
+        kept = _alive(term.contexts, blocks)
         if kept is not None:
             amount = amount * kept.astype(dtype)
         if isinstance(amount, int):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,19 @@ from jax.tree_util import tree_structure
 from treesurgeon.engine.axes import Atom, Axis, Reason, atoms, fixed_reason, fresh, pin, resolve, same
 from treesurgeon.engine.blocks import Region, common_prefix, find_regions
 from treesurgeon.engine.errors import StructureError
-from treesurgeon.engine.flow import Contexts, Kinds, Uses, kernel_operand, kinds, uses
+from treesurgeon.engine.flow import Contexts, Kinds, Uses, kernel_operand, live, main_kinds, uses
 from treesurgeon.engine.graph import Block, Graph, Group, Leaf, Member, Term, Tie
-from treesurgeon.engine.jaxprs import Operand, Program, Traced, is_float, named_leaves, split_call, trace_call
+from treesurgeon.engine.jaxprs import (
+    Eqn,
+    Operand,
+    Program,
+    Traced,
+    is_float,
+    named_leaves,
+    split_call,
+    trace_call,
+    wiring,
+)
 from treesurgeon.engine.masks import labels, single_units, unit_index
 from treesurgeon.engine.rules import lookup
 from treesurgeon.engine.rules.base import Axes, fixed_axes
@@ -61,11 +72,47 @@ def analyse(traced: Traced, paths: Sequence[str], leaf_axes: Sequence[Axes], inp
             solution.of(v),
             Reason(f"the output that mirrors {paths[leaf]} splits it differently"),
         )
-    found = kinds(program, n)
+    _pin_steps(solution, program, live(program, roots), roots)
+    found = main_kinds(program, n)
     modules = _modules(program, paths, found)
-    regions = find_regions(program, found, roots, lambda leaf: modules[leaf])
+    stepping = {
+        i
+        for i, along in solution.lengths.items()
+        if isinstance(resolve(along), Atom)
+        and (wires := wiring(program.eqns[i])).carried
+        and any(found.of(program.eqns[i].ins[k])[1] for k in wires.mapped_ins)
+    }
+    regions = find_regions(program, found, roots, lambda leaf: modules[leaf], stepping)
     used = uses(program, [(r.entry, r.exit) for r in regions], roots, mirrors)
     return Analysis(traced, solution, found, regions, used, mirrors, mirror_of, modules)
+
+
+def _pin_steps(solution: Solution, program: Program, alive: Iterable[int], roots: Sequence[Operand]) -> None:
+    """Steps of a loop that carries something may be left out only if nothing reads their results one by one."""
+    read = {v for i in alive for v in program.eqns[i].ins if isinstance(v, int)} | {
+        v for v in roots if isinstance(v, int)
+    }
+    for i, along in solution.lengths.items():
+        eqn = program.eqns[i]
+        wires = wiring(eqn)
+        if not wires.carried:
+            continue
+        if any(eqn.outs[j] in read for j in wires.mapped_outs):
+            pin(along, Reason("the results of the loop's steps are read one by one", eqn.where))
+        elif not isinstance(resolve(along), Atom):
+            pin(along, Reason("the steps of the loop are not entries of one axis", eqn.where))
+    for found in solution.bodies.values():
+        for body in found:
+            _pin_inner_steps(body)
+
+
+def _pin_inner_steps(body: Solution) -> None:
+    for i, along in body.lengths.items():
+        if wiring(body.program.eqns[i]).carried:
+            pin(along, Reason("a step of a loop inside a loop", body.program.eqns[i].where))
+    for found in body.bodies.values():
+        for inner in found:
+            _pin_inner_steps(inner)
 
 
 def _mirrors(traced: Traced, paths: Sequence[str]) -> dict[int, int]:
@@ -86,11 +133,17 @@ def _mirrors(traced: Traced, paths: Sequence[str]) -> dict[int, int]:
 def _modules(program: Program, paths: Sequence[str], kinds: Kinds) -> list[str]:
     """The module path of each leaf, read off the scope in which it is first used; else the leaf's parent path."""
     scopes: dict[int, tuple[str, ...]] = {}
-    for eqn in program.eqns:
-        for v in eqn.ins:
-            for leaf in (kinds.leaves[v] or ()) if isinstance(v, int) else ():
-                if leaf not in scopes:
-                    scopes[leaf] = eqn.scope
+
+    def visit(program: Program, kinds: Kinds, outer: tuple[str, ...]) -> None:
+        for i, eqn in enumerate(program.eqns):
+            scope = (*outer, *eqn.scope)
+            for body, inner in zip(eqn.bodies, kinds.bodies.get(i, ()), strict=True):
+                visit(body, inner, scope)
+            for v in eqn.ins:
+                for leaf in (kinds.leaves[v] or ()) if isinstance(v, int) else ():
+                    scopes.setdefault(leaf, scope)
+
+    visit(program, kinds, ())
     out = []
     for i, path in enumerate(paths):
         *home, last = path.split("/")
@@ -147,8 +200,9 @@ def trace(fn: Callable, params: Any, *args: Any, free_outputs: Iterable[str] = (
 
 def _build(analysis: Analysis, paths: list[str], leaf_axes: Sequence[Axes], tree: Any) -> Graph:
     program = analysis.program
-    names = _name_groups(analysis, paths, leaf_axes)
-    for atom, name in names.items():
+    stacks = _stacks(analysis, leaf_axes)
+    names = _name_groups(analysis, paths, leaf_axes, stacks)
+    for atom, name in [*names.items(), *((atom, stack.label) for atom, stack in stacks.items())]:
         atom.label = name
     frozen = [tuple(resolve(axis) for axis in axes) for axes in leaf_axes]
     groups = {}
@@ -160,7 +214,7 @@ def _build(analysis: Analysis, paths: list[str], leaf_axes: Sequence[Axes], tree
             if name in labels(axis)
         )
         groups[name] = Group(name, atom.size, members)
-    blocks, ties, number = _name_blocks(analysis, paths)
+    blocks, ties, number = _name_blocks(analysis, paths, list(stacks.values()))
     contexts = [_rename(analysis.uses.values[v], number) for v in program.inputs[: len(paths)]]
     has_collections = any(path.startswith("params/") for path in paths)
     leaves = {}
@@ -173,7 +227,36 @@ def _build(analysis: Analysis, paths: list[str], leaf_axes: Sequence[Axes], tree
             if aval.shape[d] > 1 and not labels(axis):
                 pinned[f"{path}[{d}]"] = fixed_reason(axis) or Reason("nothing reads it unit by unit")
     macs, activations = _work(analysis, number)
-    return Graph(groups, blocks, pinned, ties, _divisors(analysis.solution, program), leaves, macs, activations, tree)
+    divisors = _divisors(analysis.solution, program)
+    steps = {stack.label: stack.blocks for stack in stacks.values()}
+    return Graph(groups, blocks, pinned, ties, divisors, leaves, macs, activations, tree, steps)
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """The steps of a scanned stack of layers: its label, the names of its blocks, and the equation that runs them."""
+
+    label: str
+    blocks: tuple[str, ...]
+    eqn: int
+
+
+def _stacks(analysis: Analysis, leaf_axes: Sequence[Axes]) -> dict[Atom, _Stack]:
+    """The layer axes of parameter leaves along which a loop steps, as stacks of blocks."""
+    program, found = analysis.program, {}
+    for i, along in analysis.solution.lengths.items():
+        atom = resolve(along)
+        if isinstance(atom, Atom) and wiring(program.eqns[i]).carried and analysis.uses.eqns[i] is not None:
+            found.setdefault(atom, i)
+    held = {
+        atom: [leaf for leaf, axes in enumerate(leaf_axes) if any(resolve(axis) is atom for axis in axes)]
+        for atom in found
+    }
+    homes = [common_prefix([analysis.modules[leaf] for leaf in leaves]) or "scan" for leaves in held.values() if leaves]
+    out = {}
+    for atom, home in zip([atom for atom in found if held[atom]], _number(homes), strict=True):
+        out[atom] = _Stack(f"{home}[]", tuple(f"{home}[{k}]" for k in range(atom.size)), found[atom])
+    return out
 
 
 def _rename(contexts: Contexts | None, number: Mapping[int, str]) -> frozenset[frozenset[str]] | None:
@@ -183,13 +266,14 @@ def _rename(contexts: Contexts | None, number: Mapping[int, str]) -> frozenset[f
     return frozenset(frozenset(number[b] for b in context if b in number) for context in contexts)
 
 
-def _name_groups(analysis: Analysis, paths: list[str], leaf_axes: Sequence[Axes]) -> dict[Atom, str]:
+def _name_groups(
+    analysis: Analysis, paths: list[str], leaf_axes: Sequence[Axes], steps: Container[Atom]
+) -> dict[Atom, str]:
     """A name for every free atom that some leaf holds, in order of execution.
 
     The name is the module of the leaf that makes the units: the first kernel on whose output axis they stand, else
     the first leaf that holds them.
     """
-    program, kinds_ = analysis.program, analysis.kinds
     base: dict[Atom, str] = {}
 
     def claim(axes: Iterable[Axis], leaf: int) -> None:
@@ -197,24 +281,36 @@ def _name_groups(analysis: Analysis, paths: list[str], leaf_axes: Sequence[Axes]
             for atom in atoms(axis):
                 base.setdefault(atom, analysis.modules[leaf] if "/" in paths[leaf] else paths[leaf])
 
-    held = {atom for axes in leaf_axes for axis in axes for atom in atoms(axis)}
-    for i, eqn in enumerate(program.eqns):
-        kernel = kernel_operand(eqn, kinds_)
-        rule = lookup(eqn.name)
-        if kernel is None or rule is None or rule.contraction is None or analysis.uses.eqns[i] is None:
-            continue
-        behind = kinds_.leaves[kernel] or frozenset()
-        contraction = rule.contraction(analysis.solution.site(i))
-        kept = contraction.rhs_out if eqn.ins[1] == kernel else contraction.lhs_out
-        claim((analysis.solution.of(kernel)[d] for d in sorted(kept)), min(behind))
-    for i, eqn in enumerate(program.eqns):
-        if analysis.uses.eqns[i] is not None:
+    def kernels(solution: Solution, kinds: Kinds, dead: Callable[[int], bool]) -> None:
+        for i, eqn in enumerate(solution.program.eqns):
+            if dead(i):
+                continue
+            for body, inner in zip(solution.bodies.get(i, ()), kinds.bodies.get(i, ()), strict=False):
+                kernels(body, inner, lambda _: False)
+            kernel = kernel_operand(eqn, kinds)
+            rule = lookup(eqn.name)
+            if kernel is None or rule is None or rule.contraction is None:
+                continue
+            contraction = rule.contraction(solution.site(i))
+            kept = contraction.rhs_out if eqn.ins[1] == kernel else contraction.lhs_out
+            claim((solution.of(kernel)[d] for d in sorted(kept)), min(kinds.leaves[kernel] or ()))
+
+    def others(solution: Solution, kinds: Kinds, dead: Callable[[int], bool]) -> None:
+        for i, eqn in enumerate(solution.program.eqns):
+            if dead(i):
+                continue
+            for body, inner in zip(solution.bodies.get(i, ()), kinds.bodies.get(i, ()), strict=False):
+                others(body, inner, lambda _: False)
             for v in eqn.ins:
-                if isinstance(v, int) and kinds_.leaves[v]:
-                    claim(analysis.solution.of(v), min(kinds_.leaves[v] or ()))
+                if isinstance(v, int) and kinds.leaves[v]:
+                    claim(solution.of(v), min(kinds.leaves[v] or ()))
+
+    held = {atom for axes in leaf_axes for axis in axes for atom in atoms(axis)}
+    for visit in (kernels, others):
+        visit(analysis.solution, analysis.kinds, lambda i: analysis.uses.eqns[i] is None)
     for leaf, axes in enumerate(leaf_axes):
         claim(axes, leaf)
-    ordered = [atom for atom in base if atom in held]
+    ordered = [atom for atom in base if atom in held and atom not in steps]
     return dict(zip(ordered, _number([base[atom] for atom in ordered]), strict=True))
 
 
@@ -259,7 +355,7 @@ def region_turns(regions: Sequence[Region]) -> list[tuple[int, int]]:
 
 
 def _name_blocks(
-    analysis: Analysis, paths: Sequence[str]
+    analysis: Analysis, paths: Sequence[str], stacks: Sequence[_Stack]
 ) -> tuple[dict[str, Block], dict[str, tuple[Tie, ...]], dict[int, str]]:
     """The droppable blocks, what dropping each one ties, and the name of each region."""
     program, solution = analysis.program, analysis.solution
@@ -272,9 +368,23 @@ def _name_blocks(
     for b, region in enumerate(analysis.regions):
         contexts = analysis.uses.eqns[maker[region.exit]] or frozenset()
         around[b] = frozenset.intersection(*contexts) - {b} if contexts else frozenset()
-    blocks = {}
+    blocks: dict[str, Block] = {}
     turns = region_turns(analysis.regions)
+    waiting = sorted(stacks, key=lambda stack: -stack.eqn)
+
+    def add_steps(before: float) -> None:
+        while waiting and waiting[-1].eqn < before:
+            stack = waiting.pop()
+            eqn = program.eqns[stack.eqn]
+            contexts = analysis.uses.eqns[stack.eqn] or frozenset()
+            inside = frozenset.intersection(*contexts) if contexts else frozenset()
+            parent = max((p for p in inside if p in number), key=lambda p: len(around[p]), default=None)
+            shape = max((tuple(program.avals[eqn.outs[j]].shape) for j in wiring(eqn).carried), key=len)
+            for name in stack.blocks:
+                blocks[name] = Block(name, (), (), shape, None if parent is None else number[parent], eqn.where)
+
     for b, name in number.items():
+        add_steps(maker[analysis.regions[b].exit])
         enclosing = sorted((p for p in around[b] if p in number), key=lambda p: -len(around[p]))
         region = analysis.regions[b]
         blocks[name] = Block(
@@ -286,7 +396,9 @@ def _name_blocks(
             program.eqns[maker[region.exit]].where,
             *turns[b],
         )
-    return blocks, {number[b]: tie for b, tie in ties.items() if tie is not None}, number
+    add_steps(float("inf"))
+    found = {number[b]: tie for b, tie in ties.items() if tie is not None}
+    return blocks, {name: found.get(name, ()) for name in blocks}, number
 
 
 def _ties(entry: Axes, exit_: Axes) -> tuple[Tie, ...] | None:
@@ -309,30 +421,52 @@ def _ties(entry: Axes, exit_: Axes) -> tuple[Tie, ...] | None:
 
 
 def _work(analysis: Analysis, number: Mapping[int, str]) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
-    """The multiply-accumulates and the output bytes of every live contraction, call bodies included."""
+    """The multiply-accumulates and the output bytes of every live contraction, loops and branches included."""
     macs: list[Term] = []
     activations: list[Term] = []
 
-    def visit(solution: Solution, contexts: Callable[[int], Contexts | None]) -> None:
+    def visit(solution: Solution, contexts: Callable[[int], Contexts | None], around: Axes) -> None:
         for i, eqn in enumerate(solution.program.eqns):
             inside = contexts(i)
-            if inside is None:
+            if inside is None or solution.fixed(i):
                 continue
             if i in solution.bodies:
-                visit(solution.bodies[i], lambda _, inside=inside: inside)
+                length = (solution.lengths[i],) if i in solution.lengths else ()
+                for body in _worked(eqn, solution.bodies[i]):
+                    visit(body, lambda _, inside=inside: inside, (*around, *map(resolve, length)))
             rule = lookup(eqn.name)
             if rule is None or rule.contraction is None:
                 continue
             site = solution.site(i)
             contraction = rule.contraction(site)
             context = _rename(inside, number) or frozenset()
-            out = tuple(resolve(axis) for axis in site.outs[0])
+            out = (*around, *(resolve(axis) for axis in site.outs[0]))
             summed = tuple(resolve(site.ins[1][d]) for d in contraction.rhs)
             macs.append(Term(contraction.extra, out + summed, context))
             activations.append(Term(solution.program.avals[eqn.outs[0]].dtype.itemsize, out, context))
 
-    visit(analysis.solution, lambda i: analysis.uses.eqns[i])
+    visit(analysis.solution, lambda i: analysis.uses.eqns[i], ())
     return tuple(macs), tuple(activations)
+
+
+def _worked(eqn: Eqn, bodies: Sequence[Solution]) -> Sequence[Solution]:
+    """The programs that count: of a branch the largest; of a `while` loop, whose length nobody knows, one turn."""
+    if eqn.name == "cond":
+        return [max(bodies, key=_dense_macs)]
+    return bodies
+
+
+def _dense_macs(solution: Solution) -> int:
+    total = 0
+    for i, eqn in enumerate(solution.program.eqns):
+        rule = lookup(eqn.name)
+        if rule is not None and rule.contraction is not None:
+            site = solution.site(i)
+            contraction = rule.contraction(site)
+            summed = [site.in_shapes[1][d] for d in contraction.rhs]
+            total += math.prod([contraction.extra, *site.out_shapes[0], *summed])
+        total += sum(map(_dense_macs, _worked(eqn, solution.bodies.get(i, ()))))
+    return total
 
 
 def _divisors(solution: Solution, program: Program) -> tuple[str, ...]:
@@ -343,6 +477,7 @@ def _divisors(solution: Solution, program: Program) -> tuple[str, ...]:
             less = f" - {divisor.ddof}" if divisor.ddof else ""
             total = int(np.prod([axis.size for axis in divisor.axes]))
             out.append(f"{program.eqns[i].where}: {total}{less} follows {', '.join(names)}")
-    for body in solution.bodies.values():
-        out += _divisors(body, body.program)
+    for found in solution.bodies.values():
+        for body in found:
+            out += _divisors(body, body.program)
     return tuple(out)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
-from treesurgeon.engine.jaxprs import Eqn, Operand, Program, is_key
+from treesurgeon.engine.jaxprs import Eqn, Operand, Program, is_key, wiring
 from treesurgeon.engine.rules import lookup
 from treesurgeon.engine.rules.shape import SHAPE_ONLY
 
@@ -25,36 +25,77 @@ class Kinds:
     """What every value depends on: `data` (the inputs), or parameters and constants only (`leaves`), or noise.
 
     `leaves[v]` holds the numbers of the parameter leaves behind a value that depends on nothing else, None for others.
+    `bodies` says the same of the programs inside an equation.
     """
 
     data: list[bool]
     leaves: list[frozenset[int] | None]
+    bodies: dict[int, tuple[Kinds, ...]]
 
     def static(self, operand: Operand) -> bool:
         """Whether an operand depends on parameters and constants only."""
         return not isinstance(operand, int) or self.leaves[operand] is not None
 
+    def of(self, operand: Operand) -> Kind:
+        """What one operand depends on."""
+        return (self.data[operand], self.leaves[operand]) if isinstance(operand, int) else CONSTANT
 
-def kinds(program: Program, n_params: int) -> Kinds:
-    """Classify every value; the first `n_params` inputs are the parameter leaves."""
-    count = len(program.avals)
-    data = [False] * count
-    leaves: list[frozenset[int] | None] = [frozenset()] * count
+
+Kind: TypeAlias = tuple[bool, frozenset[int] | None]
+CONSTANT: Kind = (False, frozenset())
+
+
+def merge(found: Iterable[Kind]) -> Kind:
+    """What a value depends on that is computed from these."""
+    found = list(found)
+    behind = [leaves for _, leaves in found if leaves is not None]
+    return any(data for data, _ in found), frozenset().union(*behind) if len(behind) == len(found) else None
+
+
+def main_kinds(program: Program, n_params: int) -> Kinds:
+    """Classify every value of a whole function; the first `n_params` inputs are the parameter leaves."""
     raw_keys = {v for e in program.eqns if e.name == "random_wrap" for v in e.ins}
-    for i, v in enumerate(program.inputs):
-        if i < n_params:
-            leaves[v] = frozenset([i])
-        else:
-            leaves[v] = None
-            data[v] = not is_key(program.avals[v]) and v not in raw_keys
-    for eqn in program.eqns:
-        operands = [v for v in eqn.ins if isinstance(v, int)]
-        any_data = any(data[v] for v in operands)
-        behind = [leaves[v] for v in operands]
-        static = None if any(b is None for b in behind) else frozenset().union(*(b or () for b in behind))
-        for out in eqn.outs:
-            data[out], leaves[out] = any_data, static
-    return Kinds(data, leaves)
+    inputs: list[Kind] = [(False, frozenset([i])) for i in range(n_params)]
+    for v in program.inputs[n_params:]:
+        inputs.append((not is_key(program.avals[v]) and v not in raw_keys, None))
+    return kinds(program, inputs)
+
+
+def kinds(program: Program, inputs: Sequence[Kind]) -> Kinds:
+    """Classify every value of a program, given its inputs."""
+    count = len(program.avals)
+    out = Kinds([False] * count, [frozenset()] * count, {})
+    for v, (data, leaves) in zip(program.inputs, inputs, strict=True):
+        out.data[v], out.leaves[v] = data, leaves
+    for i, eqn in enumerate(program.eqns):
+        operands = [out.of(v) for v in eqn.ins]
+        results = [merge(operands)] * len(eqn.outs)
+        if eqn.bodies:
+            out.bodies[i], results = _call_kinds(eqn, operands)
+        for v, (data, leaves) in zip(eqn.outs, results, strict=True):
+            out.data[v], out.leaves[v] = data, leaves
+    return out
+
+
+def _call_kinds(eqn: Eqn, operands: list[Kind]) -> tuple[tuple[Kinds, ...], list[Kind]]:
+    wires = wiring(eqn)
+    always = operands[:1] if eqn.name == "cond" else []
+    while True:
+        bodies = tuple(kinds(body, [operands[k] for k in ins]) for body, ins in zip(eqn.bodies, wires.ins, strict=True))
+        results: list[list[Kind]] = [list(always) for _ in eqn.outs]
+        for body, found, outs in zip(eqn.bodies, bodies, wires.outs, strict=True):
+            for v, j in zip(body.outputs, outs, strict=True):
+                for r in results if j is None else [results[j]]:  # how often a loop runs is in all that it returns
+                    r.append(found.of(v))
+        for j, k in wires.carried.items():
+            results[j].append(operands[k])
+        merged = [merge(r) for r in results]
+        grown = list(operands)
+        for j, k in wires.carried.items():
+            grown[k] = merged[j]
+        if grown == operands:
+            return bodies, merged
+        operands = grown
 
 
 def is_contraction(eqn: Eqn) -> bool:
@@ -71,22 +112,66 @@ def kernel_operand(eqn: Eqn, kinds: Kinds) -> int | None:
     return static[0] if len(static) == 1 and any(isinstance(v, int) and kinds.data[v] for v in eqn.ins) else None
 
 
-def shared_kernels(program: Program, kinds: Kinds) -> list[bool]:
+def kernel_leaves(program: Program, i: int, kinds: Kinds) -> frozenset[int]:
+    """The parameter leaves that enter equation `i` as kernels, those of the programs inside it included."""
+    eqn = program.eqns[i]
+    if eqn.bodies:
+        pairs = zip(eqn.bodies, kinds.bodies[i], strict=True)
+        return frozenset().union(*(kernel_leaves(b, n, found) for b, found in pairs for n in range(len(b.eqns))))
+    kernel = kernel_operand(eqn, kinds)
+    return frozenset() if kernel is None else kinds.leaves[kernel] or frozenset()
+
+
+@dataclass(eq=False)
+class Shared:
+    """Which values are kernels that a population shares (see `shared_kernels`), in the programs inside as well."""
+
+    values: list[bool]
+    bodies: dict[int, tuple[Shared, ...]]
+
+
+def shared_kernels(program: Program, kinds: Kinds) -> Shared:
     """Values that reach nothing but contractions with data, as kernels, through reshapes and casts alone.
 
     These stay unmasked under `gate`, so that a population of masks shares them.
     """
     shared = [bool(leaves) for leaves in kinds.leaves]
+    bodies: dict[int, tuple[Shared, ...]] = {}
     for v in program.outputs:
         if isinstance(v, int):
             shared[v] = False
-    for eqn in reversed(program.eqns):
-        kernel = kernel_operand(eqn, kinds)
-        passes = eqn.name in SHAPE_ONLY and all(shared[v] for v in eqn.outs)
-        for v in eqn.ins:
-            if isinstance(v, int) and v != kernel and not passes:
+    for i in range(len(program.eqns) - 1, -1, -1):
+        eqn = program.eqns[i]
+        if eqn.bodies:
+            bodies[i] = tuple(map(shared_kernels, eqn.bodies, kinds.bodies[i]))
+            wires = wiring(eqn)
+            passes = [k not in wires.carried.values() for k in range(len(eqn.ins))]
+            for body, found, ins in zip(eqn.bodies, bodies[i], wires.ins, strict=True):
+                for v, k in zip(body.inputs, ins, strict=True):
+                    passes[k] = passes[k] and found.values[v]
+        else:
+            kernel = kernel_operand(eqn, kinds)
+            whole = eqn.name in SHAPE_ONLY and all(shared[v] for v in eqn.outs)
+            passes = [v == kernel or whole for v in eqn.ins]
+        for v, ok in zip(eqn.ins, passes, strict=True):
+            if isinstance(v, int) and not ok:
                 shared[v] = False
-    return shared
+    for i, found in bodies.items():  # a body's input is shared only if what the call passes to it is
+        eqn = program.eqns[i]
+        _restrict(eqn, found, [isinstance(v, int) and shared[v] for v in eqn.ins])
+    return Shared(shared, bodies)
+
+
+def _restrict(eqn: Eqn, found: tuple[Shared, ...], operands: Sequence[bool]) -> None:
+    for body, inner, ins in zip(eqn.bodies, found, wiring(eqn).ins, strict=True):
+        for v, k in zip(body.inputs, ins, strict=True):
+            inner.values[v] = inner.values[v] and operands[k]
+        for n, e in enumerate(body.eqns):
+            if e.name in SHAPE_ONLY:
+                for v in e.outs:
+                    inner.values[v] = inner.values[v] and all(isinstance(w, int) and inner.values[w] for w in e.ins)
+            if n in inner.bodies:
+                _restrict(e, inner.bodies[n], [isinstance(w, int) and inner.values[w] for w in e.ins])
 
 
 def live(program: Program, roots: Iterable[Operand]) -> set[int]:

@@ -18,6 +18,7 @@ mixes positions, on both sides, so that junk (infinities and NaN included) reach
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -26,15 +27,16 @@ import numpy as np
 from jax import lax
 
 from treesurgeon.engine.axes import Axis
+from treesurgeon.engine.calls import rebuild, scan
 from treesurgeon.engine.errors import NarrowError, PlanError
-from treesurgeon.engine.flow import shared_kernels
+from treesurgeon.engine.flow import Shared, shared_kernels
 from treesurgeon.engine.graph import Graph
-from treesurgeon.engine.jaxprs import Eqn, Literal, Operand, bind, is_float, is_key, standing_at
+from treesurgeon.engine.jaxprs import Eqn, Literal, Operand, Program, bind, is_float, is_key, standing_at, wiring
 from treesurgeon.engine.masks import axis_count, axis_mask
-from treesurgeon.engine.narrowing import call_custom_jvp, check_leaves
+from treesurgeon.engine.narrowing import check_leaves
 from treesurgeon.engine.retrace import Retraced, Retracer
 from treesurgeon.engine.rules import Contraction, Site, lookup
-from treesurgeon.engine.rules.base import identity
+from treesurgeon.engine.rules.base import Axes, identity
 from treesurgeon.engine.solve import Solution
 
 
@@ -59,6 +61,7 @@ def gate(fn: Callable, graph: Graph) -> Callable:
     def gated(params: Any, masks: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         leaves = check_leaves(params, shapes, "gate")
         units, blocks = _check_masks(graph, masks)
+        units = graph.positions({"units": units, "blocks": blocks})
         found, call = retracer(leaves, args, kwargs)
         for name in found.conflicts:
             if name in units:
@@ -100,10 +103,11 @@ def select(mask: Any, x: Any, fill: Any, dims: Sequence[int]) -> Any:
 class _Gate:
     """Runs a solved program under masks."""
 
-    def __init__(self, units: Mapping[str, Any]):
+    def __init__(self, units: Mapping[str, Any], on: Any = None, shared: dict[Program, list[bool]] | None = None):
         self.units = units
+        self.shared = {} if shared is None else shared
         self.cache: dict[int, tuple[Axis, Any]] = {}
-        self.on: Any = None  # whether the block that is being run is kept, None for always
+        self.on = on  # whether the block that is being run is kept, None for always
 
     def mask(self, axis: Axis) -> Any:
         """The kept positions of an axis, None where nothing can be removed."""
@@ -125,8 +129,9 @@ class _Gate:
     def main(self, found: Retraced, graph: Graph, inputs: list[Any], blocks: Mapping[str, Any]) -> list[Any]:
         """Run a whole function."""
         analysis = found.analysis
-        program, solution, kinds = analysis.program, analysis.solution, analysis.kinds
-        shared = shared_kernels(program, kinds)
+        program, solution = analysis.program, analysis.solution
+        shared = shared_kernels(program, analysis.kinds)
+        self._note(program, shared)
         bits = {b: blocks[name] for b, name in found.blocks.items() if name in blocks}
         exits = {analysis.regions[b].exit: (analysis.regions[b].entry, bit) for b, bit in bits.items()}
         entries: dict[int, list[int]] = {}
@@ -136,7 +141,7 @@ class _Gate:
         env: dict[int, Any] = dict(program.consts)
         env.update(zip(program.inputs, inputs, strict=True))
         for v in program.inputs[: len(graph.leaves)]:
-            if not shared[v] and not is_key(program.avals[v]):
+            if not shared.values[v] and not is_key(program.avals[v]):
                 on = alive(analysis.uses.values[v])
                 env[v] = self.clear(jnp.asarray(env[v]), dict(enumerate(solution.axes[v])), 1, on)
         for i, eqn in enumerate(program.eqns):
@@ -156,10 +161,7 @@ class _Gate:
                 return x
 
             with standing_at(eqn):
-                values = [read(v) for v in eqn.ins]
-                kernel = [isinstance(v, int) and shared[v] for v in eqn.ins]
-                constant = [not isinstance(v, int) or kinds.leaves[v] == frozenset() for v in eqn.ins]
-                outs = self.apply(i, eqn, solution, values, kernel, constant)
+                outs = self.apply(i, solution, [read(v) for v in eqn.ins])
                 for v, x in zip(eqn.outs, outs, strict=True):
                     env[v] = x
                     if v in exits:
@@ -177,33 +179,33 @@ class _Gate:
         pairs = zip(solution.axes[entry], solution.axes[exit_], strict=True)
         return {d: a for d, (a, b) in enumerate(pairs) if self.mask(a) is not self.mask(b)}
 
+    def _note(self, program: Program, shared: Shared) -> None:
+        self.shared[program] = shared.values
+        for i, found in shared.bodies.items():
+            for body, inner in zip(program.eqns[i].bodies, found, strict=True):
+                self._note(body, inner)
+
     def run(self, solution: Solution, inputs: Sequence[Any]) -> list[Any]:
-        """Run a call body."""
+        """Run a program inside an equation."""
         program = solution.program
         env: dict[int, Any] = {**dict(zip(program.inputs, inputs, strict=True)), **program.consts}
-        constant = _constants(program)
         for i, eqn in enumerate(program.eqns):
             values = [v.value if isinstance(v, Literal) else env[v] for v in eqn.ins]
-            flags = [not isinstance(v, int) or constant[v] for v in eqn.ins]
             with standing_at(eqn):
-                outs = self.apply(i, eqn, solution, values, [False] * len(values), flags)
+                outs = self.apply(i, solution, values)
             env.update(zip(eqn.outs, outs, strict=True))
         return [v.value if isinstance(v, Literal) else env[v] for v in program.outputs]
 
-    def apply(
-        self,
-        i: int,
-        eqn: Eqn,
-        solution: Solution,
-        values: list[Any],
-        kernel: Sequence[bool],
-        constant: Sequence[bool],
-    ) -> list[Any]:
-        """One equation under the masks. `kernel` marks operands that are shared kernels, `constant` constants."""
-        if eqn.body is not None:
-            if self._plain(solution.bodies[i]):
-                return bind(eqn, eqn.params, values)
-            return call_custom_jvp(eqn, solution.bodies[i], values, self._resume, (self.units, self.on))
+    def apply(self, i: int, solution: Solution, values: list[Any]) -> list[Any]:
+        """One equation under the masks."""
+        eqn = solution.program.eqns[i]
+        if solution.fixed(i):
+            return bind(eqn, eqn.params, values)
+        if eqn.bodies:
+            return self._call(i, solution, values)
+        shared = self.shared.get(solution.program)
+        kernel = [shared is not None and isinstance(v, int) and shared[v] for v in eqn.ins]
+        constant = [not isinstance(v, int) or solution.constant[v] for v in eqn.ins]
         rule = lookup(eqn.name)
         if rule is None:
             return bind(eqn, eqn.params, values)
@@ -215,49 +217,80 @@ class _Gate:
             values[operand] = self.clear(x, {d: site.ins[operand][d] for d in dims}, identity(kind, x.dtype))
         if i in solution.divisors:
             values[solution.divisors[i].operand] = self._divisor(solution, i)
-        if eqn.name == "broadcast_in_dim":
-            out = bind(eqn, eqn.params, values)[0]
-            if constant[0] or not is_float(out):
-                return [out]
-            source = dict(zip(eqn.params["broadcast_dimensions"], site.in_shapes[0], strict=True))
-            new = {d: axis for d, axis in enumerate(site.outs[0]) if source.get(d, 0) != site.out_shapes[0][d]}
-            return [self.clear(out, new, 0)]
-        for k, x in enumerate(values):
-            if not constant[k]:
-                values[k] = self._stretch(site, k, x)
+        if rule.spreads is not None:
+            outs = bind(eqn, eqn.params, values)
+            if constant[0] or not is_float(outs[0]):
+                return outs
+            return [self.clear(outs[0], {d: site.outs[0][d] for d in rule.spreads(site)}, 0)]
+        if rule.broadcasts and len(site.outs) == 1:
+            for k, x in enumerate(values):
+                if not constant[k]:
+                    values[k] = self._stretch(site, k, x)
         return bind(eqn, eqn.params, values)
 
-    @staticmethod
-    def _resume(aux: Any, solution: Solution, inputs: Sequence[Any]) -> list[Any]:
-        units, on = aux
-        inner = _Gate(units)
-        inner.on = on
-        return inner.run(solution, inputs)
+    def _call(self, i: int, solution: Solution, values: list[Any]) -> list[Any]:
+        """An equation that holds programs."""
+        eqn, bodies = solution.program.eqns[i], solution.bodies[i]
+        length = eqn.params.get("length")
+        steps = self.mask(solution.lengths[i]) if i in solution.lengths and wiring(eqn).carried else None
+        if steps is None and all(map(self._plain, bodies)):
+            return bind(eqn, eqn.params, values)
+        if steps is not None:
+            return scan(eqn, bodies[0], values, partial(self._step, eqn), (), length, steps)
+        if eqn.name.startswith("custom_"):
+            return rebuild(eqn, bodies, values, lambda aux, body, xs: _Gate(*aux).run(body, xs), (self.units, self.on))
+        return rebuild(eqn, bodies, values, lambda _, body, xs: self._inner(self.on).run(body, xs), (), length)
+
+    def _inner(self, on: Any) -> _Gate:
+        """A gate for a program inside an equation: what it caches belongs to another trace."""
+        return _Gate(self.units, on, self.shared)
+
+    def _step(self, eqn: Eqn, aux: Any, body: Solution, values: Sequence[Any]) -> list[Any]:
+        """One step of a `scan` that may be dropped: what it carries passes it by."""
+        (bit,) = aux
+        inner = self._inner(bit if self.on is None else self.on & bit)
+        carried = wiring(eqn).carried
+        inputs = list(values)
+        for k in carried.values():
+            if is_float(inputs[k]):
+                inputs[k] = select(inner.on, inputs[k], 0, ())
+        outs = inner.run(body, inputs)
+        for j, k in carried.items():
+            outs[j] = lax.select(lax.broadcast_in_dim(bit, np.shape(values[k]), ()), outs[j], values[k])
+        return outs
 
     def _plain(self, body: Solution) -> bool:
         """Whether no mask acts inside a body, so that it can be called as it is."""
-        constant = _constants(body.program)
-        for i, eqn in enumerate(body.program.eqns):
-            rule = lookup(eqn.name)
-            if eqn.body is not None:
-                if not self._plain(body.bodies[i]):
+        program = body.program
+        for i, eqn in enumerate(program.eqns):
+            if body.fixed(i):
+                continue
+            if eqn.bodies:
+                if not all(map(self._plain, body.bodies[i])) or any(map(self._masked, body.operands(i))):
                     return False
-            elif rule is not None and (rule.mixes or rule.contraction):
+                continue
+            rule = lookup(eqn.name)
+            touched = self.on is not None or i in body.divisors
+            if not touched and not any(map(self._masked, [*body.operands(i), *(body.axes[v] for v in eqn.outs)])):
+                continue
+            if touched and rule is None:
+                continue
+            if rule is not None and (rule.mixes or rule.contraction or rule.spreads or i in body.divisors):
                 return False
-            else:
-                shape = body.program.avals[eqn.outs[0]].shape
-                for v in eqn.ins:
-                    if isinstance(v, int) and not constant[v] and body.program.avals[v].shape != shape:
-                        return False
+            shape = program.avals[eqn.outs[0]].shape if eqn.outs else ()
+            for v in eqn.ins:
+                if isinstance(v, int) and not body.constant[v] and program.avals[v].shape != shape:
+                    return False
         return True
+
+    def _masked(self, axes: Axes) -> bool:
+        return any(self.mask(axis) is not None for axis in axes)
 
     def _stretch(self, site: Site, k: int, x: Any) -> Any:
         """An operand that broadcasts implicitly along a masked axis, stretched and selected there."""
-        if len(site.outs) != 1 or not is_float(x) or site.eqn.name in _NOT_BROADCASTING:
+        if not is_float(x):
             return x
         shape, target = site.in_shapes[k], site.out_shapes[0]
-        if shape and len(shape) != len(target):
-            return x
         grown = [
             d
             for d in range(len(target))
@@ -311,13 +344,6 @@ class _Gate:
         return lax.broadcast_in_dim(value, aval.shape, ())
 
 
-_NOT_BROADCASTING = {
-    "concatenate", "conv_general_dilated", "dot_general", "dynamic_slice", "expand_dims", "gather", "pad", "reduce_max",
-    "reduce_min", "reduce_prod", "reduce_sum", "reduce_window_max", "reduce_window_min", "reduce_window_sum",
-    "reshape", "slice", "split", "squeeze", "transpose",
-}  # fmt: skip
-
-
 class _Alive:
     """Whether anything in a set of contexts is kept, as a traced bool; None for always."""
 
@@ -343,13 +369,3 @@ class _Alive:
                 whole = whole & bit
             out = whole if out is None else out | whole
         return out
-
-
-def _constants(program: Any) -> list[bool]:
-    out = [False] * len(program.avals)
-    for v in program.consts:
-        out[v] = True
-    for eqn in program.eqns:
-        for v in eqn.outs:
-            out[v] = all(not isinstance(w, int) or out[w] for w in eqn.ins)
-    return out

@@ -1,4 +1,4 @@
-"""What tracing finds (`Graph`) and what a user asks of it (`Plan`): plain data, no JAX in here."""
+"""What tracing finds (`Graph`) and what a user asks of it (`Plan`): plain data."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from treesurgeon.engine.axes import Axis, Reason
@@ -49,6 +51,9 @@ class Block:
 
     `leaves` are the parameters used nowhere else; `kernels` those that enter a contraction in it; `parent` is the
     smallest block around it, if any. Of the `turns` regions with the same kernels (shared layers) it is number `turn`.
+
+    A step of a `scan` over stacked layers is a block as well: its `leaves` and `kernels` are empty, since the stacked
+    leaves lose entries of their layer axis.
     """
 
     name: str
@@ -83,16 +88,6 @@ class Plan:
         object.__setattr__(self, "keep", keep)
         object.__setattr__(self, "drop", frozenset(self.drop))
 
-    def then(self, later: Plan) -> Plan:
-        """The one plan that does what this plan and then `later`, made for the narrowed model, do.
-
-        Where dropped blocks tie groups, compose closed plans: `graph.closed(first).then(smaller.closed(later))`.
-        """
-        keep = dict(self.keep)
-        for name, units in later.keep.items():
-            keep[name] = keep[name][units] if name in keep else units
-        return Plan(keep, self.drop | later.drop)
-
 
 @dataclass(frozen=True)
 class Leaf:
@@ -124,6 +119,7 @@ class Graph:
         pinned: why an axis of a parameter may not change, by `path[axis]`.
         ties: which units a dropped block makes one, by block.
         divisors: the mean and variance divisors that shrink with their axis, in words.
+        steps: the blocks that are the steps of a scanned stack, in order, by the label of the stack's layer axis.
     """
 
     groups: Mapping[str, Group]
@@ -135,6 +131,7 @@ class Graph:
     macs: tuple[Term, ...]
     activations: tuple[Term, ...]
     tree: Any
+    steps: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def masks(self, plan: Plan) -> dict[str, dict[str, np.ndarray]]:
         """A plan as masks: `{"units": {group: bool[size]}, "blocks": {block: bool[]}}`, True = kept.
@@ -163,6 +160,31 @@ class Graph:
         """The plan with its keeps closed over the ties of dropped blocks, every group named: what `then` composes."""
         units = self.masks(plan)["units"]
         return Plan({name: np.flatnonzero(mask) for name, mask in units.items()}, plan.drop)
+
+    def then(self, first: Plan, later: Plan) -> Plan:
+        """The one plan that does what `first` and then `later`, made for the narrowed model, do.
+
+        Where dropped blocks tie groups of the narrowed model, pass its `closed(later)`.
+        """
+        keep = dict(self.closed(first).keep)
+        for name, units in later.keep.items():
+            keep[name] = keep[name][units] if name in keep else units
+        drop = set(later.drop)
+        for names in self.steps.values():  # the narrowed model counts its steps anew
+            left = [name for name in names if name not in first.drop]
+            drop = (drop - set(names)) | {old for old, new in zip(left, names, strict=False) if new in later.drop}
+        return Plan(keep, first.drop | drop)
+
+    def positions(self, masks: Mapping[str, Any]) -> dict[str, Any]:
+        """The masks of everything that stands on an axis: units of groups, and steps of scanned stacks."""
+        out, blocks = dict(masks["units"]), masks["blocks"]
+        for label, names in self.steps.items():
+            given = [blocks[name] for name in names if name in blocks]
+            if given:
+                xp = jnp if any(isinstance(bit, jax.Array) for bit in given) else np
+                every = xp.ones_like(given[0])
+                out[label] = xp.stack([blocks.get(name, every) for name in names], -1)
+        return out
 
     def _close(self, units: dict[str, np.ndarray], drop: Iterable[str]) -> None:
         dropped = set(drop)
@@ -207,13 +229,14 @@ class Graph:
     def indices(self, masks: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, ...] | None]:
         """The kept positions on each axis of each leaf under concrete masks, None for leaves that go."""
         out: dict[str, tuple[np.ndarray, ...] | None] = {}
+        units = self.positions(masks)
         for path, leaf in self.leaves.items():
             if not alive(leaf.contexts, masks["blocks"]):
                 out[path] = None
                 continue
             kept = []
             for axis, size in zip(leaf.axes, leaf.shape, strict=True):
-                mask = axis_mask(axis, masks["units"])
+                mask = axis_mask(axis, units)
                 kept.append(np.arange(size) if mask is None else np.flatnonzero(mask))
             out[path] = tuple(kept)
         return out

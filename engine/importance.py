@@ -135,7 +135,7 @@ def activation_energy(fn: Callable, graph: Graph) -> Callable:
                     axis = solution.axes[v][d]
                     square = jnp.square(values[k].astype(jnp.float32))
                     along = square.mean(tuple(e for e in range(square.ndim) if e != d))
-                    for name in labels(axis):
+                    for name in labels(axis) & graph.groups.keys():
                         index = unit_index(axis, name)
                         repeats = max(1, int((index >= 0).sum()) // graph.groups[name].size)
                         out[name] = out[name] + _spread(along, index, graph.groups[name].size) / repeats

@@ -1,8 +1,8 @@
 """The only door to JAX's internals: a traced function as a flat, plain program.
 
 A `Program` is a jaxpr with its `jit` calls inlined and its variables numbered, so that the rest of the engine works
-on integers, shapes and parameters and never on `jax._src` types. Calls that carry a meaning of their own
-(`custom_jvp_call`) stay equations and hold their body in `Eqn.body`.
+on integers, shapes and parameters and never on `jax._src` types. Calls that carry a meaning of their own (`scan`,
+`while`, `cond`, `custom_jvp_call`, `custom_vjp_call`) stay equations and hold their programs in `Eqn.bodies`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,16 @@ from jax.extend import source_info_util
 from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 INLINED = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2"}
-CALLS = {"custom_jvp_call": "call_jaxpr"}
+CALLS: dict[str, Callable[[Mapping[str, Any]], Sequence[Any]]] = {
+    "custom_jvp_call": lambda p: [p["call_jaxpr"]],
+    "custom_vjp_call": lambda p: [p["call_jaxpr"]],
+    "scan": lambda p: [p["jaxpr"]],
+    "while": lambda p: [p["cond_jaxpr"], p["body_jaxpr"]],
+    "cond": lambda p: p["branches"],
+}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Literal:
     """A scalar written into the program."""
 
@@ -47,7 +53,7 @@ class Eqn:
     source: Any
     context: Any
     effects: bool
-    body: Program | None = None
+    bodies: tuple[Program, ...] = ()
     caller: Any = None
 
     @property
@@ -57,7 +63,7 @@ class Eqn:
 
     @property
     def scope(self) -> tuple[str, ...]:
-        """The path of module scopes around the equation, transformations (`jvp(…)`) stripped."""
+        """The path of module scopes around the equation (in its own program), transformations (`jvp(…)`) stripped."""
         text = str(self.stack)
         while (bare := re.sub(r"\b\w+\(([^()]*)\)", r"\1", text)) != text:
             text = bare
@@ -132,7 +138,7 @@ def flatten_program(closed: Any) -> Program:
                 continue
             outs = tuple(new(v.aval) for v in eqn.outvars)
             env.update(zip(eqn.outvars, outs, strict=True))
-            body = flatten_program(eqn.params[CALLS[name]]) if name in CALLS else None
+            bodies = tuple(flatten_program(body) for body in CALLS[name](eqn.params)) if name in CALLS else ()
             program.eqns.append(
                 Eqn(
                     eqn.primitive,
@@ -143,7 +149,7 @@ def flatten_program(closed: Any) -> Program:
                     eqn.source_info,
                     eqn.ctx,
                     bool(eqn.effects),
-                    body,
+                    bodies,
                     caller,
                 )
             )
@@ -169,35 +175,108 @@ def bind(eqn: Eqn, params: Mapping[str, Any], values: Sequence[Any]) -> list[Any
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
+@dataclass(frozen=True)
+class Wiring:
+    """How the operands and results of a call are wired to its programs.
+
+    Attributes:
+        ins: for each program the operand that each of its inputs takes.
+        outs: for each program the result that each of its outputs gives, None for a loop's condition.
+        carried: result -> the operand that it becomes in the next iteration.
+        mapped_ins: the operands that are taken step by step, along their leading axis.
+        mapped_outs: the results that are collected step by step, along a new leading axis.
+    """
+
+    ins: tuple[tuple[int, ...], ...]
+    outs: tuple[tuple[int | None, ...], ...]
+    carried: Mapping[int, int] = field(default_factory=dict)
+    mapped_ins: frozenset[int] = frozenset()
+    mapped_outs: frozenset[int] = frozenset()
+
+
+def wiring(eqn: Eqn) -> Wiring:
+    """How an equation that holds programs is wired to them."""
+    n, m = len(eqn.ins), len(eqn.outs)
+    if eqn.name == "cond":
+        return Wiring((tuple(range(1, n)),) * len(eqn.bodies), (tuple(range(m)),) * len(eqn.bodies))
+    if eqn.name == "while":
+        a, b = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        carry = tuple(range(a + b, n))
+        ins = ((*range(a), *carry), (*range(a, a + b), *carry))
+        return Wiring(ins, ((None,), tuple(range(m))), {j: a + b + j for j in range(m)})
+    ins, outs = (tuple(range(n)),), (tuple(range(m)),)
+    if eqn.name == "scan":
+        consts, carry = scan_parts(eqn)
+        carried = {j: consts + j for j in range(carry)}
+        return Wiring(ins, outs, carried, frozenset(range(consts + carry, n)), frozenset(range(carry, m)))
+    return Wiring(ins, outs)
+
+
+def scan_parts(eqn: Eqn) -> tuple[int, int]:
+    """How many operands of a `scan` are constants, and how many are carried."""
+    if "ft_in" in eqn.params:  # jax >= 0.11
+        consts, carry, _ = eqn.params["ft_in"].unpack()
+        return len(consts), len(carry)
+    return eqn.params["num_consts"], eqn.params["num_carry"]
+
+
 def jvp_program(eqn: Eqn, differentiable: Sequence[int]) -> Program:
     """The derivative rule of a `custom_jvp_call` at its own shapes.
 
     Inputs are the primals, then a tangent for each operand listed in `differentiable`; outputs are the primal
     results, then their tangents.
     """
-    avals = [struct(aval) for aval in _operand_avals(eqn)]
+    avals = _operand_structs(eqn)
 
     def rule(primals, tangents):
-        def call(*chosen):
-            values = list(primals)
-            for i, value in zip(differentiable, chosen, strict=True):
-                values[i] = value
-            return bind(eqn, eqn.params, values)
-
-        return jax.jvp(call, [primals[i] for i in differentiable], tangents)
+        return jax.jvp(_some_operands(eqn, primals, differentiable), [primals[i] for i in differentiable], tangents)
 
     return flatten_program(jax.make_jaxpr(rule)(avals, [avals[i] for i in differentiable]))
 
 
-def _operand_avals(eqn: Eqn) -> list[Any]:
-    assert eqn.body is not None
-    return [eqn.body.avals[v] for v in eqn.body.inputs]
+def vjp_program(eqn: Eqn, differentiable: Sequence[int]) -> Program:
+    """The derivative rule of a `custom_vjp_call` at its own shapes, its forward pass included.
+
+    Inputs are the primals, then a cotangent for each floating-point result; outputs are the cotangents of the operands
+    listed in `differentiable`.
+    """
+    avals = _operand_structs(eqn)
+    body = eqn.bodies[0]
+    outs = [struct(body.aval(v)) for v in body.outputs]
+
+    def rule(primals, cotangents):
+        call = _some_operands(eqn, primals, differentiable)
+        _, pull = jax.vjp(call, *(primals[i] for i in differentiable))
+        given = iter(cotangents)
+        return pull([next(given) if is_float(o) else np.zeros(o.shape, jax.dtypes.float0) for o in outs])
+
+    return flatten_program(jax.make_jaxpr(rule)(avals, [o for o in outs if is_float(o)]))
+
+
+def _some_operands(eqn: Eqn, primals: Sequence[Any], chosen: Sequence[int]) -> Callable:
+    def call(*values):
+        full = list(primals)
+        for i, value in zip(chosen, values, strict=True):
+            full[i] = value
+        return bind(eqn, eqn.params, full)
+
+    return call
+
+
+def _operand_structs(eqn: Eqn) -> list[Any]:
+    body = eqn.bodies[0]
+    return [struct(body.avals[v]) for v in body.inputs]
 
 
 def struct(x: Any) -> jax.ShapeDtypeStruct:
     """Shape and dtype of an array as JAX holds it: 64 bits only with x64."""
     dtype = jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True)
     return jax.ShapeDtypeStruct(x.shape, dtype, weak_type=getattr(x, "weak_type", False))
+
+
+def is_sized(aval: Any) -> bool:
+    """Whether no dimension is symbolic."""
+    return all(isinstance(n, int) for n in aval.shape)
 
 
 def is_key(aval: Any) -> bool:
@@ -291,5 +370,5 @@ def trace_call(fn: Callable, params: Any, call: Call) -> Traced:
 def concrete(program: Program) -> bool:
     """Whether the program can be kept: nothing in it belongs to a trace that is under way."""
     return not any(isinstance(c, Tracer) for c in program.consts.values()) and all(
-        e.body is None or concrete(e.body) for e in program.eqns
+        concrete(body) for e in program.eqns for body in e.bodies
     )

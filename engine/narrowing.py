@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.tree_util import tree_map_with_path, tree_unflatten
 
 from treesurgeon.engine.axes import Axis
+from treesurgeon.engine.calls import rebuild
 from treesurgeon.engine.errors import NarrowError, StructureError
 from treesurgeon.engine.graph import Graph, Plan
 from treesurgeon.engine.jaxprs import (
@@ -24,8 +26,8 @@ from treesurgeon.engine.jaxprs import (
     Literal,
     Operand,
     bind,
-    is_float,
-    jvp_program,
+    is_key,
+    is_sized,
     named_leaves,
     path_name,
     standing_at,
@@ -34,7 +36,7 @@ from treesurgeon.engine.masks import axis_count, axis_mask
 from treesurgeon.engine.retrace import Retraced, Retracer
 from treesurgeon.engine.rules import lookup
 from treesurgeon.engine.rules.base import Axes, Kept
-from treesurgeon.engine.solve import Divisor, Solution, solve
+from treesurgeon.engine.solve import Divisor, Solution
 
 GONE = object()
 
@@ -124,16 +126,16 @@ def narrow(fn: Callable, graph: Graph, plan: Plan) -> Callable:
         NarrowError: on call, `fn` reads pruned parameters in a way that the traced function did not.
     """
     masks = graph.masks(plan)
-    shapes = graph.shapes(masks)
+    units, shapes = graph.positions(masks), graph.shapes(masks)
     retracer = Retracer(fn, graph)
 
     def narrowed(params: Any, *args: Any, **kwargs: Any) -> Any:
         leaves = check_leaves(params, shapes, "narrow")
         found, call = retracer(leaves, args, kwargs)
-        _check_conflicts(found, masks["units"])
+        _check_conflicts(found, units)
         found.require(graph, plan.drop)
         inputs = [leaves.get(path, GONE) for path in graph.leaves]
-        outs = _Narrow(masks["units"]).main(found, [*inputs, *call.arrays], masks["blocks"])
+        outs = _Narrow(units).main(found, [*inputs, *call.arrays], masks["blocks"])
         return without_gone(tree_unflatten(found.analysis.traced.out_tree, outs))
 
     return narrowed
@@ -171,10 +173,10 @@ class _Narrow:
         return all(self.kept.mask(axis) is None for axis in axes)
 
     def slim(self, value: Any, axes: Axes) -> Any:
-        """A wide value at the kept positions of its axes."""
+        """A value at the kept positions of its axes, those that are narrow already left alone."""
         for d, axis in enumerate(axes):
             mask = self.kept.mask(axis)
-            if mask is not None:
+            if mask is not None and value.shape[d] == len(mask):
                 value = jnp.take(value, np.flatnonzero(mask), axis=d)
         return value
 
@@ -203,27 +205,45 @@ class _Narrow:
         wanted = program.outputs if wanted is None else wanted
         skip = skip or {}
         env: dict[int, Any] = dict(zip(program.inputs, inputs, strict=True))
-        env |= {v: self.slim(value, solution.axes[v]) for v, value in program.consts.items()}
         needed = self._needed(solution, wanted, skip)
+        tables = Constants(solution)
 
-        def read(v: Operand) -> Any:
-            return v.value if isinstance(v, Literal) else env[v]
+        def read(v: Operand, axes: Axes) -> Any:
+            if isinstance(v, Literal):
+                return v.value
+            return self._table(tables, v, axes) if solution.constant[v] else env[v]
 
         for i, eqn in enumerate(program.eqns):
             if i in needed:
+                axes = solution.operands(i)
                 with standing_at(eqn):
-                    outs = self.apply(i, eqn, solution, [read(v) for v in eqn.ins])
+                    outs = self.apply(i, eqn, solution, [read(v, axes[k]) for k, v in enumerate(eqn.ins)])
                 env.update(zip(eqn.outs, outs, strict=True))
             for v in eqn.outs:
                 if v in skip and skip[v] in env:  # else nothing reads it: a dropped block around it
                     env[v] = self._pass_on(env[skip[v]], solution.axes[skip[v]], solution.axes[v])
-        return [v if v is GONE else read(v) for v in wanted]
+        return [v if v is GONE else read(v, solution.of(v)) for v in wanted]
+
+    def _table(self, tables: Constants, v: int, axes: Axes) -> Any:
+        """A constant at the kept positions of the axes of this use."""
+        if self.whole(axes):
+            return tables.traced(v)
+        kept = [self.kept.mask(axis) for axis in axes]
+        known = tables.concrete(v)
+        if known is None or is_key(known):
+            return self.slim(tables.traced(v), axes)
+        for d, mask in enumerate(kept):
+            if mask is not None:
+                known = np.compress(mask, known, axis=d)
+        return known
 
     def _needed(self, solution: Solution, wanted: Sequence[Any], skip: Mapping[int, int]) -> set[int]:
         eqns = solution.program.eqns
         values = {v for v in wanted if isinstance(v, int)}
         out = set()
         for i in range(len(eqns) - 1, -1, -1):
+            if solution.fixed(i):
+                continue  # made where it is read
             passed = [v for v in eqns[i].outs if v in skip and v in values]
             if passed:
                 values.update(skip[v] for v in passed)
@@ -247,8 +267,11 @@ class _Narrow:
 
     def apply(self, i: int, eqn: Eqn, solution: Solution, values: list[Any]) -> list[Any]:
         """One equation at the small sizes."""
-        if eqn.body is not None:
-            return self._call(eqn, solution.bodies[i], values)
+        if eqn.bodies:
+            if self._untouched(i, solution):
+                return bind(eqn, eqn.params, values)
+            length = self.kept.size(solution.lengths[i]) if i in solution.lengths else None
+            return rebuild(eqn, solution.bodies[i], values, lambda _, body, xs: self.run(body, xs), (), length)
         site = solution.site(i)
         rule = lookup(eqn.name)
         if rule is None:
@@ -263,11 +286,11 @@ class _Narrow:
             return [self.slim(value, axes) for value, axes in zip(wide, site.outs, strict=True)]
         if i in solution.divisors:
             divisor = solution.divisors[i]
-            values[divisor.operand] = self._divisor(eqn, solution, divisor)
+            values[divisor.operand] = self._divisor(eqn, solution, divisor, site.ins[divisor.operand])
         params = eqn.params if rule.resize is None else {**eqn.params, **rule.resize(site, self.kept)}
         return bind(eqn, params, values)
 
-    def _divisor(self, eqn: Eqn, solution: Solution, divisor: Divisor) -> Any:
+    def _divisor(self, eqn: Eqn, solution: Solution, divisor: Divisor, axes: Axes) -> Any:
         operand = eqn.ins[divisor.operand]
         count = 1
         for axis in divisor.axes:
@@ -277,38 +300,59 @@ class _Narrow:
         scalar = np.asarray(1 / value if divisor.inverse else value, aval.dtype)
         if not aval.shape:
             return scalar
-        return lax.full(tuple(self.kept.size(axis) for axis in solution.of(operand)), scalar)
+        return lax.full(tuple(self.kept.size(axis) for axis in axes), scalar)
 
-    def _call(self, eqn: Eqn, body: Solution, values: Sequence[Any]) -> list[Any]:
-        """A `custom_jvp` function made anew: its body and its derivative rule both run narrow."""
-        return call_custom_jvp(eqn, body, values, lambda _, solution, xs: self.run(solution, xs), ())
+    def _untouched(self, i: int, solution: Solution) -> bool:
+        """Whether equation `i` and the programs inside it meet nothing narrow, so that it can be bound as it is."""
+        axes = [*solution.operands(i), *(solution.axes[v] for v in solution.program.eqns[i].outs)]
+        return all(map(self.whole, axes)) and all(self._all_whole(body) for body in solution.bodies[i])
+
+    def _all_whole(self, body: Solution) -> bool:
+        inner = [solution for found in body.bodies.values() for solution in found]
+        return all(map(self.whole, [*body.axes, *body.uses.values()])) and all(map(self._all_whole, inner))
 
 
-def call_custom_jvp(
-    eqn: Eqn,
-    body: Solution,
-    values: Sequence[Any],
-    run: Callable[[Any, Solution, Sequence[Any]], list[Any]],
-    aux: Any,
-) -> list[Any]:
-    """Rebuild a `custom_jvp_call`: `run(aux, solution, values)` runs its body and, when asked for, its rule.
+class Constants:
+    """The values of a program that depend on nothing: made when something reads them."""
 
-    `aux` is passed through as an argument, since a `custom_jvp` function must not close over traced values.
-    """
-    inputs = [body.program.avals[v] for v in body.program.inputs]
-    chosen = [k for k, aval in enumerate(inputs) if is_float(aval)]
+    def __init__(self, solution: Solution):
+        self.solution = solution
+        self.makers = solution.makers
+        self.env: dict[int, Any] = dict(solution.program.consts)
 
-    @jax.custom_jvp
-    def call(aux, *xs):
-        return tuple(run(aux, body, xs))
+    def traced(self, v: int) -> Any:
+        """The value, computed where it is needed: XLA folds and fuses it."""
+        for i in self._missing(v, self.env):
+            eqn = self.solution.program.eqns[i]
+            with standing_at(eqn):
+                self.env.update(zip(eqn.outs, bind(eqn, eqn.params, self._read(eqn, self.env)), strict=True))
+        return self.env[v]
 
-    @call.defjvp
-    def rule(primals, tangents):
-        aux, *xs = primals
-        axes = [body.axes[v] for v in body.program.inputs]
-        derivative = solve(jvp_program(eqn, chosen), [*axes, *(axes[k] for k in chosen)])
-        outs = run(aux, derivative, [*xs, *(tangents[1 + k] for k in chosen)])
-        half = len(outs) // 2
-        return tuple(outs[:half]), tuple(outs[half:])
+    def concrete(self, v: int) -> np.ndarray | jax.Array | None:
+        """The value as an array at hand; None where the program belongs to a trace under way or has symbolic sizes."""
+        known = self.solution.known
+        known.update({w: x for w, x in self.solution.program.consts.items() if w not in known})
+        for i in self._missing(v, known):
+            eqn = self.solution.program.eqns[i]
+            avals = [self.solution.program.avals[w] for w in eqn.outs]
+            values = self._read(eqn, known)
+            if any(isinstance(x, Tracer) for x in values) or any(not is_sized(aval) for aval in avals):
+                return None
+            with jax.ensure_compile_time_eval():
+                known.update(zip(eqn.outs, bind(eqn, eqn.params, values), strict=True))
+        return None if isinstance(known[v], Tracer) else known[v] if is_key(known[v]) else np.asarray(known[v])
 
-    return list(call(aux, *values))
+    @staticmethod
+    def _read(eqn: Eqn, env: Mapping[int, Any]) -> list[Any]:
+        return [v.value if isinstance(v, Literal) else env[v] for v in eqn.ins]
+
+    def _missing(self, v: int, env: Mapping[int, Any]) -> list[int]:
+        """The equations to run, in order, before `v` is known."""
+        found: set[int] = set()
+        todo = [v]
+        while todo:
+            w = todo.pop()
+            if w not in env and self.makers[w] not in found:
+                found.add(self.makers[w])
+                todo += [u for u in self.solution.program.eqns[self.makers[w]].ins if isinstance(u, int)]
+        return sorted(found)

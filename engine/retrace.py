@@ -90,10 +90,12 @@ def _retrace(fn: Callable, graph: Graph, dtypes: Sequence[Any], call: Call) -> R
     structs = [struct(jax.ShapeDtypeStruct(leaf.shape, dtype)) for leaf, dtype in zip(leaves, dtypes, strict=True)]
     traced = trace_call(fn, tree_unflatten(graph.tree, structs), call)
     own = {name: Atom(group.size, label=name) for name, group in graph.groups.items()}
+    own |= {label: Atom(len(names), label=label) for label, names in graph.steps.items()}
     axes = [tuple(_instance(axis, own) for axis in leaf.axes) for leaf in leaves]
     paths = [leaf.path for leaf in leaves]
     analysis = analyse(traced, paths, axes, call.names)
-    names = {(frozenset(block.kernels), block.turns, block.turn): name for name, block in graph.blocks.items()}
+    regions = {name: block for name, block in graph.blocks.items() if block.kernels}
+    names = {(frozenset(block.kernels), block.turns, block.turn): name for name, block in regions.items()}
     turns_of = {kernels: turns for kernels, turns, _ in names}
     blocks = {}
     for b, (turn, found) in enumerate(region_turns(analysis.regions)):

@@ -3,6 +3,10 @@
 `sum(x) / 64` and `mean(x)` are the same jaxpr: a sum, then a division by a literal. Where constant-folded dataflow ties
 a divisor to a sum over exactly the axes whose sizes multiply to it (or to it less one: `ddof=1`), the divisor follows
 the axes when they shrink.
+
+Values that depend on constants alone are never narrowed themselves: each use of one has axes of its own, and takes the
+positions it needs from the wide value. So a table that two places share does not couple them, and what computes a
+table needs no rule.
 """
 
 from __future__ import annotations
@@ -10,13 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from jax.core import Tracer
 
-from treesurgeon.engine.axes import Axis, atoms, fresh, unify
-from treesurgeon.engine.jaxprs import Eqn, Literal, Operand, Program
+from treesurgeon.engine.axes import Axis, Reason, atoms, fresh, unify
+from treesurgeon.engine.jaxprs import Eqn, Literal, Operand, Program, wiring
 from treesurgeon.engine.rules import Site, lookup
 from treesurgeon.engine.rules.base import Axes, pin_all
 
@@ -45,60 +50,135 @@ class Divisor:
 
 @dataclass(eq=False)
 class Solution:
-    """The axes of every value of a program, its divisors by equation, and the solutions of call bodies."""
+    """The axes of every value of a program, its divisors by equation, and the solutions of call bodies.
+
+    `constant` marks the values that depend on nothing; `uses[i, k]` are the axes of operand k of equation i where that
+    is one of them. `lengths` holds the axis along which a `scan` steps, `known` constants that were computed before.
+    """
 
     program: Program
     axes: list[Axes]
+    constant: list[bool]
+    uses: dict[tuple[int, int], Axes] = field(default_factory=dict)
     divisors: dict[int, Divisor] = field(default_factory=dict)
-    bodies: dict[int, Solution] = field(default_factory=dict)
+    bodies: dict[int, tuple[Solution, ...]] = field(default_factory=dict)
+    lengths: dict[int, Axis] = field(default_factory=dict)
+    known: dict[int, Any] = field(default_factory=dict)
+
+    @cached_property
+    def makers(self) -> dict[int, int]:
+        """The equation that computes each value."""
+        return {v: i for i, eqn in enumerate(self.program.eqns) for v in eqn.outs}
 
     def of(self, operand: Operand) -> Axes:
-        """The axes of an operand."""
+        """The axes of a value."""
         return () if isinstance(operand, Literal) else self.axes[operand]
+
+    def operands(self, i: int) -> list[Axes]:
+        """The axes of the operands of equation `i`."""
+        return [self.uses.get((i, k), self.of(v)) for k, v in enumerate(self.program.eqns[i].ins)]
+
+    def fixed(self, i: int) -> bool:
+        """Whether equation `i` computes a constant."""
+        outs = self.program.eqns[i].outs
+        return bool(outs) and self.constant[outs[0]]
 
     def site(self, i: int) -> Site:
         """Equation `i` as its rule sees it, results included."""
-        return make_site(self, self.program.eqns[i], outs=[self.axes[v] for v in self.program.eqns[i].outs])
+        return self._site(i, [self.axes[v] for v in self.program.eqns[i].outs])
 
-
-def make_site(solution: Solution, eqn: Eqn, outs: Sequence[Axes] = ()) -> Site:
-    """An equation as its rule sees it."""
-    program = solution.program
-    return Site(
-        eqn,
-        eqn.params,
-        [solution.of(v) for v in eqn.ins],
-        [program.aval(v).shape for v in eqn.ins],
-        [program.avals[v].shape for v in eqn.outs],
-        outs,
-    )
+    def _site(self, i: int, outs: Sequence[Axes] = ()) -> Site:
+        program, eqn = self.program, self.program.eqns[i]
+        return Site(
+            eqn,
+            eqn.params,
+            self.operands(i),
+            [program.aval(v).shape for v in eqn.ins],
+            [program.avals[v].shape for v in eqn.outs],
+            outs,
+        )
 
 
 def solve(program: Program, inputs: Sequence[Axes]) -> Solution:
     """Find the axes of every value, given those of the inputs; refines and pins their atoms."""
-    solution = Solution(program, [()] * len(program.avals))
+    solution = Solution(program, [()] * len(program.avals), constants(program))
     sums: dict[int, tuple[Axis, ...]] = {}
     scalars: dict[int, Any] = {}
     for v, axes in zip(program.inputs, inputs, strict=True):
         solution.axes[v] = axes
     for v, value in program.consts.items():
-        solution.axes[v] = tuple(fresh(n) for n in program.avals[v].shape)
+        solution.axes[v] = _new(program, v)
         if np.ndim(value) == 0 and not isinstance(value, Tracer):
             scalars[v] = value
     for i, eqn in enumerate(program.eqns):
-        if eqn.body is not None:
-            body = solve(eqn.body, [solution.of(v) for v in eqn.ins])
-            solution.bodies[i] = body
-            outs = [body.of(v) for v in eqn.body.outputs]
+        if solution.fixed(i):
+            for v in eqn.outs:
+                solution.axes[v] = _new(program, v)
+            _fold(eqn, scalars)
+            continue
+        for k, v in enumerate(eqn.ins):
+            if isinstance(v, int) and solution.constant[v]:
+                solution.uses[i, k] = _new(program, v)
+        if eqn.bodies:
+            outs = _solve_call(solution, i)
         else:
-            site = make_site(solution, eqn)
+            site = solution._site(i)
             rule = lookup(eqn.name)
             outs = rule.axes(site) if rule else pin_all(site, f"no rule for the primitive `{eqn.name}`")
         for v, axes in zip(eqn.outs, outs, strict=True):
             solution.axes[v] = axes
-        _fold(eqn, scalars)
         _follow_sums(i, eqn, solution, sums, scalars)
     return solution
+
+
+def constants(program: Program) -> list[bool]:
+    """Which values depend on neither inputs nor anything outside the program."""
+    out = [False] * len(program.avals)
+    for v in program.consts:
+        out[v] = True
+    for eqn in program.eqns:
+        fixed = not eqn.effects and all(not isinstance(v, int) or out[v] for v in eqn.ins)
+        for v in eqn.outs:
+            out[v] = fixed
+    return out
+
+
+def _new(program: Program, v: int) -> Axes:
+    return tuple(fresh(n) for n in program.avals[v].shape)
+
+
+def _solve_call(solution: Solution, i: int) -> list[Axes]:
+    """The programs inside an equation, solved; what is carried is one value, what branches return is one value."""
+    eqn = solution.program.eqns[i]
+    wires = wiring(eqn)
+    why = Reason(f"the iterations or branches of `{eqn.name}` split this axis differently", eqn.where)
+    operands = solution.operands(i)
+    inner = [axes[1:] if k in wires.mapped_ins else axes for k, axes in enumerate(operands)]
+    bodies = tuple(solve(body, [inner[k] for k in ins]) for body, ins in zip(eqn.bodies, wires.ins, strict=True))
+    solution.bodies[i] = bodies
+    outs: list[Axes | None] = [None] * len(eqn.outs)
+    for j, k in wires.carried.items():
+        outs[j] = operands[k]
+    for body, places in zip(bodies, wires.outs, strict=True):
+        for v, j in zip(body.program.outputs, places, strict=True):
+            if j is None:
+                continue
+            known = outs[j]
+            if known is None:
+                outs[j] = body.of(v)
+            else:
+                join(known, body.of(v), why)
+    steps = [operands[k][0] for k in wires.mapped_ins]
+    if wires.carried or wires.mapped_ins or wires.mapped_outs:
+        length = eqn.params.get("length")
+        if length is not None:
+            solution.lengths[i] = along = fresh(length)
+            for axis in steps:
+                unify(along, axis, why)
+            outs = [
+                (along, *axes) if j in wires.mapped_outs and axes is not None else axes for j, axes in enumerate(outs)
+            ]
+    return [axes or () for axes in outs]
 
 
 def _scalar(operand: Operand, scalars: dict[int, Any]) -> Any:
@@ -122,7 +202,7 @@ def _follow_sums(
     first = eqn.ins[0] if eqn.ins else None
     summed = sums.get(first, ()) if isinstance(first, int) else ()
     if eqn.name == "reduce_sum":
-        axes = solution.of(eqn.ins[0])
+        axes = solution.operands(i)[0]
         sums[eqn.outs[0]] = summed + tuple(axes[d] for d in eqn.params["axes"])
     elif eqn.name in SUM_PASSES and summed:
         sums[eqn.outs[0]] = summed
@@ -132,7 +212,8 @@ def _follow_sums(
             value = _scalar(eqn.ins[at], scalars)
             axes = sums.get(source, ()) if isinstance(source, int) else ()
             if axes and value is not None:
-                if divisor := _tied(at, axes, float(value), inverse=eqn.name == "mul"):
+                real = np.real(value) if np.imag(value) == 0 else np.nan
+                if divisor := _tied(at, axes, float(real), inverse=eqn.name == "mul"):
                     solution.divisors[i] = divisor
                 return
 

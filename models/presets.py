@@ -11,11 +11,26 @@ from typing import Any
 
 from flax import linen as nn
 
+from treesurgeon.models.convnext import SIZES as convnext_sizes
+from treesurgeon.models.convnext import convnext
+from treesurgeon.models.densenet import DEPTHS as densenet_depths
+from treesurgeon.models.densenet import densenet
 from treesurgeon.models.digits_cnn import digits_cnn
+from treesurgeon.models.efficientnet import efficientnet
 from treesurgeon.models.errors import ModelSpecError, UnknownModelError
+from treesurgeon.models.imagenet_resnet import STAGES as imagenet_depths
+from treesurgeon.models.imagenet_resnet import imagenet_resnet
+from treesurgeon.models.mixer import SIZES as mixer_sizes
+from treesurgeon.models.mixer import mixer
 from treesurgeon.models.mlp import mlp
+from treesurgeon.models.mobilenet import VERSIONS as mobilenet_versions
+from treesurgeon.models.mobilenet import mobilenet
 from treesurgeon.models.resnet import DEPTHS, resnet
+from treesurgeon.models.swin import SIZES as swin_sizes
+from treesurgeon.models.swin import swin
 from treesurgeon.models.vgg import STAGES, vgg
+from treesurgeon.models.vit import SIZES as vit_sizes
+from treesurgeon.models.vit import vit
 
 
 @dataclass(frozen=True)
@@ -30,7 +45,8 @@ class Preset:
         mean: subtracted from images in 0..1, one number per channel.
         std: divided by, one number per channel.
         fitted_splits: the dataset splits that its checkpoints were trained on; None where unknown.
-        checkpoint_layout: which name table of `weights.LAYOUTS` reads its PyTorch-style safetensors.
+        checkpoint_layout: which name table of `weights.LAYOUTS` reads its PyTorch-style safetensors; None where there
+            is none, and checkpoints are read under Flax's names only.
     """
 
     name: str
@@ -40,7 +56,7 @@ class Preset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     fitted_splits: tuple[str, ...] | None
-    checkpoint_layout: str
+    checkpoint_layout: str | None
 
 
 def _presets() -> list[Preset]:
@@ -50,11 +66,20 @@ def _presets() -> list[Preset]:
     resnet_norm = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     # Normalisation of github.com/chenyaofo/pytorch-cifar-models.
     vgg_norm = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+    imagenet = ((224, 224, 3), 1000, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     return [
         Preset("mlp", mlp, *digits, None, "mlp"),
         Preset("digits_cnn", digits_cnn, *digits, train, "digits_cnn"),
         *(Preset(f"vgg{d}", partial(vgg, d), cifar, 10, *vgg_norm, train, "vgg") for d in STAGES),
         *(Preset(f"resnet{d}", partial(resnet, d), cifar, 10, *resnet_norm, train, "resnet") for d in DEPTHS),
+        *(Preset(f"resnet{d}", partial(imagenet_resnet, d), *imagenet, train, "resnet") for d in imagenet_depths),
+        *(Preset(f"mobilenet_{v}", partial(mobilenet, v), *imagenet, train, None) for v in mobilenet_versions),
+        Preset("efficientnet_b0", efficientnet, *imagenet, train, None),
+        *(Preset(f"densenet{d}", partial(densenet, d), *imagenet, train, None) for d in densenet_depths),
+        *(Preset(f"convnext_{s}", partial(convnext, s), *imagenet, train, None) for s in convnext_sizes),
+        *(Preset(f"swin_{s}", partial(swin, s), *imagenet, train, None) for s in swin_sizes),
+        *(Preset(f"mixer_{s}16", partial(mixer, s), *imagenet, train, None) for s in mixer_sizes),
+        *(Preset(f"vit_{s}", partial(vit, s), *imagenet, train, None) for s in vit_sizes),
     ]
 
 

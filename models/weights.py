@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from treesurgeon.models.digits_cnn import DigitsCNN
 from treesurgeon.models.errors import CheckpointError
+from treesurgeon.models.imagenet_resnet import ImageNetResNet
 from treesurgeon.models.mlp import MLP
 from treesurgeon.models.presets import Preset
 from treesurgeon.models.resnet import ResNet
@@ -65,7 +66,7 @@ def _dotted(module: str, shapes: Shapes) -> str:
 
 
 def _resnet_name(module: str, shapes: Shapes) -> str:
-    """`layer1_0/conv1` -> `layer1.0.conv1`, as in github.com/akamaster/pytorch_resnet_cifar10."""
+    """`layer1_0/conv1` -> `layer1.0.conv1`, as in torchvision and in github.com/akamaster/pytorch_resnet_cifar10."""
     return module.replace("_", ".").replace("/", ".")
 
 
@@ -105,7 +106,7 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
     }
 )
 FAMILIES: Mapping[type[nn.Module], str] = MappingProxyType(
-    {ResNet: "resnet", VGG: "vgg", MLP: "mlp", DigitsCNN: "digits_cnn"}
+    {ResNet: "resnet", ImageNetResNet: "resnet", VGG: "vgg", MLP: "mlp", DigitsCNN: "digits_cnn"}
 )
 
 
@@ -240,8 +241,9 @@ def _entries(
         return {leaf: _Entry(leaf, shape, lambda x: x) for leaf, shape in shapes.items()}
     family = model.checkpoint_layout if isinstance(model, Preset) else FAMILIES.get(type(model))
     if family is None:
+        name = repr(model.name) if isinstance(model, Preset) else f"a {type(model).__name__}"
         raise CheckpointError(
-            f"checkpoint {path}: no table of PyTorch's names for a {type(model).__name__}; expected flat "
+            f"checkpoint {path}: no table of PyTorch's names for {name}; expected flat "
             f"names, as in {next(iter(shapes))!r}, got {next(iter(arrays), 'no arrays at all')!r}. "
             "Rename them, or save with Orbax"
         )

@@ -388,8 +388,8 @@ class Bench:
         graph = engine.trace(fast, small, *self.args, free_outputs=tuple(self.subject.free))
         second = self.shared_part(first, graph, draw_plan(graph))
         later = graph.closed(second)
-        whole = self.graph.closed(first).then(
-            Plan({n: u for n, u in later.keep.items() if n in self.graph.groups}, later.drop)
+        whole = self.graph.then(
+            first, Plan({n: u for n, u in later.keep.items() if n in self.graph.groups}, later.drop)
         )
         smaller, faster = engine.cut(small, graph, second), engine.narrow(fast, graph, second)
         at_once, direct = self.narrowed(whole)
@@ -420,7 +420,7 @@ class Bench:
             and self.graph.blocks[name].turns == graph.blocks[name].turns
         }
         try:
-            self.graph.masks(self.graph.closed(first).then(graph.closed(Plan(keep, frozenset(drop)))))
+            self.graph.masks(self.graph.then(first, graph.closed(Plan(keep, frozenset(drop)))))
         except PlanError:
             return Plan()
         return Plan(keep, frozenset(drop))
@@ -445,7 +445,7 @@ class Bench:
 
 
 def count_macs(closed: Any) -> int:
-    """Multiply-accumulates of a jaxpr, from shapes alone; calls are entered, `custom_jvp` once."""
+    """Multiply-accumulates of a jaxpr, from shapes alone: calls are entered, `while` for one turn."""
     jaxpr = getattr(closed, "jaxpr", closed)
     total = 0
     for eqn in jaxpr.eqns:
@@ -457,10 +457,12 @@ def count_macs(closed: Any) -> int:
             numbers = eqn.params["dimension_numbers"]
             features = shapes[1][numbers.rhs_spec[0]]
             total += math.prod(eqn.outvars[0].aval.shape) * math.prod(shapes[1]) // max(features, 1)
-        elif eqn.primitive.name not in ("scan", "while", "cond"):  # see test_cost.py
-            for name in ("jaxpr", "call_jaxpr"):
+        elif eqn.primitive.name == "cond":
+            total += max(map(count_macs, eqn.params["branches"]))
+        else:
+            for name in ("jaxpr", "call_jaxpr", "cond_jaxpr", "body_jaxpr"):
                 if name in eqn.params:
-                    total += count_macs(eqn.params[name])
+                    total += count_macs(eqn.params[name]) * eqn.params.get("length", 1)
     return total
 
 

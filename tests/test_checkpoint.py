@@ -13,7 +13,7 @@ import optax
 import pytest
 from flax import linen as nn
 from jax import export
-from laws import draw, leaves_of, random_plan
+from laws import arr, draw, leaves_of, random_plan
 from subjects import variables_spec
 
 from treesurgeon import engine, models
@@ -22,7 +22,7 @@ from treesurgeon.engine import ArtifactError, ModelSpec, Plan, StructureError
 KWARGS = {"num_classes": 4, "stages": [[4, 4], [6], [6, 6]], "residual": [0, 5, 4], "hidden": 9, "dropout": 0.2}
 SPEC = ModelSpec("digits_cnn", (8, 8, 1), KWARGS)
 MODULE = models.resolve("digits_cnn", **KWARGS)
-VARIABLES = draw(variables_spec(MODULE, SPEC.input_shape), 0, np.float32)
+VARIABLES = draw(variables_spec(MODULE, arr(1, *SPEC.input_shape)), 0, np.float32)
 X = np.random.default_rng(1).normal(size=(5, 8, 8, 1)).astype(np.float32)
 FN, _ = engine.from_linen(MODULE, VARIABLES)
 GRAPH = engine.trace(FN, VARIABLES, X[:1])

@@ -85,7 +85,6 @@ def loop(p, x):
     return lax.fori_loop(0, 3, lambda i, h: jnp.tanh(h @ p["w"]), x)
 
 
-@pytest.mark.xfail(strict=True, reason="contractions inside scan, while and cond are not counted yet")
 def test_macs_inside_loops():
     graph = engine.trace(loop, {"w": np.ones((5, 5), "f")}, np.ones((2, 5), "f"))
     assert engine.cost(graph, Plan()).macs == 3 * 2 * 5 * 5

@@ -135,10 +135,19 @@ CHAIN = traced("chain_of_one_width")
 
 
 def test_composed_plans():
-    first, later = Plan({"a": [1, 3, 4], "b": [0, 2]}, {"x"}), Plan({"a": [0, 2], "c": [1]}, {"y"})
-    both = first.then(later)
-    assert {n: u.tolist() for n, u in both.keep.items()} == {"a": [1, 4], "b": [0, 2], "c": [1]}
-    assert both.drop == {"x", "y"}
+    first, later = Plan({"stem": [1, 3, 4], "l2": [0, 2]}), Plan({"stem": [0, 2], "l3": [1]}, {"l3"})
+    both = CHAIN.then(first, later)
+    kept = {n: u.tolist() for n, u in both.keep.items() if n != "l1"}
+    assert kept == {"stem": [1, 4], "l2": [0, 2], "l3": [1]}
+    assert both.drop == {"l3"}
+
+
+def test_composed_plans_count_the_steps_of_a_stack_anew():
+    graph = traced("scanned_stack")
+    steps = graph.steps["layers[]"]
+    assert steps == ("layers[0]", "layers[1]", "layers[2]")
+    assert graph.then(Plan(drop={steps[0]}), Plan(drop={steps[0]})).drop == {steps[0], steps[1]}
+    assert graph.then(Plan(drop={steps[1]}), Plan(drop={steps[1]})).drop == {steps[1], steps[2]}
 
 
 def test_masks_shapes_and_indices():

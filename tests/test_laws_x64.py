@@ -6,16 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from subjects import SLOW
 from test_laws import SUBJECTS, TWICE
 
 SHARDS = 4
 
 
 @pytest.mark.parametrize("shard", range(SHARDS))
-def test_laws_in_float64(shard):
+@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_laws_in_float64(shard, slow):
     tests = Path(__file__).parent
     wanted = []
-    for name in list(SUBJECTS)[shard::SHARDS]:
+    for name in [name for name in SUBJECTS if (name.removesuffix("-train") in SLOW) == slow][shard::SHARDS]:
         wanted.append(f"{tests}/test_laws.py::test_laws[{name}]")
         if name in TWICE:
             wanted.append(f"{tests}/test_laws.py::test_narrowing_twice_is_narrowing_once[{name}]")

@@ -301,7 +301,7 @@ def test_preset_describes_its_model(name):
     logits, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
     assert logits.shape == (2, preset.num_classes)
     assert len(preset.mean) == len(preset.std) == preset.input_shape[-1]
-    if name.startswith("resnet"):
+    if preset.checkpoint_layout == "resnet" and preset.input_shape == CIFAR:
         blocks = (int(name.removeprefix("resnet")) - 2) // 6
         expected = {"conv1", "bn1", "linear"} | {f"layer{s}_{b}" for s in (1, 2, 3) for b in range(blocks)}
         assert set(variables["params"]) == expected
@@ -310,13 +310,69 @@ def test_preset_describes_its_model(name):
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    # He et al. 2015, table 6; torchvision's configurations with a 512-512 head.
-    [("resnet20", 269_722), ("resnet56", 853_018), ("resnet110", 1_727_962), ("vgg16", 15_253_578)],
+    [
+        # He et al. 2015, table 6; torchvision's configurations with a 512-512 head.
+        ("resnet20", 269_722),
+        ("resnet56", 853_018),
+        ("resnet110", 1_727_962),
+        ("vgg16", 15_253_578),
+        # torchvision's.
+        ("resnet18", 11_689_512),
+        ("resnet34", 21_797_672),
+        ("resnet50", 25_557_032),
+        ("resnet101", 44_549_160),
+        ("mobilenet_v2", 3_504_872),
+        ("mobilenet_v3_small", 2_542_856),
+        ("mobilenet_v3_large", 5_483_032),
+        ("densenet121", 7_978_856),
+        ("densenet161", 28_681_000),
+        ("convnext_tiny", 28_589_128),
+        ("convnext_base", 88_591_464),
+        ("efficientnet_b0", 5_288_548),
+        # timm's.
+        ("swin_tiny", 28_288_354),
+        ("swin_base", 87_768_224),
+        ("mixer_s16", 18_528_264),
+        ("mixer_b16", 59_880_472),
+        ("vit_tiny", 5_717_416),
+        ("vit_small", 22_050_664),
+        ("vit_base", 86_567_656),
+    ],
 )
 def test_parameter_counts_are_the_published_ones(name, count):
     preset = models.get(name)
-    shapes = jax.eval_shape(preset.factory().init, jax.random.key(0), jnp.zeros((1, *preset.input_shape)))
-    assert sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])) == count
+    assert parameters(preset.factory(), jnp.zeros((1, *preset.input_shape))) == count
+
+
+def parameters(module, *inputs):
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+
+
+def test_parameters_of_a_unet():
+    """Those of github.com/milesial/Pytorch-UNet."""
+    assert parameters(models.unet(), jnp.zeros((1, 64, 64, 3))) == 31_037_698
+
+
+def test_parameters_of_a_wider_and_deeper_efficientnet():
+    """Those of torchvision's B1."""
+    assert parameters(models.efficientnet(1), jnp.zeros((1, 64, 64, 3))) == 7_794_184
+
+
+LLAMA_1B = models.llama(128_256, 2048, ((8, 4, 64, 8192),) * 16, theta=500_000.0, tied=True)
+
+
+@pytest.mark.parametrize(
+    ("module", "count"),
+    [
+        (models.llama(), 1_100_048_384),  # TinyLlama
+        (LLAMA_1B, 1_235_814_400),  # Llama 3.2
+        (models.gpt(), 124_439_808),  # GPT-2 small
+        (models.bert(), 109_482_240 + 2 * 769),  # BERT base, uncased, and the head
+    ],
+)
+def test_parameter_counts_of_language_models_are_the_published_ones(module, count):
+    assert parameters(module, jnp.zeros((1, 8), int)) == count
 
 
 @pytest.mark.parametrize(
@@ -325,6 +381,10 @@ def test_parameter_counts_are_the_published_ones(name, count):
         ("resnet56", {"num_classes": 100, "inner": [[8] * 9] * 3}),
         ("mlp", {"widths": [5], "activation": "gelu"}),
         ("flax.linen:Dense", {"features": 3}),
+        ("vit_tiny", {"width": 8, "layers": [[2, 3, 4, 5], [0, 0, 0, 6]]}),
+        ("mobilenet_v2", {"rows": [[3, 1, 4, 0, 5, "relu6", False, False]]}),
+        ("swin_tiny", {"widths": [8], "layers": [[[2, 3, 4]]]}),
+        ("treesurgeon.models:llama", {"layers": [[1, 2, 3, 4]], "frequencies": [[1.0, 0.5]]}),
     ],
 )
 def test_spec_survives_json(spec, kwargs):
@@ -396,6 +456,21 @@ def test_resolve_finds_factories_in_the_current_directory():
         ("resnet20", {"zeros": [[8, 7], [16, 16]]}, models.ModelSpecError, r"layer2_0 .*lo \+ 16 \+ hi = 32"),
         ("resnet20", {"inner": [[9] * 3, [0, 1, 1], [1] * 3]}, models.ModelSpecError, r"width of at least 1"),
         ("resnet20", {"inner": [[16] * 2] * 3}, models.ModelSpecError, r"3 x 3 inner widths"),
+        ("resnet18", {"inner": [[[64]] * 2] * 3}, models.ModelSpecError, r"\[2, 2, 2, 2\] blocks of 1 inner widths"),
+        ("resnet50", {"widths": [64] * 3}, models.ModelSpecError, r"takes 4 widths .* got 3 widths"),
+        ("treesurgeon.models:imagenet_resnet", {"depth": 20}, models.ModelSpecError, r"one of \[18, 34, .*got 20"),
+        ("treesurgeon.models:vit", {"size": "huge"}, models.ModelSpecError, r"one of tiny, small, base, got 'huge'"),
+        ("treesurgeon.models:mobilenet", {"version": "v4"}, models.ModelSpecError, r"one of v2, .*got 'v4'"),
+        ("treesurgeon.models:llama", {"frequencies": [[1.0]]}, models.ModelSpecError, r"each of the 22 layers, got 1"),
+        ("densenet121", {"transitions": [8]}, models.ModelSpecError, r"4 stages have 3 transitions .* got 1"),
+        ("treesurgeon.models:densenet", {"depth": 9}, models.ModelSpecError, r"one of \[121, .*got 9"),
+        ("convnext_tiny", {"hidden": [[8]]}, models.ModelSpecError, r"each of the 4 widths, got 1"),
+        ("treesurgeon.models:convnext", {"size": "huge"}, models.ModelSpecError, r"one of tiny, .*got 'huge'"),
+        ("treesurgeon.models:unet", {"up": [[8, 8, 8]]}, models.ModelSpecError, r"5 levels down take 4 up, got 1"),
+        ("efficientnet_b0", {"scale": 8}, models.ModelSpecError, r"scale must be 0 to 7, got 8"),
+        ("treesurgeon.models:mixer", {"size": "huge"}, models.ModelSpecError, r"one of s, b, l, got 'huge'"),
+        ("swin_tiny", {"layers": [[]]}, models.ModelSpecError, r"each of the 4 widths, got 1"),
+        ("treesurgeon.models:swin", {"size": "huge"}, models.ModelSpecError, r"one of tiny, .*got 'huge'"),
         ("digits_cnn", {"residual": [1]}, models.ModelSpecError, r"each of the 3 stages, got \(1,\)"),
     ],
 )

@@ -134,9 +134,9 @@ def test_a_function_that_reads_units_another_way():
 
 def test_an_unknown_primitive_that_meets_a_pruned_axis():
     def spectrum(p, x):
-        return jnp.fft.fft(jnp.tanh(dense(p["s"], x))).real.sum()
+        return jnp.linalg.qr(jnp.tanh(dense(p["s"], x)))[1].sum()
 
-    with pytest.raises(NarrowError, match=r"reads group 's' in a way|`fft` has no rule"):
+    with pytest.raises(NarrowError, match="reads group 's' in a way that the traced function did not"):
         engine.narrow(spectrum, GRAPH, KEEP)(engine.cut(P, GRAPH, KEEP), X)
 
 

@@ -89,6 +89,54 @@ def test_resnet_in_torch_layout(tmp_path, prefix, by):
     np.testing.assert_array_equal(got["params"]["linear"]["kernel"], state["linear.weight"].T)
 
 
+@pytest.mark.parametrize("depth", [18, 50])
+def test_imagenet_resnet_in_torchvisions_layout(tmp_path, depth):
+    """Every name and shape of torchvision's `resnet18` and `resnet50`, at an eighth of their widths."""
+    blocks, kernels = {18: ((2, 2, 2, 2), (3, 3)), 50: ((3, 4, 6, 3), (1, 3, 1))}[depth]
+    rng, state = np.random.default_rng(0), {}
+
+    def conv_bn(conv, bn, *shape):
+        state[f"{conv}.weight"] = rng.normal(size=shape).astype(np.float32)
+        for leaf in ("weight", "bias", "running_mean", "running_var"):
+            state[f"{bn}.{leaf}"] = rng.uniform(0.5, 1.5, shape[0]).astype(np.float32)
+        state[f"{bn}.num_batches_tracked"] = np.array(7)
+
+    conv_bn("conv1", "bn1", 8, 3, 7, 7)
+    enters = 8
+    for s, n in enumerate(blocks, start=1):
+        inner = 8 * 2 ** (s - 1)
+        leaves = inner if depth == 18 else 4 * inner
+        for b in range(n):
+            widths = [enters] + [inner] * (len(kernels) - 1) + [leaves]
+            for i, k in enumerate(kernels, start=1):
+                conv_bn(f"layer{s}.{b}.conv{i}", f"layer{s}.{b}.bn{i}", widths[i], widths[i - 1], k, k)
+            if b == 0 and enters != leaves:
+                conv_bn(f"layer{s}.{b}.downsample.0", f"layer{s}.{b}.downsample.1", leaves, enters, 1, 1)
+            enters = leaves
+    state["fc.weight"], state["fc.bias"] = rng.normal(size=(5, enters)).astype(np.float32), np.ones(5, np.float32)
+    path = tmp_path / "resnet.safetensors"
+    save_file(state, path)
+
+    widths = [w // 8 for w in ((64, 128, 256, 512) if depth == 18 else (256, 512, 1024, 2048))]
+    inner = [[[8 * 2**s] * (len(kernels) - 1)] * n for s, n in enumerate(blocks)]
+    module = models.imagenet_resnet(depth, 5, 8, widths, inner)
+    got = models.load_checkpoint(path, module, template(module, (32, 32, 3)))
+    kernel = got["params"]["layer2_0"]["downsample_0"]["kernel"]
+    np.testing.assert_array_equal(kernel, np.einsum("oihw->hwio", state["layer2.0.downsample.0.weight"]))
+    norm = got["batch_stats"]["layer3_0"]["downsample_1"]
+    np.testing.assert_array_equal(norm["mean"], state["layer3.0.downsample.1.running_mean"])
+    np.testing.assert_array_equal(got["params"]["fc"]["kernel"], state["fc.weight"].T)
+    assert models.get(f"resnet{depth}").checkpoint_layout == "resnet"
+
+
+def test_a_preset_without_a_table_of_names_says_so(tmp_path):
+    path = tmp_path / "vit.safetensors"
+    save_file({"cls_token": np.zeros((1, 1, 192), np.float32)}, path)
+    preset = models.get("vit_tiny")
+    with pytest.raises(models.CheckpointError, match=r"no table of PyTorch's names for 'vit_tiny'; expected flat"):
+        models.load_checkpoint(path, preset, template(preset.factory(), preset.input_shape))
+
+
 def test_vgg_in_torch_layout_flattens_in_torchs_order(tmp_path):
     """64 x 64 images leave 2 x 2 pixels; the first dense layer computes the same on CHW as ours on HWC."""
     module = models.vgg(13, 4, stages=((3, 4), (4, 5), (5, 6), (6, 7), (7, 8)), dense=(9, 6))

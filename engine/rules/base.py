@@ -65,7 +65,9 @@ class Rule:
 
     `axes` unifies the operands' axes and returns the results'. `resize` gives the parameters at a plan's sizes (left
     out where no parameter holds a size). `mixes` lists what is mixed; `contraction` does so for sums of products.
-    `positional` results depend on where a position stands (iota, random bits): they are made wide and sliced.
+    `positional` results depend on where a position stands (random bits): they are made wide and sliced. `spreads`
+    lists the axes of the result along which an operand's values are spread, whose derivative is a sum along them;
+    `broadcasts` says that operands may be spread along axes of size 1.
     """
 
     axes: Callable[[Site], list[Axes]]
@@ -73,6 +75,8 @@ class Rule:
     mixes: Callable[[Site], list[Mix]] | None = None
     contraction: Callable[[Site], Contraction] | None = None
     positional: bool = False
+    spreads: Callable[[Site], Sequence[int]] | None = None
+    broadcasts: bool = False
 
 
 _RULES: dict[str, Rule] = {}

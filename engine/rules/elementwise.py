@@ -10,17 +10,17 @@ from treesurgeon.engine.rules.base import Axes, Rule, Site, fixed_axes, register
 
 NAMES = """
     abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt
-    ceil clamp clz complex conj convert_element_type copy cos cosh digamma div eq erf erf_inv erfc exp exp2
-    expm1 floor ge gt igamma igammac imag integer_pow is_finite le lgamma log log1p logistic lt max min mul ne
+    ceil clamp clz complex conj convert_element_type copy copy_p cos cosh device_put digamma div eq erf erf_inv erfc exp
+    exp2 expm1 floor ge gt igamma igammac imag integer_pow is_finite le lgamma log log1p logistic lt max min mul ne
     neg nextafter not optimization_barrier or polygamma population_count pow real reduce_precision
     regularized_incomplete_beta rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical
-    sign sin sinh sqrt square stop_gradient sub tan tanh xor zeta
+    sign sin sinh sqrt square stop_gradient sub tan tanh threefry2x32 xor zeta
 """.split()
 
 
 def axes(site: Site) -> list[Axes]:
     """Unify, dimension by dimension, every operand axis that is not broadcast."""
-    if len(site.out_shapes) > 1:  # position by position on each operand: optimization_barrier
+    if len(site.out_shapes) > 1 and site.eqn.name != "threefry2x32":  # each operand on its own: optimization_barrier
         return [tuple(operand) for operand in site.ins]
     out = []
     for d, size in enumerate(site.out_shapes[0]):
@@ -32,7 +32,7 @@ def axes(site: Site) -> list[Axes]:
         for other in met[1:]:
             unify(met[0], other, site.why(f"the two sides of `{site.eqn.name}` split this axis differently"))
         out.append(met[0] if met else Fixed(size, site.why("a single position")))
-    return [tuple(out)]
+    return [tuple(out)] * len(site.out_shapes)
 
 
 def bitcast_axes(site: Site) -> list[Axes]:
@@ -44,5 +44,5 @@ def bitcast_axes(site: Site) -> list[Axes]:
 
 
 for _name in NAMES:
-    register(_name, Rule(axes))
+    register(_name, Rule(axes, broadcasts=True))
 register("bitcast_convert_type", Rule(bitcast_axes))

@@ -26,6 +26,47 @@ def dynamic_slice_resize(site: Site, kept: Kept) -> dict[str, Any]:
     return {"slice_sizes": tuple(kept.size(axis) for axis in site.outs[0])}
 
 
+def dynamic_update_slice_axes(site: Site) -> list[Axes]:
+    """Axes that the update covers whole are the same axes; the others are pinned."""
+    why = site.why("an update at a run-time index of this axis")
+    operand, update = site.ins[:2]
+    for d, (a, b) in enumerate(zip(operand, update, strict=True)):
+        if site.in_shapes[0][d] == site.in_shapes[1][d]:
+            unify(a, b, why)
+        else:
+            pin(a, why)
+            pin(b, why)
+    return [tuple(operand)]
+
+
+def scatter_axes(site: Site) -> list[Axes]:
+    """Window dimensions that the updates cover whole pass through; the others are pinned."""
+    numbers = site.params["dimension_numbers"]
+    operand, indices, updates = site.ins
+    why = site.why("`scatter` indexes this axis")
+    pin(indices[-1], why)
+    gone = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
+    windows = [d for d in range(len(operand)) if d not in gone]
+    rest = [k for k in range(len(updates)) if k not in numbers.update_window_dims]
+    for axis, k in zip(indices[:-1], rest, strict=True):
+        unify(axis, updates[k], why)
+    for d, k in zip(numbers.operand_batching_dims, numbers.scatter_indices_batching_dims, strict=True):
+        unify(operand[d], indices[k], why)
+    batched = [rest[k] for k in numbers.scatter_indices_batching_dims]
+    for k in rest:
+        if k not in batched:
+            pin(updates[k], why)
+    for d, k in zip(windows, numbers.update_window_dims, strict=True):
+        if site.in_shapes[0][d] == site.in_shapes[2][k] and d not in numbers.scatter_dims_to_operand_dims:
+            unify(operand[d], updates[k], why)
+        else:
+            pin(operand[d], why)
+            pin(updates[k], why)
+    for d in numbers.inserted_window_dims:
+        pin(operand[d], why)
+    return [tuple(operand)]
+
+
 def gather_axes(site: Site) -> list[Axes]:
     """Window dimensions taken whole pass through; the others, and the index vector, are pinned."""
     numbers = site.params["dimension_numbers"]
@@ -70,3 +111,6 @@ def gather_resize(site: Site, kept: Kept) -> dict[str, Any]:
 
 register("dynamic_slice", Rule(dynamic_slice_axes, resize=dynamic_slice_resize))
 register("gather", Rule(gather_axes, resize=gather_resize))
+register("dynamic_update_slice", Rule(dynamic_update_slice_axes))
+for _name in ("scatter", "scatter-add", "scatter-mul", "scatter-min", "scatter-max", "scatter-sub"):
+    register(_name, Rule(scatter_axes))

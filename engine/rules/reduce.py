@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from treesurgeon.engine.axes import Axis, Fixed, fresh, pin
-from treesurgeon.engine.rules.base import Axes, Mix, Rule, Site, pin_all, register
+from treesurgeon.engine.axes import Axis, Fixed, fresh, pin, unify
+from treesurgeon.engine.rules.base import Axes, Mix, Rule, Site, fixed_axes, pin_all, register
 
 
 def reduction(identity: str) -> Rule:
@@ -24,11 +24,12 @@ def pinning(dims: Callable[[Site], tuple[int, ...]], text: str, drop: bool = Fal
     def axes(site: Site) -> list[Axes]:
         fast = dims(site)
         why = site.why(text)
-        for operand in site.ins:
-            for d in fast:
-                if d < len(operand):
-                    pin(operand[d], why)
         first = site.ins[0]
+        for operand in site.ins[1:]:
+            for a, b in zip(first, operand, strict=True):
+                unify(a, b, site.why(f"the operands of `{site.eqn.name}` split this axis differently"))
+        for d in fast:
+            pin(first[d], why)
         out = tuple(axis for d, axis in enumerate(first) if not (drop and d in fast))
         return [
             tuple(a if shape[d] == a.size else Fixed(shape[d], why) for d, a in enumerate(out))
@@ -66,9 +67,33 @@ def general_window_axes(site: Site) -> list[Axes]:
     return window_axes(site) if len(site.out_shapes) == 1 else pin_all(site, "a window over several arrays")
 
 
+def cumulative(identity: str) -> Rule:
+    """Running sums and the like: removed positions are given the identity, and the results there are not read."""
+
+    def axes(site: Site) -> list[Axes]:
+        return [tuple(site.ins[0])]
+
+    def along(site: Site) -> tuple[int, ...]:
+        return (site.params["axis"],)
+
+    return Rule(axes, mixes=lambda site: [Mix(0, along(site), identity)], spreads=along)
+
+
+def fft_axes(site: Site) -> list[Axes]:
+    """The transformed axes, the last ones, stay."""
+    why, n = site.why("a Fourier transform of this axis"), len(site.params["fft_lengths"])
+    lead = len(site.ins[0]) - n
+    for axis in site.ins[0][lead:]:
+        pin(axis, why)
+    return [(*site.ins[0][:lead], *fixed_axes(site.out_shapes[0][lead:], why))]
+
+
 def random_axes(site: Site) -> list[Axes]:
-    """Random bits stand at positions of the dense array: drawn wide, then sliced, so kept units keep their noise."""
-    return [tuple(fresh(n) for n in site.out_shapes[0])]
+    """Noise stands at positions of the dense array: drawn wide, then sliced, so kept units keep their noise."""
+    keys = site.ins[0] if site.ins else ()
+    shape = site.out_shapes[0]
+    lead = len(keys) if [axis.size for axis in keys] == list(shape[: len(keys)]) else 0
+    return [(*keys[:lead], *(fresh(n) for n in shape[lead:]))]
 
 
 for _name, _identity in {
@@ -85,11 +110,20 @@ for _name in ("argmax", "argmin"):
         _name,
         pinning(lambda s: tuple(s.params["axes"]), f"`{_name}` yields positions of this axis", drop=True),
     )
-for _name in ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"):
-    register(_name, pinning(lambda s: (s.params["axis"],), f"`{_name}` runs along this axis"))
+for _name, _identity in {
+    "cumsum": "zero",
+    "cumprod": "one",
+    "cummax": "lowest",
+    "cummin": "highest",
+    "cumlogsumexp": "lowest",
+}.items():
+    register(_name, cumulative(_identity))
+register("top_k", pinning(lambda s: (s.params.get("axis", len(s.ins[0]) - 1),), "`top_k` picks positions of this axis"))
+register("fft", Rule(fft_axes))
 register("sort", pinning(lambda s: (s.params["dimension"],), "`sort` runs along this axis"))
 register("rev", pinning(lambda s: tuple(s.params["dimensions"]), "`rev` turns this axis round"))
 for _name in ("reduce_window_sum", "reduce_window_max", "reduce_window_min"):
     register(_name, Rule(window_axes))
 register("reduce_window", Rule(general_window_axes))
-register("random_bits", Rule(random_axes, positional=True))
+for _name in ("random_bits", "random_split", "random_fold_in", "random_wrap", "random_unwrap", "random_clone"):
+    register(_name, Rule(random_axes, positional=True))

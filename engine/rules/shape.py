@@ -145,7 +145,7 @@ def pad_resize(site: Site, kept: Kept) -> dict[str, Any]:
 
 
 def slice_axes(site: Site) -> list[Axes]:
-    """A contiguous slice is a segment of the axis; a strided one pins."""
+    """A contiguous slice is a segment of the axis; one of every k positions is a factor of it."""
     p = site.params
     strides = p["strides"] or (1,) * len(site.ins[0])
     why = site.why("a strided slice of this axis")
@@ -154,6 +154,10 @@ def slice_axes(site: Site) -> list[Axes]:
         start, limit = p["start_indices"][d], p["limit_indices"][d]
         if site.in_shapes[0][d] == site.out_shapes[0][d]:
             out.append(axis)
+        elif strides[d] != 1 and isinstance(axis.size, int) and axis.size == strides[d] * site.out_shapes[0][d]:
+            major, minor = factor(axis, strides[d], why)
+            pin(minor, why)
+            out.append(major)
         elif strides[d] != 1 or not isinstance(axis.size, int):
             pin(axis, why)
             out.append(Fixed(site.out_shapes[0][d], why))
@@ -166,8 +170,12 @@ def slice_axes(site: Site) -> list[Axes]:
 def slice_resize(site: Site, kept: Kept) -> dict[str, Any]:
     """The same segment, counted in kept positions."""
     starts, limits = list(site.params["start_indices"]), list(site.params["limit_indices"])
+    strides = site.params["strides"] or (1,) * len(starts)
     for d, axis in enumerate(site.ins[0]):
-        if (mask := kept.mask(axis)) is not None:
+        mask = kept.mask(axis)
+        if mask is not None and strides[d] != 1:
+            limits[d] = int(mask.sum())
+        elif mask is not None:
             starts[d], limits[d] = int(mask[: starts[d]].sum()), int(mask[: limits[d]].sum())
     return {"start_indices": tuple(starts), "limit_indices": tuple(limits)}
 
@@ -187,9 +195,37 @@ def split_resize(site: Site, kept: Kept) -> dict[str, Any]:
     return {"sizes": tuple(kept.size(out[site.params["axis"]]) for out in site.outs)}
 
 
-def iota_axes(site: Site) -> list[Axes]:
-    """Positions of the dense array: made wide, then sliced."""
-    return [tuple(fresh(n) for n in site.out_shapes[0])]
+def broadcast_spreads(site: Site) -> list[int]:
+    """New and widened axes."""
+    source = dict(zip(site.params["broadcast_dimensions"], site.in_shapes[0], strict=True))
+    return [d for d, size in enumerate(site.out_shapes[0]) if source.get(d, 0) != size]
+
+
+def stack_axes(site: Site) -> list[Axes]:
+    """The operands are one array, stacked along a new axis that stays."""
+    along, why = site.params["axis"], site.why("`stack` makes this axis of its operands")
+    first = site.ins[0]
+    for operand in site.ins[1:]:
+        for a, b in zip(first, operand, strict=True):
+            unify(a, b, site.why("the operands of `stack` split this axis differently"))
+    return [(*first[:along], Fixed(len(site.ins), why), *first[along:])]
+
+
+def tile_axes(site: Site) -> list[Axes]:
+    """A tiled axis is [copies × positions]; any number of copies serves."""
+    pairs = zip(site.ins[0], site.params["reps"], strict=True)
+    return [tuple(axis if reps == 1 else product((fresh(reps), axis)) for axis, reps in pairs)]
+
+
+def tile_resize(site: Site, kept: Kept) -> dict[str, Any]:
+    """The copies that are kept."""
+    pairs = zip(site.ins[0], site.outs[0], strict=True)
+    return {"reps": tuple(kept.size(out) // max(kept.size(axis), 1) for axis, out in pairs)}
+
+
+def tile_spreads(site: Site) -> list[int]:
+    """Axes of which there are copies."""
+    return [d for d, reps in enumerate(site.params["reps"]) if reps > 1]
 
 
 def _sizes(name: str):
@@ -199,7 +235,7 @@ def _sizes(name: str):
     return resize
 
 
-register("broadcast_in_dim", Rule(broadcast_axes, resize=_sizes("shape")))
+register("broadcast_in_dim", Rule(broadcast_axes, resize=_sizes("shape"), spreads=broadcast_spreads))
 register("reshape", Rule(reshape_axes, resize=_sizes("new_sizes")))
 register("squeeze", Rule(squeeze_axes))
 register("expand_dims", Rule(expand_axes))
@@ -208,6 +244,9 @@ register("concatenate", Rule(concatenate_axes))
 register("pad", Rule(pad_axes, resize=pad_resize))
 register("slice", Rule(slice_axes, resize=slice_resize))
 register("split", Rule(split_axes, resize=split_resize))
-register("iota", Rule(iota_axes, positional=True))
+register("stack", Rule(stack_axes))
+register(
+    "tile", Rule(tile_axes, resize=tile_resize, spreads=lambda s: [d for d, n in enumerate(s.params["reps"]) if n > 1])
+)
 
 SHAPE_ONLY = frozenset({"reshape", "squeeze", "expand_dims", "transpose", "convert_element_type", "copy", "copy_p"})
