@@ -297,7 +297,7 @@ class Builder:
     def emit(self, expr: str, n: int = 1, funcs: Sequence[Func] = ()) -> Any:
         """Add `n` values made by an expression."""
         outs = tuple(Val(self.fresh(), (), "") for _ in range(n))
-        step = Step(outs, expr, tuple(funcs))
+        step = Step(outs, expr, tuple(map(lean, funcs)))
         read = step.reads()
         known = {v.name: v for v in self.pool}
         inside = {v.name for f in funcs for v in f.args}
@@ -412,18 +412,30 @@ def _head(b: Builder, v: Val) -> Val:
     return b.emit(f"jnp.tensordot({v}, {w}, ({axes}, {tuple(range(len(axes)))}))")
 
 
+def needed(steps: Sequence[Step], *results: str) -> tuple[list[Step], set[str]]:
+    """The steps that the results need, and every name that is read."""
+    names, out = set(TOKEN.findall(" ".join(results))), []
+    for step in reversed(steps):
+        if any(v.name in names for v in step.outs):
+            out.append(step)
+            names |= step.reads()
+    return out[::-1], names
+
+
+def lean(f: Func) -> Func:
+    """Without the steps that its result does not need."""
+    return replace(f, steps=tuple(needed(f.steps, f.result, *f.after)[0]))
+
+
 def tidy(program: Program) -> Program:
     """Without steps, parameters and inputs that no output needs."""
-    needed = set(TOKEN.findall(" ".join(program.outputs.values())))
-    steps = []
-    for step in reversed(program.steps):
-        if any(v.name in needed for v in step.outs):
-            steps.append(step)
-            needed |= step.reads()
-    params = {k: a for k, a in program.params.items() if f'p["{k}"]' in needed}
-    args = {k: a for k, a in program.args.items() if k in needed}
+    steps, read = needed(
+        [replace(s, funcs=tuple(map(lean, s.funcs))) for s in program.steps], *program.outputs.values()
+    )
+    params = {k: a for k, a in program.params.items() if f'p["{k}"]' in read}
+    args = {k: a for k, a in program.args.items() if k in read}
     outputs = {k: v for k, v in program.outputs.items() if not k.startswith("w") or k in params}
-    return Program(params or dict(itertools.islice(program.params.items(), 1)), args, tuple(steps[::-1]), outputs)
+    return Program(params or dict(itertools.islice(program.params.items(), 1)), args, tuple(steps), outputs)
 
 
 def generate(seed: Any, families: Sequence[str] | None = None, most: int = 9) -> Program:
@@ -1711,7 +1723,9 @@ def _substitute(program: Program, at: tuple, old: Val, new: str, params: Any = N
     )
 
 
-def reduce(program: Program, failure: Failure, seed: int = 0, limit: float = 240, dry: bool = False) -> tuple[Program, Failure]:
+def reduce(
+    program: Program, failure: Failure, seed: int = 0, limit: float = 240, dry: bool = False
+) -> tuple[Program, Failure]:
     """The smallest program found that fails in the same way."""
     until = time.monotonic() + limit
     going, tried = True, set()
