@@ -4,7 +4,7 @@ from treesurgeon.engine.checkpoint import Model, ModelSpec, load, save
 from treesurgeon.engine.cost import Cost, cost
 from treesurgeon.engine.coupling import trace
 from treesurgeon.engine.errors import ArtifactError, NarrowError, PlanError, StructureError, TreesurgeonError
-from treesurgeon.engine.flax import from_linen
+from treesurgeon.engine.flax import from_linen, from_nnx
 from treesurgeon.engine.gating import gate
 from treesurgeon.engine.graph import Block, Graph, Group, Leaf, Member, Plan, Tie
 from treesurgeon.engine.importance import CRITERIA, activation_energy, importance
@@ -31,6 +31,7 @@ __all__ = [
     "cost",
     "cut",
     "from_linen",
+    "from_nnx",
     "gate",
     "importance",
     "load",

@@ -148,6 +148,7 @@ def _modules(program: Program, paths: Sequence[str], kinds: Kinds) -> list[str]:
     for i, path in enumerate(paths):
         *home, last = path.split("/")
         named = _within(home, scopes.get(i, ()))
+        home = home[1:] if home[:1] == ["params"] else home
         out.append("/".join(named or home) or last)
     return out
 
