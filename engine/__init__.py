@@ -9,6 +9,7 @@ from treesurgeon.engine.gating import gate
 from treesurgeon.engine.graph import Block, Graph, Group, Leaf, Member, Plan, Tie
 from treesurgeon.engine.importance import CRITERIA, activation_energy, importance
 from treesurgeon.engine.narrowing import cut, narrow
+from treesurgeon.engine.rules import Rule, register
 
 __all__ = [
     "CRITERIA",
@@ -24,6 +25,7 @@ __all__ = [
     "NarrowError",
     "Plan",
     "PlanError",
+    "Rule",
     "StructureError",
     "Tie",
     "TreesurgeonError",
@@ -36,6 +38,7 @@ __all__ = [
     "importance",
     "load",
     "narrow",
+    "register",
     "save",
     "trace",
 ]

@@ -57,7 +57,9 @@ def from_nnx(model: nnx.Module, **call_kwargs: Any) -> tuple[Callable, dict[str,
         filled = {name: jax.tree.map(lambda x: x, state) for name, state in states.items()}
         for name, state in filled.items():
             nnx.replace_by_pure_dict(state, dict(params[name]))
-        at_hand = nnx.merge(graphdef, jax.tree.map(lambda x: x, random), *({**filled, **empty}[name] for name in _COLLECTIONS))
+        at_hand = nnx.merge(
+            graphdef, jax.tree.map(lambda x: x, random), *({**filled, **empty}[name] for name in _COLLECTIONS)
+        )
         kwargs = {**call_kwargs, **kwargs}
         out = getattr(at_hand, kwargs.pop("method", "__call__"))(*args, **kwargs)
         if not mutable:
