@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any, TypeAlias
 
 from treesurgeon.engine.axes import Atom, Axis, Fixed, Prod, Sum, resolve
 from treesurgeon.engine.masks import labels
 
-if TYPE_CHECKING:
-    from treesurgeon.engine.graph import Graph
+Graph: TypeAlias = Any  # graph.Graph, whose methods call what is here
 
 
 def prunable_share(graph: Graph) -> float:
