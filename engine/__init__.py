@@ -4,11 +4,12 @@ from treesurgeon.engine.checkpoint import Model, ModelSpec, load, save
 from treesurgeon.engine.cost import Cost, cost
 from treesurgeon.engine.coupling import trace
 from treesurgeon.engine.errors import ArtifactError, NarrowError, PlanError, StructureError, TreesurgeonError
-from treesurgeon.engine.flax import from_linen
+from treesurgeon.engine.flax import from_linen, from_nnx
 from treesurgeon.engine.gating import gate
 from treesurgeon.engine.graph import Block, Graph, Group, Leaf, Member, Plan, Tie
 from treesurgeon.engine.importance import CRITERIA, activation_energy, importance
 from treesurgeon.engine.narrowing import cut, narrow
+from treesurgeon.engine.rules import Rule, register
 
 __all__ = [
     "CRITERIA",
@@ -24,6 +25,7 @@ __all__ = [
     "NarrowError",
     "Plan",
     "PlanError",
+    "Rule",
     "StructureError",
     "Tie",
     "TreesurgeonError",
@@ -31,10 +33,12 @@ __all__ = [
     "cost",
     "cut",
     "from_linen",
+    "from_nnx",
     "gate",
     "importance",
     "load",
     "narrow",
+    "register",
     "save",
     "trace",
 ]

@@ -175,10 +175,11 @@ class _Streams:
         self.idom = _dominators(self.nodes, feeds)
         inside = _ancestry(self.idom)
         self.pdominates = flow.pdominates
-        self.next = {
-            u: v for u in self.nodes if (v := flow.ipdom[u]) in within and inside(u, v) and v not in flow.barriers
+        # With masks left aside several u may have one v: the nearest is the link.
+        self.prev = {
+            v: u for u in self.nodes if (v := flow.ipdom[u]) in within and inside(u, v) and v not in flow.barriers
         }
-        self.prev = {v: u for u, v in self.next.items()}
+        self.next = {u: v for v, u in self.prev.items()}
         self._head: dict[int, int] = {}
         self._around: dict[int, int | None] = {}
         for n in self.nodes:

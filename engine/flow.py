@@ -255,7 +255,7 @@ def _use_mirrors(
 ) -> None:
     maker = {v: i for i, eqn in enumerate(program.eqns) for v in eqn.outs}
     for operand in mirrors.values():
-        if not isinstance(operand, int):
+        if not isinstance(operand, int) or operand in program.inputs:  # an input handed through is no use
             continue
         side: set[int] = set()
         watched: list[Contexts] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from treesurgeon.engine.axes import Axis, Reason
+from treesurgeon.engine.describe import describe, dot, explain
 from treesurgeon.engine.errors import PlanError
 from treesurgeon.engine.masks import axis_mask
 
@@ -119,6 +120,7 @@ class Graph:
         pinned: why an axis of a parameter may not change, by `path[axis]`.
         ties: which units a dropped block makes one, by block.
         divisors: the mean and variance divisors that shrink with their axis, in words.
+        meetings: where in the program several values meet that hold units of a group, by group.
         steps: the blocks that are the steps of a scanned stack, in order, by the label of the stack's layer axis.
     """
 
@@ -132,6 +134,7 @@ class Graph:
     activations: tuple[Term, ...]
     tree: Any
     steps: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    meetings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def masks(self, plan: Plan) -> dict[str, dict[str, np.ndarray]]:
         """A plan as masks: `{"units": {group: bool[size]}, "blocks": {block: bool[]}}`, True = kept.
@@ -241,6 +244,22 @@ class Graph:
             out[path] = tuple(kept)
         return out
 
+    def explain(self, path: str, axis: int) -> str:
+        """Which units stand on an axis of a leaf, what they go together with and where they meet; or why it is pinned.
+
+        Raises:
+            PlanError: there is no such leaf or axis.
+        """
+        self._known(path, self.leaves, "explain", "leaf")
+        rank = len(self.leaves[path].shape)
+        if not 0 <= axis < rank:
+            raise PlanError(f"explain: {path} has the axes 0 to {rank - 1}, got {axis}")
+        return explain(self, path, axis)
+
+    def dot(self) -> str:
+        """The coupling graph in Graphviz's language: groups, the leaves they hold, and the blocks around these."""
+        return dot(self)
+
     def __str__(self) -> str:
         return describe(self)
 
@@ -248,39 +267,3 @@ class Graph:
 def alive(contexts: frozenset[frozenset[str]] | None, blocks: Mapping[str, Any]) -> bool:
     """Whether something used in these contexts is still used; what is used nowhere stays."""
     return contexts is None or any(all(blocks[name] for name in context) for context in contexts)
-
-
-def describe(graph: Graph) -> str:
-    """The graph as a table that a person can read."""
-    out = [f"{len(graph.groups)} groups"]
-    rows: list[Sequence[str]] = [
-        (name, str(g.size), ", ".join(f"{m.path}[{m.axis}]" for m in g.members)) for name, g in graph.groups.items()
-    ]
-    out += _table(("group", "units", "members"), rows)
-    out.append(f"\n{len(graph.blocks)} blocks")
-    rows = [
-        (
-            name,
-            "x".join(map(str, b.shape)),
-            ", ".join(b.leaves) + (f"  (inside {b.parent})" if b.parent else ""),
-        )
-        for name, b in graph.blocks.items()
-    ]
-    out += _table(("block", "shape", "goes with it"), rows)
-    out.append(f"\n{len(graph.pinned)} pinned axes")
-    out += _table(("axis", "why"), [(axis, str(reason)) for axis, reason in graph.pinned.items()])
-    if graph.divisors:
-        out.append(f"\n{len(graph.divisors)} divisors follow their axis")
-        out += [f"  {line}" for line in graph.divisors]
-    return "\n".join(out)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], most: int = 110) -> list[str]:
-    if not rows:
-        return []
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = []
-    for row in [head, *rows]:
-        line = "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        lines.append(line if len(line) <= most else line[: most - 1] + "…")
-    return lines

@@ -14,11 +14,12 @@ from typing import Any
 import jax
 from jax.tree_util import tree_unflatten
 
+from treesurgeon.engine.analysis import Analysis, analyse
 from treesurgeon.engine.axes import Atom, Axis, Fixed, Prod, Sum, product, resolve, total
-from treesurgeon.engine.coupling import Analysis, analyse, region_turns
 from treesurgeon.engine.errors import NarrowError
 from treesurgeon.engine.graph import Graph
 from treesurgeon.engine.jaxprs import Call, concrete, split_call, struct, trace_call
+from treesurgeon.engine.naming import region_turns
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""The command line: `treesurgeon search`."""
+"""The command line: `treesurgeon search` and `treesurgeon inspect`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import tyro
 from treesurgeon.engine import TreesurgeonError
 from treesurgeon.models.errors import ModelError
 from treesurgeon.search.config import Config
+from treesurgeon.search.inspecting import Inspection, inspect
 from treesurgeon.search.pipeline import run
 
 
@@ -22,6 +23,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def search(config: Annotated[Config, tyro.conf.arg(name="")]) -> None:
         """Search the smallest good variant of a pretrained Flax model."""
         run(config, lambda line: print(line, flush=True))
+
+    @parser.command(name="inspect")
+    def look(options: Annotated[Inspection, tyro.conf.arg(name="")]) -> None:
+        """Say what a model could lose: groups, blocks, what is pinned and why, and what each costs."""
+        inspect(options, print)
 
     try:
         parser.cli(prog="treesurgeon", args=arguments)

@@ -1202,3 +1202,14 @@ def block_before_stop_gradient(p, x):
     u = x @ p["a"]
     v = lax.stop_gradient(u + jnp.tanh(u @ p["b"]))
     return lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + 1, v + s[1]), (0, v))[1].sum(1)
+
+
+@case({"a": arr(2, 2)}, arr(2, 2))
+def mask_of_the_input(p, x):
+    return jnp.where(x > 0, jnp.sin(x @ p["a"]), 0.5).max(1)
+
+
+@case({"a": arr(2, 2)}, arr(2, 2))
+def branch_on_the_input(p, x):
+    h = jnp.tanh(x)
+    return lax.cond(h.sum() > 0, lambda a: a @ p["a"], lambda a: a * 0.5, h).max(1)

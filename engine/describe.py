@@ -1,0 +1,111 @@
+"""What a person reads about a graph: the whole as tables, one axis explained, a picture for Graphviz."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+from treesurgeon.engine.axes import Atom, Axis, Fixed, Prod, Sum, resolve
+from treesurgeon.engine.masks import labels
+
+Graph: TypeAlias = Any  # graph.Graph, whose methods call what is here
+
+
+def prunable_share(graph: Graph) -> float:
+    """The share of the used parameters that lie in leaves which some group or stack can shrink."""
+    used = [leaf for leaf in graph.leaves.values() if leaf.trainable and leaf.contexts is not None]
+    sizes = [(math.prod(leaf.shape), any(labels(axis) for axis in leaf.axes)) for leaf in used]
+    return sum(n for n, free in sizes if free) / max(sum(n for n, _ in sizes), 1)
+
+
+def describe(graph: Graph) -> str:
+    """The graph as a table that a person can read."""
+    share = f"{100 * prunable_share(graph):.1f} %"
+    out = [f"{len(graph.groups)} groups; {share} of the parameters lie in leaves they can shrink"]
+    rows: list[Sequence[str]] = [
+        (name, str(g.size), ", ".join(f"{m.path}[{m.axis}]" for m in g.members)) for name, g in graph.groups.items()
+    ]
+    out += _table(("group", "units", "members"), rows)
+    out.append(f"\n{len(graph.blocks)} blocks")
+    rows = [
+        (
+            name,
+            "x".join(map(str, b.shape)),
+            ", ".join(b.leaves) + (f"  (inside {b.parent})" if b.parent else ""),
+        )
+        for name, b in graph.blocks.items()
+    ]
+    out += _table(("block", "shape", "goes with it"), rows)
+    out.append(f"\n{len(graph.pinned)} pinned axes")
+    out += _table(("axis", "why"), [(axis, str(reason)) for axis, reason in graph.pinned.items()])
+    if graph.divisors:
+        out.append(f"\n{len(graph.divisors)} divisors follow their axis")
+        out += [f"  {line}" for line in graph.divisors]
+    return "\n".join(out)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], most: int = 110) -> list[str]:
+    if not rows:
+        return []
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = []
+    for row in [head, *rows]:
+        line = "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        lines.append(line if len(line) <= most else line[: most - 1] + "…")
+    return lines
+
+
+def layout(axis: Axis) -> str:
+    """An axis in words: `a | b` for segments end to end, `a × b` for a product."""
+    axis = resolve(axis)
+    if isinstance(axis, Fixed):
+        return f"{axis.size} pinned"
+    if isinstance(axis, Atom):
+        return axis.label or f"{axis.size} units"
+    if isinstance(axis, Sum):
+        return " | ".join(layout(part) for part in axis.parts)
+    return " × ".join(f"({layout(f)})" if isinstance(resolve(f), (Sum, Prod)) else layout(f) for f in axis.factors)
+
+
+def explain(graph: Graph, path: str, axis: int) -> str:
+    """One axis of one leaf: its layout, what goes with each group on it, where they meet, or why it is pinned."""
+    leaf = graph.leaves[path]
+    found = leaf.axes[axis]
+    out = [f"{path}[{axis}], size {leaf.shape[axis]}: {layout(found)}"]
+    if reason := graph.pinned.get(f"{path}[{axis}]"):
+        return f"{path}[{axis}], size {leaf.shape[axis]}, is pinned: {reason}"
+    held = labels(found)
+    for name in [name for name in graph.groups if name in held]:
+        group = graph.groups[name]
+        out.append(f"group {name!r}, {group.size} units; with it go")
+        out += [f"  {m.path}[{m.axis}]" for m in group.members if (m.path, m.axis) != (path, axis)]
+        met = graph.meetings.get(name, ())
+        if met:
+            out.append("because they meet at")
+            out += [f"  {line}" for line in met]
+    for label, names in graph.steps.items():
+        if label in held:
+            out.append(f"entries of a scanned stack: dropping the block {names[0]!r}, … removes one")
+    return "\n".join(out)
+
+
+def dot(graph: Graph) -> str:
+    """The coupling graph in Graphviz's language."""
+    quote = lambda text: '"' + text.replace('"', r"\"") + '"'  # noqa: E731
+    out = ["graph coupling {", "  rankdir=LR; node [fontname=Helvetica]; edge [color=gray]"]
+    for name, group in graph.groups.items():
+        out.append(f"  {quote('group ' + name)} [label={quote(f'{name}: {group.size}')} shape=ellipse style=filled]")
+    home = {leaf: block.name for block in graph.blocks.values() for leaf in block.leaves}
+    for i, block in enumerate(graph.blocks.values()):
+        inside = [leaf for leaf in block.leaves if home[leaf] == block.name]
+        if inside:
+            nodes = "; ".join(map(quote, inside))
+            out.append(f"  subgraph cluster_{i} {{ label={quote('block ' + block.name)}; {nodes} }}")
+    for path, leaf in graph.leaves.items():
+        shape = "×".join(map(str, leaf.shape))
+        out.append(f"  {quote(path)} [label={quote(f'{path} {shape}')} shape=box]")
+    for name, group in graph.groups.items():
+        for m in group.members:
+            out.append(f"  {quote('group ' + name)} -- {quote(m.path)} [label={m.axis}]")
+    return "\n".join([*out, "}"])

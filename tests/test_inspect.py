@@ -1,0 +1,113 @@
+"""What a person is told about a graph: tables, explanations, pictures, and the command that prints them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from treesurgeon import engine
+from treesurgeon.engine import PlanError, StructureError
+from treesurgeon.search.cli import main
+
+P = {"a": np.ones((5, 6), "f"), "b": np.ones((6, 4), "f"), "c": np.ones((5, 6), "f"), "d": np.ones((4, 2), "f")}
+X = np.ones((3, 5), "f")
+
+
+def fn(p, x):
+    return jax.nn.relu((x @ p["a"] + x @ p["c"]) @ p["b"]) @ p["d"]
+
+
+def test_explain_says_what_goes_together_and_where_it_meets():
+    text = engine.trace(fn, P, X).explain("a", 1)
+    assert text.startswith("a[1], size 6: a\ngroup 'a', 6 units; with it go\n  b[0]\n  c[1]\nbecause they meet at\n")
+    assert "`add` (test_inspect.py:" in text
+    assert "`dot_general` (test_inspect.py:" in text
+
+
+def test_explain_says_why_an_axis_is_pinned():
+    graph = engine.trace(fn, P, X)
+    assert graph.explain("d", 1) == "d[1], size 2, is pinned: an axis of the output"
+    assert "an axis of the input args[0]" in graph.explain("c", 0)
+
+
+def test_explain_shows_segments_and_products():
+    def parts(p, x):
+        h = jnp.concatenate([x @ p["a"], x @ p["c"]], 1)
+        return (h.reshape(3, 2, 6) * p["b"].reshape(2, 2, 6)[0]).reshape(3, 12) @ jnp.ones((12, 2))
+
+    assert "×" in engine.trace(parts, P, X).explain("b", 1) or "pinned" in engine.trace(parts, P, X).explain("b", 1)
+
+    def joined(p, x):
+        return jnp.concatenate([x @ p["a"], x @ p["c"]], 1) @ p["w"]
+
+    graph = engine.trace(joined, {**P, "w": np.ones((12, 2), "f")}, X)
+    assert graph.explain("w", 0).startswith("w[0], size 12: a | c\n")
+
+
+@pytest.mark.parametrize(("path", "axis", "match"), [("z", 0, "names the leaf 'z'"), ("a", 2, "has the axes 0 to 1")])
+def test_explain_refuses_what_is_not_there(path, axis, match):
+    with pytest.raises(PlanError, match=match):
+        engine.trace(fn, P, X).explain(path, axis)
+
+
+def test_dot_names_every_group_and_leaf():
+    text = engine.trace(fn, P, X).dot()
+    assert text.startswith("graph coupling {")
+    assert text.count("{") == text.count("}")
+    for line in ('"group a" -- "c" [label=1]', '"b" [label="b 6×4" shape=box]'):
+        assert line in text
+
+
+def test_axes_can_be_pinned_by_hand():
+    graph = engine.trace(fn, P, X, pin_axes=["b[1]"])
+    assert list(graph.groups) == ["a"]
+    assert str(graph.pinned["d[0]"]) == "pinned by the caller of trace"
+    assert not engine.trace(fn, P, X, pin_axes=["a", "b"]).groups
+    with pytest.raises(StructureError, match=r"pin_axes names 'b\[7\]', which is no axis; did you mean 'b\["):
+        engine.trace(fn, P, X, pin_axes=["b[7]"])
+
+
+def test_axes_can_be_coupled_by_hand():
+    def apart(p, x):
+        return (x @ p["a"]).sum() + (x @ p["c"]).sum()
+
+    assert list(engine.trace(apart, P, X).groups) == ["a", "c"]
+    graph = engine.trace(apart, P, X, couple=[("a[1]", "c[1]")])
+    assert {m.path for m in graph.groups["a"].members} == {"a", "c"}
+    with pytest.raises(StructureError, match=r"a\[1\] has 6 positions and d\[0\] has 4"):
+        engine.trace(fn, P, X, couple=[("a[1]", "d[0]")])
+
+
+def test_the_share_that_can_go():
+    assert str(engine.trace(fn, P, X)).startswith("2 groups; 100.0 % of the parameters lie in leaves they can shrink")
+    assert "0 groups; 0.0 %" in str(engine.trace(lambda p, x: x @ p["a"], {"a": P["a"]}, X))
+
+
+def test_the_command_prints_all_of_it(capsys, tmp_path):
+    main(["inspect", "digits_cnn", "--dot", str(tmp_path / "g.dot")])
+    out = capsys.readouterr().out
+    assert "of the parameters lie in leaves they can shrink" in out
+    assert "one unit of a group takes" in out
+    assert (tmp_path / "g.dot").read_text().startswith("graph coupling {")
+
+
+def test_the_command_explains_one_axis(capsys):
+    main(["inspect", "mlp", "--explain", "params/dense0/kernel[0]"])
+    assert "is pinned: an axis of the input" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["treesurgeon.models.mlp:mlp"], "is not in the zoo: say what it takes"),
+        (["mlp", "--input", "a,b"], "--input takes sizes and a dtype"),
+        (["resnet20", "--input", "1,5"], "resnet20 cannot be called with float32[1, 5]"),
+        (["mlp", "--explain", "params"], "--explain takes a leaf and an axis"),
+        (["mlp", "--explain", "params/x[0]"], "names the leaf 'params/x'"),
+    ],
+)
+def test_the_command_refuses_bad_input(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", *arguments])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
