@@ -643,6 +643,19 @@ def complex_kernels(p, x):
     return (s @ (p["c"][..., 0] + 1j * p["c"][..., 1])).real
 
 
+@case(
+    {"a": arr(2, 3, 3, 4, 5), "b": arr(2, 3, 3, 5, 3)}, arr(1, 3, 3, 4), groups={"a": "5 a:4 b:3"}, blocks=(),
+)  # fmt: skip
+def ensemble_of_convs(p, x):
+    return jax.vmap(lambda p: conv(jax.nn.relu(conv(x, p["a"])), p["b"]))(p)
+
+
+@case({"a": D(5, 6), "c": D(6, 3)}, arr(3, 5), groups={"a": "6 a/w:1 a/b:0 c/w:0"}, blocks=())
+def product_of_constants(p, x):
+    mask = jnp.einsum("bi,bj->bij", jnp.ones((1, 3)), jnp.arange(3.0)[None])[0] @ jnp.ones((3, 3))
+    return dense(p["c"], mask @ dense(p["a"], x))
+
+
 # What pins.
 
 
