@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from treesurgeon.engine.jaxprs import Eqn, Literal, is_float, jvp_program, vjp_program, wiring
-from treesurgeon.engine.rules.base import Axes
-from treesurgeon.engine.solve import Solution, solve
+from treesurgeon.engine.jaxprs import Eqn, Literal, is_float, wiring
+from treesurgeon.engine.solve import Solution, derivative_rule
 
 Run: TypeAlias = Callable[[Any, Solution, Sequence[Any]], list[Any]]
 
@@ -27,15 +26,19 @@ def rebuild(
     run: Run,
     aux: Any = (),
     length: Any = None,
+    rule: Solution | None = None,
 ) -> list[Any]:
-    """The equation's results, its programs being run by `run`; a `scan` takes `length` steps."""
+    """The equation's results, its programs being run by `run`; a `scan` takes `length` steps.
+
+    `rule` is the solved derivative rule of a custom call, where that is known.
+    """
     values = [
         jnp.asarray(x, v.aval.dtype) if isinstance(v, Literal) else x for x, v in zip(values, eqn.ins, strict=True)
     ]
     if eqn.name == "custom_jvp_call":
-        return custom_jvp(eqn, bodies[0], values, run, aux)
+        return custom_jvp(eqn, bodies[0], values, run, aux, rule)
     if eqn.name == "custom_vjp_call":
-        return custom_vjp(eqn, bodies[0], values, run, aux)
+        return custom_vjp(eqn, bodies[0], values, run, aux, rule)
     if eqn.name == "cond":
         return cond(bodies, values, run, aux)
     if eqn.name == "while":
@@ -44,7 +47,7 @@ def rebuild(
     return scan(eqn, bodies[0], values, run, aux, length)
 
 
-def custom_jvp(eqn: Eqn, body: Solution, values: Sequence[Any], run: Run, aux: Any) -> list[Any]:
+def custom_jvp(eqn: Eqn, body: Solution, values: Sequence[Any], run: Run, aux: Any, rule: Solution | None) -> list[Any]:
     """A `custom_jvp` function: its body and its derivative rule both go through `run`."""
     chosen = _floats(body)
 
@@ -53,21 +56,18 @@ def custom_jvp(eqn: Eqn, body: Solution, values: Sequence[Any], run: Run, aux: A
         return tuple(run(aux, body, xs))
 
     @call.defjvp
-    def rule(primals, tangents):
+    def derive(primals, tangents):
         aux, *xs = primals
-        axes = _input_axes(body)
-        derivative = solve(jvp_program(eqn, chosen), [*axes, *(axes[k] for k in chosen)])
-        outs = run(aux, derivative, [*xs, *(tangents[1 + k] for k in chosen)])
+        outs = run(aux, rule or derivative_rule(eqn, body), [*xs, *(tangents[1 + k] for k in chosen)])
         half = len(outs) // 2
         return tuple(outs[:half]), tuple(outs[half:])
 
     return list(call(aux, *values))
 
 
-def custom_vjp(eqn: Eqn, body: Solution, values: Sequence[Any], run: Run, aux: Any) -> list[Any]:
+def custom_vjp(eqn: Eqn, body: Solution, values: Sequence[Any], run: Run, aux: Any, rule: Solution | None) -> list[Any]:
     """A `custom_vjp` function: the forward pass is run again where its residuals are needed."""
     chosen = _floats(body)
-    outputs = [v for v in body.program.outputs if is_float(body.program.aval(v))]
 
     @jax.custom_vjp
     def call(aux, *xs):
@@ -78,9 +78,9 @@ def custom_vjp(eqn: Eqn, body: Solution, values: Sequence[Any], run: Run, aux: A
 
     def backward(residuals, cotangents):
         aux, xs = residuals
-        derivative = solve(vjp_program(eqn, chosen), [*_input_axes(body), *(body.of(v) for v in outputs)])
-        given = [c for c, v in zip(cotangents, body.program.outputs, strict=True) if is_float(body.program.aval(v))]
-        found = dict(zip(chosen, run(aux, derivative, [*xs, *given]), strict=True))
+        pairs = zip(cotangents, body.program.outputs, strict=True)
+        given = [c for c, v in pairs if is_float(body.program.aval(v))]
+        found = dict(zip(chosen, run(aux, rule or derivative_rule(eqn, body), [*xs, *given]), strict=True))
         return (None, *(found.get(k) for k in range(len(xs))))
 
     call.defvjp(forward, backward)
@@ -131,7 +131,3 @@ def scan(eqn: Eqn, body: Solution, values: Sequence[Any], run: Run, aux: Any, le
 
 def _floats(body: Solution) -> list[int]:
     return [k for k, v in enumerate(body.program.inputs) if is_float(body.program.avals[v])]
-
-
-def _input_axes(body: Solution) -> list[Axes]:
-    return [body.axes[v] for v in body.program.inputs]

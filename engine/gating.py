@@ -232,13 +232,15 @@ class _Gate:
         """An equation that holds programs."""
         eqn, bodies = solution.program.eqns[i], solution.bodies[i]
         length = eqn.params.get("length")
-        steps = self.mask(solution.lengths[i]) if i in solution.lengths and wiring(eqn).carried else None
-        if steps is None and all(map(self._plain, bodies)):
+        steps = self.mask(solution.lengths[i]) if i in solution.lengths else None
+        rule = solution.rules.get(i)
+        if steps is None and all(map(self._plain, bodies)) and (rule is None or self._plain(rule)):
             return bind(eqn, eqn.params, values)
         if steps is not None:
             return scan(eqn, bodies[0], values, partial(self._step, eqn), (), length, steps)
         if eqn.name.startswith("custom_"):
-            return rebuild(eqn, bodies, values, lambda aux, body, xs: _Gate(*aux).run(body, xs), (self.units, self.on))
+            run = lambda aux, body, xs: _Gate(*aux).run(body, xs)  # noqa: E731
+            return rebuild(eqn, bodies, values, run, (self.units, self.on), length, rule)
         return rebuild(eqn, bodies, values, lambda _, body, xs: self._inner(self.on).run(body, xs), (), length)
 
     def _inner(self, on: Any) -> _Gate:
@@ -246,16 +248,16 @@ class _Gate:
         return _Gate(self.units, on, self.shared)
 
     def _step(self, eqn: Eqn, aux: Any, body: Solution, values: Sequence[Any]) -> list[Any]:
-        """One step of a `scan` that may be dropped: what it carries passes it by."""
+        """One step of a `scan` that may be removed: it computes on zeros, and what it carries passes it by."""
         (bit,) = aux
         inner = self._inner(bit if self.on is None else self.on & bit)
-        carried = wiring(eqn).carried
-        inputs = list(values)
-        for k in carried.values():
-            if is_float(inputs[k]):
-                inputs[k] = select(inner.on, inputs[k], 0, ())
+        shared = self.shared.get(body.program)
+        inputs = [
+            select(inner.on, x, 0, ()) if is_float(x) and not (shared and shared[v]) else x
+            for x, v in zip(values, body.program.inputs, strict=True)
+        ]
         outs = inner.run(body, inputs)
-        for j, k in carried.items():
+        for j, k in wiring(eqn).carried.items():
             outs[j] = lax.select(lax.broadcast_in_dim(bit, np.shape(values[k]), ()), outs[j], values[k])
         return outs
 

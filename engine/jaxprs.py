@@ -7,6 +7,7 @@ on integers, shapes and parameters and never on `jax._src` types. Calls that car
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import contextmanager
@@ -222,6 +223,20 @@ def wiring(eqn: Eqn) -> Wiring:
         carried = {j: consts + j for j in range(carry)}
         return Wiring(ins, outs, carried, frozenset(range(consts + carry, n)), frozenset(range(carry, m)))
     return Wiring(ins, outs)
+
+
+# JAX's own functions whose derivative rules follow their results' axes, so that tracing need not look at them.
+_FOLLOWING = {"relu", "relu6", "logaddexp", "_sinc_maclaurin"}
+
+
+def own_rule(eqn: Eqn) -> bool:
+    """Whether an equation has a derivative rule that may relate axes in ways that the function itself does not."""
+    if eqn.name not in ("custom_jvp_call", "custom_vjp_call"):
+        return False
+    body = eqn.params["call_jaxpr"]
+    info = getattr(getattr(body, "jaxpr", body), "debug_info", None)
+    of_jax = f"{os.path.dirname(jax.__file__)}{os.sep}" in str(getattr(info, "func_src_info", ""))
+    return eqn.name == "custom_vjp_call" or not of_jax or getattr(info, "func_name", "") not in _FOLLOWING
 
 
 def scan_parts(eqn: Eqn) -> tuple[int, int]:

@@ -272,7 +272,8 @@ class _Narrow:
             if self._untouched(i, solution):
                 return bind(eqn, eqn.params, values)
             length = self.kept.size(solution.lengths[i]) if i in solution.lengths else None
-            return rebuild(eqn, solution.bodies[i], values, lambda _, body, xs: self.run(body, xs), (), length)
+            run = lambda _, body, xs: self.run(body, xs)  # noqa: E731
+            return rebuild(eqn, solution.bodies[i], values, run, (), length, solution.rules.get(i))
         site = solution.site(i)
         rule = lookup(eqn.name)
         if rule is None:

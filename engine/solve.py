@@ -21,7 +21,17 @@ import numpy as np
 from jax.core import Tracer
 
 from treesurgeon.engine.axes import Axis, Reason, atoms, fresh, unify
-from treesurgeon.engine.jaxprs import Eqn, Literal, Operand, Program, wiring
+from treesurgeon.engine.jaxprs import (
+    Eqn,
+    Literal,
+    Operand,
+    Program,
+    is_float,
+    jvp_program,
+    own_rule,
+    vjp_program,
+    wiring,
+)
 from treesurgeon.engine.rules import Site, lookup
 from treesurgeon.engine.rules.base import Axes, pin_all
 
@@ -53,7 +63,8 @@ class Solution:
     """The axes of every value of a program, its divisors by equation, and the solutions of call bodies.
 
     `constant` marks the values that depend on nothing; `uses[i, k]` are the axes of operand k of equation i where that
-    is one of them. `lengths` holds the axis along which a `scan` steps, `known` constants that were computed before.
+    is one of them. `lengths` holds the axis along which a `scan` steps, `known` constants that were computed before,
+    `rules` derivative rules that may relate axes in ways of their own.
     """
 
     program: Program
@@ -64,6 +75,7 @@ class Solution:
     bodies: dict[int, tuple[Solution, ...]] = field(default_factory=dict)
     lengths: dict[int, Axis] = field(default_factory=dict)
     known: dict[int, Any] = field(default_factory=dict)
+    rules: dict[int, Solution] = field(default_factory=dict)
 
     @cached_property
     def makers(self) -> dict[int, int]:
@@ -156,6 +168,8 @@ def _solve_call(solution: Solution, i: int) -> list[Axes]:
     inner = [axes[1:] if k in wires.mapped_ins else axes for k, axes in enumerate(operands)]
     bodies = tuple(solve(body, [inner[k] for k in ins]) for body, ins in zip(eqn.bodies, wires.ins, strict=True))
     solution.bodies[i] = bodies
+    if own_rule(eqn):
+        solution.rules[i] = derivative_rule(eqn, bodies[0])
     outs: list[Axes | None] = [None] * len(eqn.outs)
     for j, k in wires.carried.items():
         outs[j] = operands[k]
@@ -179,6 +193,24 @@ def _solve_call(solution: Solution, i: int) -> list[Axes]:
                 (along, *axes) if j in wires.mapped_outs and axes is not None else axes for j, axes in enumerate(outs)
             ]
     return [axes or () for axes in outs]
+
+
+def derivative_rule(eqn: Eqn, body: Solution) -> Solution:
+    """The derivative rule of a custom call, solved: each derivative has the axes of what it is the derivative of."""
+    why = Reason(f"the derivative rule of `{eqn.name}` splits this axis differently", eqn.where)
+    inputs, outputs = body.program.inputs, body.program.outputs
+    axes = [body.axes[v] for v in inputs]
+    chosen = [k for k, v in enumerate(inputs) if is_float(body.program.avals[v])]
+    if eqn.name == "custom_jvp_call":
+        rule = solve(jvp_program(eqn, chosen), [*axes, *(axes[k] for k in chosen)])
+        of = [*map(body.of, outputs), *map(body.of, outputs)]
+    else:
+        cotangents = [body.of(v) for v in outputs if is_float(body.program.aval(v))]
+        rule = solve(vjp_program(eqn, chosen), [*axes, *cotangents])
+        of = [axes[k] for k in chosen]
+    for v, known in zip(rule.program.outputs, of, strict=True):
+        join(known, rule.of(v), why)
+    return rule
 
 
 def _scalar(operand: Operand, scalars: dict[int, Any]) -> Any:

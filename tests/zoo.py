@@ -1244,3 +1244,70 @@ def mask_of_the_input(p, x):
 def branch_on_the_input(p, x):
     h = jnp.tanh(x)
     return lax.cond(h.sum() > 0, lambda a: a @ p["a"], lambda a: a * 0.5, h).max(1)
+
+
+# Derivative rules that relate axes in ways of their own.
+
+
+def with_rule(rule):
+    f = jax.custom_vjp(jnp.tanh)
+    f.defvjp(lambda v: (jnp.tanh(v), v), rule)
+    return f
+
+
+RULED = {"a": arr(5, 6), "c": arr(6, 2)}
+
+
+@case(RULED, arr(3, 5))
+def mean_in_the_rule(p, x):
+    return with_rule(lambda v, g: (g - g.mean(-1, keepdims=True),))(x @ p["a"]) @ p["c"]
+
+
+@case(RULED, arr(3, 5))
+def softmax_in_the_rule(p, x):
+    return with_rule(lambda v, g: (g * jax.nn.softmax(v),))(x @ p["a"]) @ p["c"]
+
+
+@case(RULED, arr(3, 5))
+def flip_in_the_rule(p, x):
+    return with_rule(lambda v, g: (jnp.flip(g, -1),))(x @ p["a"]) @ p["c"]
+
+
+@case(RULED, arr(3, 5))
+def reshape_in_the_rule(p, x):
+    def rule(v, g):
+        g = g.reshape(3, 2, 3)
+        return ((g + g.mean(1, keepdims=True)).reshape(3, 6),)
+
+    return with_rule(rule)(x @ p["a"]) @ p["c"]
+
+
+@case(RULED, arr(3, 5))
+def jvp_mean_in_the_rule(p, x):
+    f = jax.custom_jvp(jnp.tanh)
+    f.defjvp(lambda v, t: (jnp.tanh(v[0]), t[0] - t[0].mean(-1, keepdims=True)))
+    return f(x @ p["a"]) @ p["c"]
+
+
+@case(RULED, arr(3, 5))
+def ignored_operand(p, x):
+    f = jax.custom_vjp(lambda u, w: u * 2)
+    f.defvjp(lambda u, w: (u * 2, None), lambda _, g: (g * 2, jnp.zeros((5, 6))))
+    return f(x, p["a"]) @ p["a"] @ p["c"]
+
+
+@case(RULED, arr(3, 5))
+def sign_with_zero_tangent(p, x):
+    f = jax.custom_jvp(jnp.sign)
+    f.defjvp(lambda v, _: (jnp.sign(v[0]), jnp.zeros((3, 6))))
+    return f(x @ p["a"]) @ p["c"]
+
+
+@case({"w": arr(3, 5, 6), "a": arr(6, 5), "s": arr(5)}, X)
+def mapped_experts(p, x):
+    return lax.map(lambda w: jnp.tanh(x @ w * p["s"].sum()) @ p["a"] + p["s"], p["w"]).sum(0)
+
+
+@case({"e": arr(9, 6), "o": arr(6, 3)}, arr(4, kind="i:9"))
+def mapped_lookup(p, ids):
+    return jax.vmap(lambda i: p["e"][i])(ids) @ p["o"]

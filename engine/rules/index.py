@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from jax import lax
+
 from treesurgeon.engine.axes import Axis, Fixed, pin, unify
 from treesurgeon.engine.rules.base import Axes, Kept, Rule, Site, register
 
@@ -96,8 +98,9 @@ def _window_dims(site: Site) -> list[int]:
 
 def _whole(site: Site, d: int) -> bool:
     numbers = site.params["dimension_numbers"]
-    taken = bool(site.params["slice_sizes"][d] == site.in_shapes[0][d])
-    return taken and d in _window_dims(site) and d not in numbers.start_index_map
+    taken = bool(site.params["slice_sizes"][d] == site.in_shapes[0][d]) and d in _window_dims(site)
+    clamped = site.params["mode"] in (lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS)
+    return taken and (clamped or d not in numbers.start_index_map)  # a whole axis has one start that is in bounds
 
 
 def gather_resize(site: Site, kept: Kept) -> dict[str, Any]:
