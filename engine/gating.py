@@ -317,7 +317,7 @@ class _Gate:
             if not kernel[k]:
                 values[k] = self.clear(values[k], axes, 0, self.on)
             elif is_float(values[k]):
-                finite = lax.is_finite(values[k])
+                finite = jnp.isfinite(values[k])
                 out_of = contraction.rhs_out if k else contraction.lhs_out
                 gone = tuple(d for d in range(values[k].ndim) if d not in out_of)
                 bad = (

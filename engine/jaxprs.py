@@ -158,7 +158,19 @@ def flatten_program(closed: Any) -> Program:
     program.inputs = tuple(new(v.aval) for v in jaxpr.invars)
     consts = getattr(closed, "consts", ())
     program.outputs = tuple(inline(jaxpr, consts, program.inputs, source_info_util.new_name_stack()))
+    program.eqns = _live(program)
     return program
+
+
+def _live(program: Program) -> list[Eqn]:
+    """The equations that the outputs need, or that have effects: what nobody reads must not pin what is read."""
+    needed = {v for v in program.outputs if isinstance(v, int)}
+    out = []
+    for eqn in reversed(program.eqns):
+        if eqn.effects or any(v in needed for v in eqn.outs):
+            out.append(eqn)
+            needed.update(v for v in eqn.ins if isinstance(v, int))
+    return out[::-1]
 
 
 @contextmanager

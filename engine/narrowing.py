@@ -20,6 +20,7 @@ from jax.tree_util import tree_map_with_path, tree_unflatten
 from treesurgeon.engine.axes import Axis
 from treesurgeon.engine.calls import rebuild
 from treesurgeon.engine.errors import NarrowError, StructureError
+from treesurgeon.engine.flow import is_contraction
 from treesurgeon.engine.graph import Graph, Plan
 from treesurgeon.engine.jaxprs import (
     Eqn,
@@ -321,9 +322,14 @@ class Constants:
         self.env: dict[int, Any] = dict(solution.program.consts)
 
     def traced(self, v: int) -> Any:
-        """The value, computed where it is needed: XLA folds and fuses it."""
-        for i in self._missing(v, self.env):
-            eqn = self.solution.program.eqns[i]
+        """The value, computed where it is needed: XLA folds and fuses it; products of constants are computed here."""
+        eqns = self.solution.program.eqns
+        missing = self._missing(v, self.env)
+        if any(is_contraction(eqns[i]) for i in missing) and (known := self.concrete(v)) is not None:
+            self.env[v] = known
+            return known
+        for i in missing:
+            eqn = eqns[i]
             with standing_at(eqn):
                 self.env.update(zip(eqn.outs, bind(eqn, eqn.params, self._read(eqn, self.env)), strict=True))
         return self.env[v]

@@ -625,6 +625,37 @@ def cross_attention(p, memory, x):
     return (x + jax.nn.softmax(logits) @ (m @ w["v"])) @ p["h"]
 
 
+@case(
+    {"a": D(5, 6), "b": D(6, 4), "c": D(6, 3)}, X, groups={"a": "6 a/w:1 a/b:0 c/w:0"}, blocks=(),
+    pinned={"b/w[0]": "b/w is not used"},
+)  # fmt: skip
+def dead_code(p, x):
+    h = jnp.tanh(dense(p["a"], x))
+    jnp.sort(dense(p["b"], h), -1)
+    return dense(p["c"], h)
+
+
+@case(
+    {"e": arr(5, 6), "b": arr(6, 4, 2), "c": arr(4, 3, 2)}, X, groups={"e": "6 e:1 b:0", "b": "4 b:1 c:0"}, blocks=(),
+)  # fmt: skip
+def complex_kernels(p, x):
+    s = (x @ p["e"]) @ (p["b"][..., 0] + 1j * p["b"][..., 1])
+    return (s @ (p["c"][..., 0] + 1j * p["c"][..., 1])).real
+
+
+@case(
+    {"a": arr(2, 3, 3, 4, 5), "b": arr(2, 3, 3, 5, 3)}, arr(1, 3, 3, 4), groups={"a": "5 a:4 b:3"}, blocks=(),
+)  # fmt: skip
+def ensemble_of_convs(p, x):
+    return jax.vmap(lambda p: conv(jax.nn.relu(conv(x, p["a"])), p["b"]))(p)
+
+
+@case({"a": D(5, 6), "c": D(6, 3)}, arr(3, 5), groups={"a": "6 a/w:1 a/b:0 c/w:0"}, blocks=())
+def product_of_constants(p, x):
+    mask = jnp.einsum("bi,bj->bij", jnp.ones((1, 3)), jnp.arange(3.0)[None])[0] @ jnp.ones((3, 3))
+    return dense(p["c"], mask @ dense(p["a"], x))
+
+
 # What pins.
 
 

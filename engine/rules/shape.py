@@ -37,14 +37,15 @@ def broadcast_axes(site: Site) -> list[Axes]:
 
 def reshape_axes(site: Site) -> list[Axes]:
     """Merging axes makes a product, splitting one factors it; unchanged axes pass through."""
-    old, new = site.in_shapes[0], site.out_shapes[0]
+    order = site.params.get("dimensions") or range(len(site.ins[0]))  # a transpose comes first
+    axes, old, new = [site.ins[0][d] for d in order], [site.in_shapes[0][d] for d in order], site.out_shapes[0]
     why = site.why("`reshape` splits this axis where no boundary runs")
-    if site.params.get("dimensions") is not None or any(_is(n, 0) for n in old):
-        return pin_all(site, "a `reshape` that permutes or is empty")
+    if any(_is(n, 0) for n in old):
+        return pin_all(site, "a `reshape` of nothing")
     out: list[Axis] = []
     try:
         for (i0, i), (j0, j) in _runs(old, new):
-            out += _regroup(product(site.ins[0][i0:i]), new[j0:j], why)
+            out += _regroup(product(axes[i0:i]), new[j0:j], why)
     except jax.errors.InconclusiveDimensionOperation:
         return pin_all(site, "a `reshape` of symbolic sizes that cannot be compared")
     return [tuple(out)]
