@@ -117,10 +117,10 @@ def tangent_of_zeros(p, x):
     return f(x @ p["a"]) @ p["c"]
 
 
-@case({"w": arr(5, 5, 6), "a": arr(6, 5)}, arr(2, 5))
+@case({"w": arr(3, 5, 6), "v": arr(4, 5, 6), "u": arr(6, 5, 6), "a": arr(6, 5)}, arr(2, 5))
 def mapped_experts(p, x):
     """A removed step of a loop computes on junk, and all steps share `a`."""
-    return lax.map(lambda w: jnp.tanh(x @ w) @ p["a"], p["w"]).sum(0)
+    return sum(lax.map(lambda w: jnp.tanh(x @ w) @ p["a"], p[k]).sum(0) for k in "wvu")
 
 
 @case({"a": arr(5, 6)}, arr(3, 5))
