@@ -1638,6 +1638,11 @@ def smaller(program: Program) -> Iterator[Program]:
     for k in program.outputs:
         if len(program.outputs) > 1:
             yield tidy(replace(program, outputs={j: v for j, v in program.outputs.items() if j != k}))
+    makers = {v.name: step for step in program.steps for v in step.outs}
+    for k, v in program.outputs.items():  # what an output is made of instead of it
+        if v in makers and k not in program.params:
+            for u in sorted(makers[v].reads() & makers.keys()):
+                yield tidy(replace(program, outputs={**program.outputs, k: u}))
     every = [*_places(program.steps)]
     for at in reversed(every):
         step = _at(program.steps, at)
@@ -1685,7 +1690,8 @@ def _spliced(steps: Sequence[Step], at: tuple, new: Sequence[Step]) -> tuple[Ste
 
 def _before(program: Program, at: tuple) -> list[Val]:
     """The values in sight before a step."""
-    out = [Val(k, a.shape, "float64") for k, a in program.args.items() if a.kind == "f"]
+    dtype = str(jax.dtypes.canonicalize_dtype(np.float64))
+    out = [Val(k, a.shape, dtype) for k, a in program.args.items() if a.kind == "f"]
     steps: Sequence[Step] = program.steps
     while True:
         out += [v for step in steps[: at[0]] for v in step.outs]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from laws import Subject, arr
@@ -57,3 +58,78 @@ def mask_of_the_input(p, x):
 def cond_on_the_input(p, x):
     h = jnp.tanh(x)
     return lax.cond(h.sum() > 0, lambda a: a @ p["a"], lambda a: a * 0.5, h).max(1)
+
+
+def with_rule(rule: Callable) -> Callable:
+    """`tanh` with a derivative of its own."""
+    f = jax.custom_vjp(jnp.tanh)
+    f.defvjp(lambda v: (jnp.tanh(v), v), rule)
+    return f
+
+
+@case({"a": arr(5, 6), "c": arr(6, 2)}, arr(3, 5))
+def mean_in_a_backward_rule(p, x):
+    """Nothing in the function itself mixes units."""
+    return with_rule(lambda v, g: (g - g.mean(-1, keepdims=True),))(x @ p["a"]) @ p["c"]
+
+
+@case({"a": arr(5, 6), "c": arr(6, 2)}, arr(3, 5))
+def softmax_in_a_backward_rule(p, x):
+    return with_rule(lambda v, g: (g * jax.nn.softmax(v),))(x @ p["a"]) @ p["c"]
+
+
+@case({"a": arr(5, 6), "c": arr(6, 2)}, arr(3, 5))
+def flip_in_a_backward_rule(p, x):
+    """Only the derivative pins the axis."""
+    return with_rule(lambda v, g: (jnp.flip(g, -1),))(x @ p["a"]) @ p["c"]
+
+
+@case({"a": arr(5, 6), "c": arr(6, 2)}, arr(3, 5))
+def reshape_in_a_backward_rule(p, x):
+    """Only the derivative splits the group."""
+
+    def rule(v, g):
+        g = g.reshape(3, 2, 3)
+        return ((g + g.mean(1, keepdims=True)).reshape(3, 6),)
+
+    return with_rule(rule)(x @ p["a"]) @ p["c"]
+
+
+@case({"a": arr(5, 6), "c": arr(6, 2)}, arr(3, 5))
+def mean_in_a_forward_rule(p, x):
+    f = jax.custom_jvp(jnp.tanh)
+    f.defjvp(lambda v, t: (jnp.tanh(v[0]), t[0] - t[0].mean(-1, keepdims=True)))
+    return f(x @ p["a"]) @ p["c"]
+
+
+@case({"a": arr(5, 6), "c": arr(6, 2)}, arr(3, 5))
+def cotangent_of_zeros(p, x):
+    """The rule makes the second cotangent from its shape."""
+    f = jax.custom_vjp(lambda u, w: u * 2)
+    f.defvjp(lambda u, w: (u * 2, None), lambda _, g: (g * 2, jnp.zeros((5, 6), g.dtype)))
+    return f(x, p["a"]) @ p["a"] @ p["c"]
+
+
+@case({"a": arr(5, 6), "c": arr(6, 2)}, arr(3, 5))
+def tangent_of_zeros(p, x):
+    f = jax.custom_jvp(jnp.sign)
+    f.defjvp(lambda v, t: (jnp.sign(v[0]), jnp.zeros((3, 6), t[0].dtype)))
+    return f(x @ p["a"]) @ p["c"]
+
+
+@case({"w": arr(3, 5, 6), "v": arr(4, 5, 6), "u": arr(6, 5, 6), "a": arr(6, 5)}, arr(2, 5))
+def mapped_experts(p, x):
+    """A removed step of a loop computes on junk, and all steps share `a`."""
+    return sum(lax.map(lambda w: jnp.tanh(x @ w) @ p["a"], p[k]).sum(0) for k in "wvu")
+
+
+@case({"a": arr(5, 6)}, arr(3, 5))
+def dead_contraction_in_a_call(p, x):
+    f = jax.custom_jvp(lambda v: (v @ jnp.eye(6, dtype=v.dtype), v)[1])
+    f.defjvp(lambda v, t: (v[0], t[0]))
+    return f(x @ p["a"]).sum(1)
+
+
+@case({"a": arr(5, 6)}, arr(3, 5))
+def contraction_of_constants(p, x):
+    return (jax.grad(lambda a: a.sum())(x) @ jnp.eye(5, dtype=x.dtype)).sum(1) + (x @ p["a"]).sum(1)

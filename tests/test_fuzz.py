@@ -59,12 +59,12 @@ def test_reducing_finds_the_guilty_step(monkeypatch):
     small, _ = fuzz.reduce(program, forbidden(program))
     assert len(small.steps) == 1
     assert "jnp.sin(" in small.source()
-    assert small.source() in fuzz.report(small, forbidden(small), 7)
+    assert small.source("case_7") in fuzz.report(small, forbidden(small), 7)
 
 
 if jax.config.jax_enable_x64:
 
-    @settings(quiet, max_examples=18)
+    @settings(quiet, max_examples=12)
     @given(st.data())
     def test_random_programs(data):
         program = data.draw(fuzz.programs(most=7))
