@@ -1,5 +1,5 @@
 """Tests compile thousands of small programs and run each a few times: compile them quickly instead of well."""
 
-import os
+import quick
 
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+quick.settle()

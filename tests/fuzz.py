@@ -30,6 +30,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import quick
 from hypothesis import strategies as st
 from jax import lax
 from laws import A, Bench, Subject, count_macs, leaves_of, numpied, random_plan, value_and_grads, worst
@@ -1765,9 +1766,9 @@ def report(program: Program, failure: Failure, seed: Any) -> str:
     return f"\n\n# seed {seed}: {failure.kind}\n{what}\n{plan}{program.case(f'case_{seed}'.replace('-', '_'))}"
 
 
-# Compiles three times as fast; and without fused multiply-adds, for with them `x == x.max()` (the derivative of max)
-# fails where XLA computes x once for each side and contracts one of them.
-FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_max_isa=AVX"
+# Without fused multiply-adds: with them `x == x.max()` (the derivative of max) fails where XLA computes x once for each
+# side and contracts one of them.
+FLAGS = f"{quick.FLAGS} --xla_cpu_max_isa=AVX"
 
 
 def main() -> None:
