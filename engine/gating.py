@@ -134,9 +134,6 @@ class _Gate:
         self._note(program, shared)
         bits = {b: blocks[name] for b, name in found.blocks.items() if name in blocks}
         exits = {analysis.regions[b].exit: (analysis.regions[b].entry, bit) for b, bit in bits.items()}
-        entries: dict[int, list[int]] = {}
-        for b in bits:
-            entries.setdefault(analysis.regions[b].entry, []).append(b)
         alive = _Alive(bits)
         env: dict[int, Any] = dict(program.consts)
         env.update(zip(program.inputs, inputs, strict=True))
@@ -149,15 +146,14 @@ class _Gate:
             if contexts is None:
                 continue
             self.on = alive(contexts)
-            inside = frozenset.intersection(*contexts)
 
-            def read(v: Operand, inside: frozenset[int] = inside) -> Any:
+            def read(v: Operand, contexts: Any = contexts) -> Any:
                 if isinstance(v, Literal):
                     return v.value
                 x = env[v]
-                for b in entries.get(v, ()):
-                    if b in inside and is_float(x):
-                        x = select(bits[b], x, 0, ())
+                enters = self.on is not None and analysis.uses.values[v] != contexts and not solution.constant[v]
+                if enters and is_float(x) and not shared.values[v]:  # from outside into a block: no derivative back
+                    x = select(self.on, x, 0, ())
                 return x
 
             with standing_at(eqn):
@@ -316,8 +312,8 @@ class _Gate:
         bad = None
         for k, dims in summed:
             axes = {d: site.ins[k][d] for d in dims}
-            if not kernel[k]:
-                values[k] = self.clear(values[k], axes, 0, self.on)
+            if not kernel[k]:  # the axes that are not summed as well: the transpose for the other operand sums them
+                values[k] = self.clear(values[k], dict(enumerate(site.ins[k])), 0, self.on)
             elif is_float(values[k]):
                 finite = jnp.isfinite(values[k])
                 out_of = contraction.rhs_out if k else contraction.lhs_out

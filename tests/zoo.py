@@ -1311,3 +1311,28 @@ def mapped_experts(p, x):
 @case({"e": arr(9, 6), "o": arr(6, 3)}, arr(4, kind="i:9"))
 def mapped_lookup(p, ids):
     return jax.vmap(lambda i: p["e"][i])(ids) @ p["o"]
+
+
+# What is not finite on the way, at removed positions.
+
+
+@case({"w": arr(5, 7, kind="p"), "a": arr(7, 6), "b": arr(6, 2)}, arr(4, 5, kind="p"))
+def soft_assignment(p, x):
+    h = jnp.tanh(x @ p["w"])
+    return p["b"].T @ (jax.nn.softmax(h @ (p["a"] - 900)).T @ h)
+
+
+@case({"k": arr(5, 4, 3), "o": arr(4, 3, 2)}, arr(3, 5))
+def normalised_heads(p, x):
+    k = jnp.einsum("nd,dhk->nhk", x, p["k"])
+    k = k / jnp.linalg.norm(k, axis=-1, keepdims=True)  # a removed head: 0 / 0
+    return jnp.einsum("nh,hko->no", jnp.einsum("nhk,mgk->nhmg", k, k).sum((2, 3)), p["o"])
+
+
+@case({"i": arr(4, 6), "hh": arr(3, 6), "o": arr(6, 2)}, arr(2, 4))
+def householder(p, x):
+    """A dropped reflection divides 0 by 0; its leaf stays for the others."""
+    x = x @ p["i"]
+    for v in p["hh"]:
+        x = x - 2 * jnp.outer(x @ v, v) / (v @ v)
+    return x @ p["o"]
