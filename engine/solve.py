@@ -111,8 +111,11 @@ class Solution:
         )
 
 
-def solve(program: Program, inputs: Sequence[Axes]) -> Solution:
-    """Find the axes of every value, given those of the inputs; refines and pins their atoms."""
+def solve(program: Program, inputs: Sequence[Axes], rules: bool = True) -> Solution:
+    """Find the axes of every value, given those of the inputs; refines and pins their atoms.
+
+    Without `rules` the derivative rules of custom calls are left aside: a rule may well call its own function.
+    """
     solution = Solution(program, [()] * len(program.avals), constants(program))
     sums: dict[int, tuple[Axis, ...]] = {}
     scalars: dict[int, Any] = {}
@@ -132,7 +135,7 @@ def solve(program: Program, inputs: Sequence[Axes]) -> Solution:
             if isinstance(v, int) and solution.constant[v]:
                 solution.uses[i, k] = _new(program, v)
         if eqn.bodies:
-            outs = _solve_call(solution, i)
+            outs = _solve_call(solution, i, rules)
         else:
             site = solution._site(i)
             rule = lookup(eqn.name)
@@ -159,16 +162,16 @@ def _new(program: Program, v: int) -> Axes:
     return tuple(fresh(n) for n in program.avals[v].shape)
 
 
-def _solve_call(solution: Solution, i: int) -> list[Axes]:
+def _solve_call(solution: Solution, i: int, rules: bool) -> list[Axes]:
     """The programs inside an equation, solved; what is carried is one value, what branches return is one value."""
     eqn = solution.program.eqns[i]
     wires = wiring(eqn)
     why = Reason(f"the iterations or branches of `{eqn.name}` split this axis differently", eqn.where)
     operands = solution.operands(i)
     inner = [axes[1:] if k in wires.mapped_ins else axes for k, axes in enumerate(operands)]
-    bodies = tuple(solve(body, [inner[k] for k in ins]) for body, ins in zip(eqn.bodies, wires.ins, strict=True))
+    bodies = tuple(solve(body, [inner[k] for k in ins], rules) for body, ins in zip(eqn.bodies, wires.ins, strict=True))
     solution.bodies[i] = bodies
-    if own_rule(eqn):
+    if rules and own_rule(eqn):
         solution.rules[i] = derivative_rule(eqn, bodies[0])
     outs: list[Axes | None] = [None] * len(eqn.outs)
     for j, k in wires.carried.items():
@@ -202,11 +205,11 @@ def derivative_rule(eqn: Eqn, body: Solution) -> Solution:
     axes = [body.axes[v] for v in inputs]
     chosen = [k for k, v in enumerate(inputs) if is_float(body.program.avals[v])]
     if eqn.name == "custom_jvp_call":
-        rule = solve(jvp_program(eqn, chosen), [*axes, *(axes[k] for k in chosen)])
+        rule = solve(jvp_program(eqn, chosen), [*axes, *(axes[k] for k in chosen)], rules=False)
         of = [*map(body.of, outputs), *map(body.of, outputs)]
     else:
         cotangents = [body.of(v) for v in outputs if is_float(body.program.aval(v))]
-        rule = solve(vjp_program(eqn, chosen), [*axes, *cotangents])
+        rule = solve(vjp_program(eqn, chosen), [*axes, *cotangents], rules=False)
         of = [axes[k] for k in chosen]
     for v, known in zip(rule.program.outputs, of, strict=True):
         join(known, rule.of(v), why)

@@ -9,7 +9,7 @@ import pytest
 from subjects import SLOW
 from test_laws import SUBJECTS, TWICE
 
-SHARDS = 4
+SHARDS = 8
 
 
 @pytest.mark.parametrize("shard", range(SHARDS))

@@ -207,7 +207,9 @@ def test_elementwise(name):
     plan = engine.Plan({"h": [0, 3, 4]})
     small = engine.narrow(fn, graph, plan)(engine.cut(W, graph, plan), X)
     dense = jax.tree.map(np.asarray, fn(W, X))
-    np.testing.assert_allclose(np.asarray(small), dense[:, [0, 3, 4]], rtol=1e-6)
+    # Its float32 series is 1.4e-6 from float64 by itself; the laws allow four times that.
+    rtol = 5.6e-6 if name == "regularized_incomplete_beta" else 1e-6
+    np.testing.assert_allclose(np.asarray(small), dense[:, [0, 3, 4]], rtol=rtol)
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -1336,3 +1336,13 @@ def householder(p, x):
     for v in p["hh"]:
         x = x - 2 * jnp.outer(x @ v, v) / (v @ v)
     return x @ p["o"]
+
+
+@case(RULED, arr(3, 5))
+def rule_that_calls_its_function(p, x):
+    @jax.custom_jvp
+    def f(v):
+        return jnp.tanh(v)
+
+    f.defjvp(lambda v, t: ((y := f(v[0])), t[0] * (1 - y**2)))
+    return f(x @ p["a"]) @ p["c"]
