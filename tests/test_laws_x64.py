@@ -1,4 +1,4 @@
-"""`test_laws.py` again in float64, in processes of their own with x64 on: the odd programs are run here."""
+"""`test_laws.py` again in float64, in processes of their own with x64 on; half of the odd programs are slow."""
 
 import os
 import subprocess
@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import zoo
 from subjects import SLOW
 from test_laws import SUBJECTS, TWICE
 
 SHARDS = 8
+LATER = SLOW | set(list(zoo.ODD)[1::2])
 
 
 @pytest.mark.parametrize("shard", range(SHARDS))
@@ -17,7 +19,7 @@ SHARDS = 8
 def test_laws_in_float64(shard, slow):
     tests = Path(__file__).parent
     wanted = []
-    for name in [name for name in SUBJECTS if (name.removesuffix("-train") in SLOW) == slow][shard::SHARDS]:
+    for name in [name for name in SUBJECTS if (name.removesuffix("-train") in LATER) == slow][shard::SHARDS]:
         wanted.append(f"{tests}/test_laws.py::test_laws[{name}]")
         if name in TWICE:
             wanted.append(f"{tests}/test_laws.py::test_narrowing_twice_is_narrowing_once[{name}]")
