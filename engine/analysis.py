@@ -7,13 +7,8 @@ from dataclasses import dataclass
 
 from treesurgeon.engine.axes import Atom, Reason, pin, resolve
 from treesurgeon.engine.blocks import Region, find_regions
-from treesurgeon.engine.flow import Kinds, Uses, live, main_kinds, uses
-from treesurgeon.engine.jaxprs import (
-    Operand,
-    Program,
-    Traced,
-    wiring,
-)
+from treesurgeon.engine.flow import Kinds, Uses, main_kinds, uses
+from treesurgeon.engine.jaxprs import Operand, Program, Traced, live, wiring
 from treesurgeon.engine.rules.base import Axes, fixed_axes
 from treesurgeon.engine.solve import Solution, join, solve
 

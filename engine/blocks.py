@@ -20,8 +20,8 @@ from bisect import bisect_right
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
-from treesurgeon.engine.flow import Kinds, kernel_leaves, live
-from treesurgeon.engine.jaxprs import Operand, Program, is_float
+from treesurgeon.engine.flow import Kinds, kernel_leaves
+from treesurgeon.engine.jaxprs import Operand, Program, is_float, live
 
 MOST_ORIGINS = 8
 
@@ -56,12 +56,16 @@ def find_regions(
     """
     flow = _Flow(program, kinds, roots)
     found = _regions(_Streams(flow, flow.signal), program, kinds, module, stepping)
+    exits = {region.exit for region in found}
     origins = flow.origins()
     for origin in origins if 1 < len(origins) <= MOST_ORIGINS else ():
         stream = _Streams(flow, flow.reach(origin))
         for region in _regions(stream, program, kinds, module, stepping):
-            if region.residual and all(_nests(flow, region, other) for other in found):
+            if region.exit in exits or not region.residual:
+                continue
+            if all(_nests(flow, region, other) for other in found):
                 found.append(region)
+                exits.add(region.exit)
     return sorted(found, key=lambda region: flow.node[region.exit])
 
 
@@ -92,9 +96,9 @@ def _regions(
 
 
 def _nests(flow: _Flow, a: Region, b: Region) -> bool:
-    """Whether two regions are apart, or one inside the other, and not the same."""
+    """Whether two regions are apart, or one inside the other."""
     (a0, a1), (b0, b1) = ((flow.node[r.entry], flow.node[r.exit]) for r in (a, b))
-    return a1 != b1 and (a1 <= b0 or b1 <= a0 or (a0 >= b0 and a1 < b1) or (b0 >= a0 and b1 < a1))
+    return a1 <= b0 or b1 <= a0 or (a0 >= b0 and a1 < b1) or (b0 >= a0 and b1 < a1)
 
 
 class _Flow:

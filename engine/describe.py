@@ -92,7 +92,10 @@ def explain(graph: Graph, path: str, axis: int) -> str:
 
 def dot(graph: Graph) -> str:
     """The coupling graph in Graphviz's language."""
-    quote = lambda text: '"' + text.replace('"', r"\"") + '"'  # noqa: E731
+
+    def quote(text: str) -> str:
+        return '"' + text.replace('"', r"\"") + '"'
+
     out = ["graph coupling {", "  rankdir=LR; node [fontname=Helvetica]; edge [color=gray]"]
     for name, group in graph.groups.items():
         out.append(f"  {quote('group ' + name)} [label={quote(f'{name}: {group.size}')} shape=ellipse style=filled]")

@@ -174,18 +174,6 @@ def _restrict(eqn: Eqn, found: tuple[Shared, ...], operands: Sequence[bool]) -> 
                 _restrict(e, inner.bodies[n], [isinstance(w, int) and inner.values[w] for w in e.ins])
 
 
-def live(program: Program, roots: Iterable[Operand]) -> set[int]:
-    """The numbers of the equations that the roots need, or that have effects."""
-    needed = {v for v in roots if isinstance(v, int)}
-    out = set()
-    for i in range(len(program.eqns) - 1, -1, -1):
-        eqn = program.eqns[i]
-        if eqn.effects or any(v in needed for v in eqn.outs):
-            out.add(i)
-            needed.update(v for v in eqn.ins if isinstance(v, int))
-    return out
-
-
 T = TypeVar("T")
 
 

@@ -235,7 +235,10 @@ class _Gate:
         if steps is not None:
             return scan(eqn, bodies[0], values, partial(self._step, eqn), (), length, steps)
         if eqn.name.startswith("custom_"):
-            run = lambda aux, body, xs: _Gate(*aux).run(body, xs)  # noqa: E731
+
+            def run(aux: Any, body: Solution, xs: Sequence[Any]) -> list[Any]:
+                return _Gate(*aux).run(body, xs)
+
             return rebuild(eqn, bodies, values, run, (self.units, self.on), length, rule)
         return rebuild(eqn, bodies, values, lambda _, body, xs: self._inner(self.on).run(body, xs), (), length)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -159,19 +159,21 @@ def flatten_program(closed: Any) -> Program:
     program.inputs = tuple(new(v.aval) for v in jaxpr.invars)
     consts = getattr(closed, "consts", ())
     program.outputs = tuple(inline(jaxpr, consts, program.inputs, source_info_util.new_name_stack()))
-    program.eqns = _live(program)
+    # What nobody reads must not pin what is read.
+    program.eqns = [program.eqns[i] for i in sorted(live(program, program.outputs))]
     return program
 
 
-def _live(program: Program) -> list[Eqn]:
-    """The equations that the outputs need, or that have effects: what nobody reads must not pin what is read."""
-    needed = {v for v in program.outputs if isinstance(v, int)}
-    out = []
-    for eqn in reversed(program.eqns):
+def live(program: Program, roots: Iterable[Operand]) -> set[int]:
+    """The numbers of the equations that the roots need, or that have effects."""
+    needed = {v for v in roots if isinstance(v, int)}
+    out = set()
+    for i in range(len(program.eqns) - 1, -1, -1):
+        eqn = program.eqns[i]
         if eqn.effects or any(v in needed for v in eqn.outs):
-            out.append(eqn)
+            out.add(i)
             needed.update(v for v in eqn.ins if isinstance(v, int))
-    return out[::-1]
+    return out
 
 
 @contextmanager
@@ -241,7 +243,7 @@ def own_rule(eqn: Eqn) -> bool:
 
 def scan_parts(eqn: Eqn) -> tuple[int, int]:
     """How many operands of a `scan` are constants, and how many are carried."""
-    if "ft_in" in eqn.params:  # jax >= 0.11
+    if "ft_in" in eqn.params:  # newer versions of JAX, 0.12 among them
         consts, carry, _ = eqn.params["ft_in"].unpack()
         return len(consts), len(carry)
     return eqn.params["num_consts"], eqn.params["num_carry"]

@@ -13,9 +13,7 @@ from treesurgeon.engine.axes import Atom, Axis, atoms, resolve, same
 from treesurgeon.engine.blocks import Region, common_prefix
 from treesurgeon.engine.flow import Kinds, kernel_operand
 from treesurgeon.engine.graph import Block, Tie
-from treesurgeon.engine.jaxprs import (
-    wiring,
-)
+from treesurgeon.engine.jaxprs import wiring
 from treesurgeon.engine.masks import single_units
 from treesurgeon.engine.rules import lookup
 from treesurgeon.engine.rules.base import Axes

@@ -272,7 +272,10 @@ class _Narrow:
             if self._untouched(i, solution):
                 return bind(eqn, eqn.params, values)
             length = self.kept.size(solution.lengths[i]) if i in solution.lengths else None
-            run = lambda _, body, xs: self.run(body, xs)  # noqa: E731
+
+            def run(_: Any, body: Solution, xs: Sequence[Any]) -> list[Any]:
+                return self.run(body, xs)
+
             return rebuild(eqn, solution.bodies[i], values, run, (), length, solution.rules.get(i))
         site = solution.site(i)
         rule = lookup(eqn.name)

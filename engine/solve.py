@@ -185,16 +185,12 @@ def _solve_call(solution: Solution, i: int, rules: bool) -> list[Axes]:
                 outs[j] = body.of(v)
             else:
                 join(known, body.of(v), why)
-    steps = [operands[k][0] for k in wires.mapped_ins]
-    if wires.carried or wires.mapped_ins or wires.mapped_outs:
-        length = eqn.params.get("length")
-        if length is not None:
-            solution.lengths[i] = along = fresh(length)
-            for axis in steps:
-                unify(along, axis, why)
-            outs = [
-                (along, *axes) if j in wires.mapped_outs and axes is not None else axes for j, axes in enumerate(outs)
-            ]
+    if eqn.name == "scan":
+        solution.lengths[i] = along = fresh(eqn.params["length"])
+        for k in wires.mapped_ins:
+            unify(along, operands[k][0], why)
+        for j in wires.mapped_outs:
+            outs[j] = (along, *(outs[j] or ()))
     return [axes or () for axes in outs]
 
 

@@ -1748,7 +1748,8 @@ def reduce(
             try:
                 twice = failure.kind.startswith(("law 5, vmap", "law 6"))
                 found = check(other, seed=seed, n_plans=3, extra=twice, dry=dry)
-            except Exception:  # noqa: BLE001
+            except Exception as error:  # noqa: BLE001 (a program that is no longer one)
+                print("not reduced so:", repr(error)[:200], file=sys.stderr)
                 continue
             if found and found.kind == failure.kind:
                 program, failure, going = other, found, True

@@ -46,7 +46,7 @@ def test_statistics_are_not_trainable():
         "params": {"w": np.ones((5, 6), "f"), "n": np.ones(6, np.int32)},
         "batch_stats": {"mean": np.ones(6, "f")},
     }
-    fn = lambda p, x: jnp.tanh(x @ p["params"]["w"] * p["params"]["n"] - p["batch_stats"]["mean"]).sum(-1)  # noqa: E731
+    fn = lambda p, x: jnp.tanh(x @ p["params"]["w"] * p["params"]["n"] - p["batch_stats"]["mean"]).sum(-1)
     graph = engine.trace(fn, params, np.ones((2, 5), "f"))
     assert engine.cost(graph, Plan())[:2] == (42, 30)
     (name,) = graph.groups
@@ -72,8 +72,8 @@ def test_stacks_of_masks(name):
 
 
 def test_counts_beyond_int32():
-    fn = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]  # noqa: E731
-    s = lambda *shape: jax.ShapeDtypeStruct(shape, "float32")  # noqa: E731
+    fn = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]
+    s = lambda *shape: jax.ShapeDtypeStruct(shape, "float32")
     graph = engine.trace(fn, {"a": s(50, 4000), "b": s(4000, 4000)}, s(1000, 50))
     exact = 1000 * (50 * 4000 + 4000 * 4000)
     assert engine.cost(graph, Plan()).macs == exact

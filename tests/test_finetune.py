@@ -212,9 +212,9 @@ def test_the_schedule_warms_up_and_falls():
 def test_distillation_is_the_divergence_from_softened_answers():
     batch = {"x": X[:5], "y": Y[:5], "teacher": RNG.normal(size=(5, 2)).astype(np.float32)}
     p = {"w": jnp.asarray(RNG.normal(size=(4, 2)).astype(np.float32))}
-    apply = lambda p, x, key: (x @ p["w"], None)  # noqa: E731
+    apply = lambda p, x, key: (x @ p["w"], None)
     loss, _ = objective(apply, distill=1.0, temperature=3.0)(p, batch, jax.random.key(0))
-    soft = lambda z: np.exp(z / 3) / np.exp(z / 3).sum(-1, keepdims=True)  # noqa: E731
+    soft = lambda z: np.exp(z / 3) / np.exp(z / 3).sum(-1, keepdims=True)
     teacher, student = soft(batch["teacher"]), soft(np.asarray(X[:5] @ p["w"]))
     expected = 9 * (teacher * np.log(teacher / student)).sum(-1).mean()
     np.testing.assert_allclose(loss, expected, rtol=1e-4)

@@ -55,7 +55,7 @@ def close(got, want):
 
 @pytest.mark.parametrize(("criterion", "power"), [("l1", 1), ("l2", 2)])
 def test_magnitude(criterion, power):
-    size = lambda w: np.abs(w) ** power  # noqa: E731
+    size = lambda w: np.abs(w) ** power
     by_channel = size(A["kernel"]).sum((0, 1, 2)) + size(B["kernel"]).reshape(4, 4, 5).sum((0, 2))
     by_neuron = size(B["kernel"]).sum(0) + size(C["kernel"]).sum(1)
     close(importance(criterion, GRAPH, P), {"a": by_channel, "b": by_neuron})

@@ -31,11 +31,12 @@ def test_explain_says_why_an_axis_is_pinned():
 
 
 def test_explain_shows_segments_and_products():
-    def parts(p, x):
-        h = jnp.concatenate([x @ p["a"], x @ p["c"]], 1)
-        return (h.reshape(3, 2, 6) * p["b"].reshape(2, 2, 6)[0]).reshape(3, 12) @ jnp.ones((12, 2))
+    def heads(p, x):
+        h = jnp.einsum("bihk,bjhk->bhij", *[(x @ p["a"]).reshape(3, 1, 2, 3)] * 2)
+        return (h[..., 0] * (x @ p["a"]).reshape(3, 2, 3)).reshape(3, 6) @ p["b"]
 
-    assert "×" in engine.trace(parts, P, X).explain("b", 1) or "pinned" in engine.trace(parts, P, X).explain("b", 1)
+    graph = engine.trace(heads, P, X)
+    assert graph.explain("a", 1).startswith("a[1], size 6: a[0] × a[1]\ngroup 'a[0]', 2 units; with it go\n  b[0]\n")
 
     def joined(p, x):
         return jnp.concatenate([x @ p["a"], x @ p["c"]], 1) @ p["w"]

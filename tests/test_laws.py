@@ -75,7 +75,8 @@ def narrow_twice(bench: Bench, examples: int) -> None:
             bench.law6(first, lambda graph: data.draw(plans(graph)))
 
     under_plans()
-    assert seen  # Hypothesis stops early where there are few plans
+    if len(seen) == 1 < examples:  # Hypothesis stops early where there are few plans
+        bench.law6(seen[0], lambda graph: random_plan(graph, 1))
 
 
 def marked(names, fast):

@@ -200,7 +200,7 @@ def agree(fn):
 def test_elementwise(name):
     """Units stay apart: the result at kept units is the dense result at those units."""
     op = ELEMENTWISE[name]
-    fn = lambda p, x: op(positive(x[:, :1] + p["h"]))  # noqa: E731
+    fn = lambda p, x: op(positive(x[:, :1] + p["h"]))
     assert name in primitives_of(fn) or name in ("copy", "copy_p", "stop_gradient", "convert_element_type")
     graph = engine.trace(fn, W, X, free_outputs=("",))
     assert graph.groups["h"].size == 8
@@ -215,7 +215,7 @@ def test_elementwise(name):
 @pytest.mark.parametrize("name", ROWS)
 def test_row(name):
     units, then = ROWS[name]
-    fn = lambda p, x: then(p, x @ p["w"])  # noqa: E731
+    fn = lambda p, x: then(p, x @ p["w"])
     if name != "expand_dims":  # not every version of jax emits it
         assert name.partition(" ")[0] in primitives_of(fn)
     assert tuple(group.size for group in agree(fn).groups.values()) == units
@@ -233,7 +233,7 @@ twist.def_abstract_eval(lambda x: x)
 
 
 def test_a_rule_can_be_registered():
-    fn = lambda p, x: twist.bind(x @ p["w"]).sum(1)  # noqa: E731
+    fn = lambda p, x: twist.bind(x @ p["w"]).sum(1)
     assert not engine.trace(fn, W, X).groups
     try:
         base.register("twist", base.Rule(elementwise.axes))

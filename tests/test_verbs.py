@@ -182,7 +182,7 @@ def test_gate_under_transformations():
 def test_relu_at_exactly_zero():
     p = {"a": {"w": np.zeros((5, 6), "f"), "b": np.zeros(6, "f")}, "c": {"w": np.ones((6, 2), "f")}}
     for act in (jax.nn.relu, jax.nn.relu6, jax.nn.elu, jax.nn.leaky_relu, lambda h: jnp.maximum(h, 0)):
-        fn = lambda p, x, act=act: (act(dense(p["a"], x)) @ p["c"]["w"]).sum()  # noqa: E731
+        fn = lambda p, x, act=act: (act(dense(p["a"], x)) @ p["c"]["w"]).sum()
         graph = engine.trace(fn, p, X)
         plan = Plan({"a": [1, 2]})
         dense_grad = engine.cut(jax.grad(fn)(p, X), graph, plan)
@@ -228,7 +228,7 @@ def test_parameters_that_do_not_fit():
 def test_masks_that_are_not_closed_over_ties():
     """The exit of a dropped block holds zeros where its entry was removed."""
     p = draw({"a": D(5, 6), "b": D(6, 6), "c": D(6, 2)}, 3, np.float32)
-    fn = lambda p, x: dense(p["c"], jnp.tanh(dense(p["b"], jnp.tanh(dense(p["a"], x)))))  # noqa: E731
+    fn = lambda p, x: dense(p["c"], jnp.tanh(dense(p["b"], jnp.tanh(dense(p["a"], x)))))
     graph = engine.trace(fn, p, X)
     entry, exit_ = np.arange(6) < 3, np.isin(np.arange(6), [2, 3, 4])
     masks = {"units": {"a": entry, "b": exit_}, "blocks": {"b": np.asarray(False)}}
@@ -277,7 +277,7 @@ def test_a_function_is_retraced_once_for_each_shape():
 
 def test_closures_over_tracers():
     def outer(scale):
-        fn = lambda p, x: model(p, x) * scale + scale  # noqa: E731
+        fn = lambda p, x: model(p, x) * scale + scale
         small = engine.narrow(fn, GRAPH, DROP)(engine.cut(P, GRAPH, DROP), X).sum()
         return small + engine.gate(fn, GRAPH)(P, GRAPH.masks(DROP), X).sum()
 
