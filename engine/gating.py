@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -34,10 +34,14 @@ from treesurgeon.engine.graph import Graph
 from treesurgeon.engine.jaxprs import Eqn, Literal, Operand, Program, bind, is_float, is_key, standing_at, wiring
 from treesurgeon.engine.masks import axis_count, axis_mask
 from treesurgeon.engine.narrowing import check_leaves
+from treesurgeon.engine import rules
 from treesurgeon.engine.retrace import Retraced, Retracer
-from treesurgeon.engine.rules import Contraction, Site, lookup
+from treesurgeon.engine.rules import Contraction, lookup
 from treesurgeon.engine.rules.base import Axes, identity
+from treesurgeon.engine.sites import Site, apply_map
 from treesurgeon.engine.solve import Solution
+
+Mend: TypeAlias = Callable[[Site, Any], Any | None]
 
 
 def gate(fn: Callable, graph: Graph) -> Callable:
@@ -56,30 +60,66 @@ def gate(fn: Callable, graph: Graph) -> Callable:
         NarrowError: on call, `fn` reads a group in a way that the traced function did not.
     """
     retracer = Retracer(fn, graph)
-    shapes: dict[str, tuple[int, ...] | None] = {path: leaf.shape for path, leaf in graph.leaves.items()}
 
     def gated(params: Any, masks: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        leaves = check_leaves(params, shapes, "gate")
-        units, blocks = _check_masks(graph, masks)
-        units = graph.positions({"units": units, "blocks": blocks})
-        found, call = retracer(leaves, args, kwargs)
-        for name in found.conflicts:
-            if name in units:
-                raise NarrowError(
-                    f"this function reads group {name!r} in a way that the traced function did not, so it cannot be "
-                    f"gated: trace this function instead, or leave the group out of the masks"
-                )
-        found.require(graph, blocks)
-        outs = _Gate(units).main(found, graph, [*(leaves[path] for path in graph.leaves), *call.arrays], blocks)
-        return jax.tree.unflatten(found.analysis.traced.out_tree, outs)
+        maps = masks.get("maps", {})
+
+        def mend(site: Site, x: Any) -> Any | None:
+            known = maps.get(site.name)
+            if known is None:
+                return None
+            for name, matrix in known.items():
+                x = apply_map(x, site.dim, site.places[name], matrix)
+            return x
+
+        return run_gated(retracer, params, masks, args, kwargs, mend if maps else None)
 
     return gated
 
 
+def run_gated(
+    retracer: Retracer, params: Any, masks: Mapping[str, Any], args: tuple, kwargs: dict, mend: Mend | None
+) -> Any:
+    """Run a function under masks; `mend` may replace what a contraction reads, its removed units being zero."""
+    graph = retracer.graph
+    leaves = check_leaves(params, {path: leaf.shape for path, leaf in graph.leaves.items()}, "gate")
+    units, blocks = _check_masks(graph, masks)
+    units = graph.positions({"units": units, "blocks": blocks})
+    found, call = retracer(leaves, args, kwargs)
+    for name in found.conflicts:
+        if name in units:
+            raise NarrowError(
+                f"this function reads group {name!r} in a way that the traced function did not, so it cannot be "
+                f"gated: trace this function instead, or leave the group out of the masks"
+            )
+    found.require(graph, blocks)
+    sites = found.sites if mend is not None else {}
+    _check_maps(masks.get("maps", {}), sites)
+    gate = _Gate(units, mend=mend, sites=sites)
+    outs = gate.main(found, graph, [*(leaves[path] for path in graph.leaves), *call.arrays], blocks)
+    return jax.tree.unflatten(found.analysis.traced.out_tree, outs)
+
+
+def _check_maps(maps: Mapping[str, Any], sites: Mapping[int, Sequence[Site]]) -> None:
+    there = {site.name: site.places for found in sites.values() for site in found}
+    for name, known in maps.items():
+        for group, matrix in known.items():
+            if group not in there.get(name, {}):
+                raise PlanError(
+                    f"masks['maps'][{name!r}][{group!r}]: this function has no contraction that reads the group there "
+                    f"through a kernel of its own"
+                )
+            size = there[name][group].size
+            if np.shape(matrix) != (size, size):
+                raise PlanError(
+                    f"masks['maps'][{name!r}][{group!r}]: expected shape {(size, size)}, got {np.shape(matrix)}"
+                )
+
+
 def _check_masks(graph: Graph, masks: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    unknown = set(masks) - {"units", "blocks"}
+    unknown = set(masks) - {"units", "blocks", "maps"}
     if unknown:
-        raise PlanError(f"masks: expected the keys 'units' and 'blocks', got also {sorted(unknown)}")
+        raise PlanError(f"masks: expected the keys 'units', 'blocks' and 'maps', got also {sorted(unknown)}")
     units, blocks = dict(masks.get("units", {})), dict(masks.get("blocks", {}))
     for kind, given, there in (("units", units, graph.groups), ("blocks", blocks, graph.blocks)):
         for name, mask in given.items():
@@ -103,8 +143,16 @@ def select(mask: Any, x: Any, fill: Any, dims: Sequence[int]) -> Any:
 class _Gate:
     """Runs a solved program under masks."""
 
-    def __init__(self, units: Mapping[str, Any], on: Any = None, shared: dict[Program, list[bool]] | None = None):
+    def __init__(
+        self,
+        units: Mapping[str, Any],
+        on: Any = None,
+        shared: dict[Program, list[bool]] | None = None,
+        mend: Mend | None = None,
+        sites: Mapping[int, Sequence[Site]] | None = None,
+    ):
         self.units = units
+        self.mend, self.sites = mend, sites or {}
         self.shared = {} if shared is None else shared
         self.cache: dict[int, tuple[Axis, Any]] = {}
         self.on = on  # whether the block that is being run is kept, None for always
@@ -207,7 +255,8 @@ class _Gate:
             return bind(eqn, eqn.params, values)
         site = solution.site(i)
         if rule.contraction is not None:
-            return [self._contract(eqn, site, rule.contraction(site), values, kernel)]
+            sites = self.sites.get(i, ())
+            return [self._contract(eqn, site, rule.contraction(site), values, kernel, sites)]
         for operand, dims, kind in rule.mixes(site) if rule.mixes else ():
             x = values[operand]
             values[operand] = self.clear(x, {d: site.ins[operand][d] for d in dims}, identity(kind, x.dtype))
@@ -287,7 +336,7 @@ class _Gate:
     def _masked(self, axes: Axes) -> bool:
         return any(self.mask(axis) is not None for axis in axes)
 
-    def _stretch(self, site: Site, k: int, x: Any) -> Any:
+    def _stretch(self, site: rules.Site, k: int, x: Any) -> Any:
         """An operand that broadcasts implicitly along a masked axis, stretched and selected there."""
         if not is_float(x):
             return x
@@ -304,19 +353,27 @@ class _Gate:
         return self.clear(x, {d: site.outs[0][d] for d in grown}, 0)
 
     def _contract(
-        self, eqn: Eqn, site: Site, contraction: Contraction, values: list[Any], kernel: Sequence[bool]
+        self,
+        eqn: Eqn,
+        site: rules.Site,
+        contraction: Contraction,
+        values: list[Any],
+        kernel: Sequence[bool],
+        sites: Sequence[Site],
     ) -> Any:
         summed = [(0, contraction.lhs), (1, contraction.rhs)]
         free = {out: site.outs[0][out] for m in (contraction.lhs_out, contraction.rhs_out) for out in m.values()}
         masked = any(self.mask(site.ins[k][d]) is not None for k, dims in summed for d in dims)
         masked = masked or any(self.mask(axis) is not None for axis in free.values())
-        if not masked and self.on is None:
+        if not masked and self.on is None and not sites:
             return bind(eqn, eqn.params, values)[0]
+        mended = self._mend(site, sites, values)
         bad = None
         for k, dims in summed:
-            axes = {d: site.ins[k][d] for d in dims}
+            axes = {d: site.ins[k][d] for d in dims if (k, d) not in mended}
             if not kernel[k]:  # the axes that are not summed as well: the transpose for the other operand sums them
-                values[k] = self.clear(values[k], dict(enumerate(site.ins[k])), 0, self.on)
+                every = {d: axis for d, axis in enumerate(site.ins[k]) if (k, d) not in mended}
+                values[k] = self.clear(values[k], every, 0, self.on)
             elif is_float(values[k]):
                 finite = jnp.isfinite(values[k])
                 out_of = contraction.rhs_out if k else contraction.lhs_out
@@ -332,6 +389,20 @@ class _Gate:
             order = np.argsort(dims)
             out = select(~unread.transpose(tuple(order)), out, np.nan, sorted(dims))
         return self.clear(out, free, 0, self.on)
+
+    def _mend(self, site: rules.Site, sites: Sequence[Site], values: list[Any]) -> set[tuple[int, int]]:
+        """Replace what a contraction reads by what `mend` makes of it; the (operand, axis) pairs that are whole now."""
+        mended: set[tuple[int, int]] = set()
+        if not sites or self.mend is None:
+            return mended
+        data = sites[0].data
+        x = self.clear(values[data], dict(enumerate(site.ins[data])), 0, self.on)
+        for each in sites:
+            mapped = self.mend(each, x)
+            if mapped is not None:
+                values[data] = x = mapped
+                mended |= {(data, each.dim), (1 - data, each.kernel_dim)}
+        return mended
 
     def _divisor(self, solution: Solution, i: int) -> Any:
         divisor = solution.divisors[i]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -20,15 +21,25 @@ from treesurgeon.engine.errors import NarrowError
 from treesurgeon.engine.graph import Graph
 from treesurgeon.engine.jaxprs import Call, concrete, split_call, struct, trace_call
 from treesurgeon.engine.naming import region_turns
+from treesurgeon.engine.sites import Site, find_sites
 
 
 @dataclass(frozen=True, eq=False)
 class Retraced:
-    """A solved function of a graph's parameters; `blocks` names those of its regions that are blocks of the graph."""
+    """A solved function of a graph's parameters, the leaves at `paths`.
+
+    `blocks` names those of its regions that are blocks of the graph; `conflicts` are groups that it splits otherwise.
+    """
 
     analysis: Analysis
+    paths: Sequence[str]
     blocks: Mapping[int, str]
     conflicts: Mapping[str, Axis]
+
+    @cached_property
+    def sites(self) -> dict[int, list[Site]]:
+        """Where the function's contractions read groups, see sites.py."""
+        return find_sites(self.analysis, self.paths)
 
     def require(self, graph: Graph, names: Collection[str]) -> None:
         """Check that dropping these blocks of the graph means the same in this function.
@@ -106,7 +117,7 @@ def _retrace(fn: Callable, graph: Graph, dtypes: Sequence[Any], call: Call) -> R
         if name is not None and found % turns == 0:  # a function may run the model several times
             blocks[b] = name
     conflicts = {name: resolve(atom) for name, atom in own.items() if not _intact(atom)}
-    return Retraced(analysis, blocks, conflicts)
+    return Retraced(analysis, paths, blocks, conflicts)
 
 
 def _instance(axis: Axis, own: Mapping[str, Atom]) -> Axis:

@@ -1,0 +1,155 @@
+"""Where groups are read: contractions of data with a kernel that is one parameter leaf, used once.
+
+There the units of a group can be written as combinations of one another: a map on the activations is the same as a map
+on the kernel's axis, so what is found by looking at activations can be folded into the parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from treesurgeon.engine.analysis import Analysis
+from treesurgeon.engine.axes import Atom, Axis, Prod, Sum, resolve
+from treesurgeon.engine.flow import kernel_leaves, kernel_operand, shared_kernels
+from treesurgeon.engine.jaxprs import bind
+from treesurgeon.engine.rules import lookup
+from treesurgeon.engine.solve import Solution
+
+MOVES = ("reshape", "squeeze", "expand_dims", "transpose")  # of what a kernel passes through, what moves its axes
+
+
+class Place(NamedTuple):
+    """Where a group stands on an axis: from `start`, `before` × `size` × `after` positions, the units in the middle."""
+
+    start: int
+    before: int
+    size: int
+    after: int
+
+    @property
+    def stop(self) -> int:
+        """The first position behind it."""
+        return self.start + self.before * self.size * self.after
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One axis of one kernel, and the axis of the data that it is summed with.
+
+    Attributes:
+        name: the kernel's leaf and axis, `path[axis]`.
+        eqn: the number of the contraction.
+        data: its operand that is data.
+        dim: the axis of that operand.
+        kernel_dim: the axis of the other operand.
+        places: where each group stands on the axis.
+    """
+
+    name: str
+    eqn: int
+    data: int
+    dim: int
+    kernel_dim: int
+    places: Mapping[str, Place]
+
+
+def find_sites(analysis: Analysis, paths: Sequence[str]) -> dict[int, list[Site]]:
+    """The sites of a solved function, by contraction."""
+    program, solution, kinds = analysis.program, analysis.solution, analysis.kinds
+    shared = shared_kernels(program, kinds)
+    used = [i for i, contexts in enumerate(analysis.uses.eqns) if contexts is not None]
+    uses = Counter(leaf for i in used for leaf in kernel_leaves(program, i, kinds))
+    out: dict[int, list[Site]] = {}
+    for i in used:
+        eqn = program.eqns[i]
+        kernel = kernel_operand(eqn, kinds)
+        if kernel is None or not shared.values[kernel]:
+            continue
+        (leaf, *others) = kinds.leaves[kernel] or (None,)
+        if others or leaf is None or uses[leaf] != 1:
+            continue
+        rule, site = lookup(eqn.name), solution.site(i)
+        assert rule is not None and rule.contraction is not None
+        contraction = rule.contraction(site)
+        data = 0 if eqn.ins[1] == kernel else 1
+        pairs = list(zip(contraction.lhs, contraction.rhs, strict=True))
+        for dim, kernel_dim in pairs if data == 0 else [(b, a) for a, b in pairs]:
+            axis = _leaf_axis(solution, kernel, program.inputs[leaf], kernel_dim)
+            if site.in_shapes[data][dim] != site.in_shapes[1 - data][kernel_dim] or axis is None:
+                continue  # the groups of a grouped convolution are not mixed
+            if places := places_of(site.ins[data][dim]):
+                found = Site(f"{paths[leaf]}[{axis}]", i, data, dim, kernel_dim, places)
+                out.setdefault(i, []).append(found)
+    return out
+
+
+def _leaf_axis(solution: Solution, v: int, leaf: int, dim: int) -> int | None:
+    """The axis of a leaf that is axis `dim` of a value made from it by moves alone."""
+    chain = []
+    while v != leaf:
+        eqn = solution.program.eqns[solution.makers[v]]
+        if eqn.name in MOVES:
+            chain.append(eqn)
+        (source,) = [w for w in eqn.ins if isinstance(w, int)]
+        v = source
+    shape = solution.program.avals[leaf].shape
+    if not chain:
+        return dim
+    if not all(isinstance(n, int) for n in shape):
+        return None
+    with jax.ensure_compile_time_eval():
+        index: Any = jnp.arange(math.prod(shape)).reshape(shape)
+        for eqn in reversed(chain):
+            (index,) = bind(eqn, eqn.params, [index])
+    size = index.shape[dim]
+    along = np.arange(size).reshape([size if d == dim else 1 for d in range(index.ndim)])
+    for axis, position in enumerate(np.unravel_index(np.asarray(index), shape)):
+        if shape[axis] == size and (position == along).all():
+            return axis
+    return None
+
+
+def places_of(axis: Axis) -> dict[str, Place]:
+    """Where the groups that stand once on an axis, whole, stand."""
+    axis = resolve(axis)
+    found: list[tuple[str, Place]] = []
+    start = 0
+    for part in axis.parts if isinstance(axis, Sum) else (axis,):
+        if not isinstance(part.size, int):
+            return {}
+        factors = part.factors if isinstance(part, Prod) else (part,)
+        sizes = [f.size for f in factors]
+        for k, f in enumerate(factors):
+            if isinstance(f, Atom) and f.label is not None:
+                place = Place(start, math.prod(sizes[:k]), f.size, math.prod(sizes[k + 1 :]))
+                found.append((f.label, place))
+        start += part.size
+    count = Counter(label for label, _ in found)
+    return {label: place for label, place in found if count[label] == 1}
+
+
+def rows(x: Any, dim: int, place: Place) -> Any:
+    """The units of a group as columns: `[everything else, size]`."""
+    block = jax.lax.slice_in_dim(x, place.start, place.stop, axis=dim)
+    block = block.reshape(*x.shape[:dim], *place[1:], *x.shape[dim + 1 :])
+    return jnp.moveaxis(block, dim + 1, -1).reshape(-1, place.size)
+
+
+def apply_map(x: Any, dim: int, place: Place, matrix: Any) -> Any:
+    """Replace the units of a group by combinations of them: unit j becomes the sum over i of `matrix[j, i]` unit i."""
+    block = jax.lax.slice_in_dim(x, place.start, place.stop, axis=dim)
+    wide = block.reshape(*x.shape[:dim], *place[1:], *x.shape[dim + 1 :])
+    mixed = jnp.moveaxis(jnp.tensordot(wide, matrix.astype(x.dtype), (dim + 1, 1)), -1, dim + 1).reshape(block.shape)
+    if place.start == 0 and place.stop == x.shape[dim]:
+        return mixed
+    head = jax.lax.slice_in_dim(x, 0, place.start, axis=dim)
+    tail = jax.lax.slice_in_dim(x, place.stop, x.shape[dim], axis=dim)
+    return jnp.concatenate([head, mixed, tail], dim)
