@@ -8,7 +8,7 @@ exit is its entry. Only what the outputs need is run, so dropped parameters are 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,7 @@ from treesurgeon.engine.rules.base import Axes, Kept
 from treesurgeon.engine.solve import Divisor, Solution
 
 GONE = object()
+Adapt: TypeAlias = Callable[[int, Mapping[str, Any], list[Any]], list[Any]]  # equation number, parameters, operands
 
 
 def cut(params: Any, graph: Graph, plan: Plan) -> Any:
@@ -136,7 +137,7 @@ def narrow(fn: Callable, graph: Graph, plan: Plan) -> Callable:
         _check_conflicts(found, units)
         found.require(graph, plan.drop)
         inputs = [leaves.get(path, GONE) for path in graph.leaves]
-        outs = _Narrow(units).main(found, [*inputs, *call.arrays], masks["blocks"])
+        outs = Narrowed(units).main(found, [*inputs, *call.arrays], masks["blocks"])
         return without_gone(tree_unflatten(found.analysis.traced.out_tree, outs))
 
     return narrowed
@@ -152,7 +153,7 @@ def _check_conflicts(found: Retraced, units: Mapping[str, np.ndarray]) -> None:
             )
 
 
-class _Narrow:
+class Narrowed:
     """Runs a solved program on narrow values."""
 
     def __init__(self, units: Mapping[str, np.ndarray]):
@@ -181,8 +182,10 @@ class _Narrow:
                 value = jnp.take(value, np.flatnonzero(mask), axis=d)
         return value
 
-    def main(self, found: Retraced, inputs: list[Any], blocks: Mapping[str, Any]) -> list[Any]:
-        """Run a whole function; blocks that are not kept pass their entry on."""
+    def main(
+        self, found: Retraced, inputs: list[Any], blocks: Mapping[str, Any], adapt: Adapt | None = None
+    ) -> list[Any]:
+        """Run a whole function; blocks that are not kept pass their entry on, `adapt` may change operands."""
         analysis = found.analysis
         program, regions = analysis.program, analysis.regions
         dropped = [regions[b] for b, name in found.blocks.items() if not blocks[name]]
@@ -192,7 +195,7 @@ class _Narrow:
             for i, v in enumerate(program.outputs)
         ]
         skip = {region.exit: region.entry for region in dropped}
-        return self.run(analysis.solution, inputs, wanted, skip)
+        return self.run(analysis.solution, inputs, wanted, skip, adapt)
 
     def run(
         self,
@@ -200,6 +203,7 @@ class _Narrow:
         inputs: Sequence[Any],
         wanted: Sequence[Any] | None = None,
         skip: Mapping[int, int] | None = None,
+        adapt: Adapt | None = None,
     ) -> list[Any]:
         """Run a program on narrow inputs; a value in `skip` is replaced by another one of its shape."""
         program = solution.program
@@ -218,7 +222,7 @@ class _Narrow:
             if i in needed:
                 axes = solution.operands(i)
                 with standing_at(eqn):
-                    outs = self.apply(i, eqn, solution, [read(v, axes[k]) for k, v in enumerate(eqn.ins)])
+                    outs = self.apply(i, eqn, solution, [read(v, axes[k]) for k, v in enumerate(eqn.ins)], adapt)
                 env.update(zip(eqn.outs, outs, strict=True))
             for v in eqn.outs:
                 if v in skip and skip[v] in env:  # else nothing reads it: a dropped block around it
@@ -266,7 +270,9 @@ class _Narrow:
             value = jnp.take(value, places, axis=d)
         return value
 
-    def apply(self, i: int, eqn: Eqn, solution: Solution, values: list[Any]) -> list[Any]:
+    def apply(
+        self, i: int, eqn: Eqn, solution: Solution, values: list[Any], adapt: Adapt | None = None
+    ) -> list[Any]:
         """One equation at the small sizes."""
         if eqn.bodies:
             if self._untouched(i, solution):
@@ -293,6 +299,8 @@ class _Narrow:
             divisor = solution.divisors[i]
             values[divisor.operand] = self._divisor(eqn, solution, divisor, site.ins[divisor.operand])
         params = eqn.params if rule.resize is None else {**eqn.params, **rule.resize(site, self.kept)}
+        if adapt is not None:
+            values = adapt(i, params, values)
         return bind(eqn, params, values)
 
     def _divisor(self, eqn: Eqn, solution: Solution, divisor: Divisor, axes: Axes) -> Any:
