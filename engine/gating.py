@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from treesurgeon.engine import rules
 from treesurgeon.engine.axes import Axis
 from treesurgeon.engine.calls import rebuild, scan
 from treesurgeon.engine.errors import NarrowError, PlanError
@@ -34,7 +35,6 @@ from treesurgeon.engine.graph import Graph
 from treesurgeon.engine.jaxprs import Eqn, Literal, Operand, Program, bind, is_float, is_key, standing_at, wiring
 from treesurgeon.engine.masks import axis_count, axis_mask
 from treesurgeon.engine.narrowing import check_leaves
-from treesurgeon.engine import rules
 from treesurgeon.engine.retrace import Retraced, Retracer
 from treesurgeon.engine.rules import Contraction, lookup
 from treesurgeon.engine.rules.base import Axes, identity

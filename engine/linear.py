@@ -20,10 +20,10 @@ Choose = Callable[[int], np.ndarray]  # how many rows there are -> those to look
 class Linear(Protocol):
     """A contraction of data with a kernel, as one product of matrices for each group of a grouped convolution."""
 
-    kernel_at: int
-    """Which operand is the kernel."""
-    outputs: tuple[int, ...]
-    """The kernel's axes that the result has, in the result's order."""
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """The kernel's axes that the result has, in the result's order."""
+        ...
 
     def features(self, x: Any, kernel: Any, choose: Choose) -> Any:
         """Rows of what is multiplied with the kernel: `[groups, rows, inputs]`."""
@@ -95,7 +95,6 @@ class Convolution:
     """A `conv_general_dilated`: windows are cut out of the padded input by strided slices."""
 
     params: Mapping[str, Any]
-    kernel_at: int = 1
 
     @property
     def outputs(self) -> tuple[int, ...]:

@@ -270,9 +270,7 @@ class Narrowed:
             value = jnp.take(value, places, axis=d)
         return value
 
-    def apply(
-        self, i: int, eqn: Eqn, solution: Solution, values: list[Any], adapt: Adapt | None = None
-    ) -> list[Any]:
+    def apply(self, i: int, eqn: Eqn, solution: Solution, values: list[Any], adapt: Adapt | None = None) -> list[Any]:
         """One equation at the small sizes."""
         if eqn.bodies:
             if self._untouched(i, solution):

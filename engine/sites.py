@@ -77,7 +77,8 @@ def find_sites(analysis: Analysis, paths: Sequence[str]) -> dict[int, list[Site]
         if others or leaf is None or uses[leaf] != 1:
             continue
         rule, site = lookup(eqn.name), solution.site(i)
-        assert rule is not None and rule.contraction is not None
+        assert rule is not None
+        assert rule.contraction is not None
         contraction = rule.contraction(site)
         data = 0 if eqn.ins[1] == kernel else 1
         pairs = list(zip(contraction.lhs, contraction.rhs, strict=True))

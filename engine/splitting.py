@@ -1,0 +1,114 @@
+"""Split a function by what its values depend on, so that what is the same for many calls is computed once.
+
+    parts = split(fn, params, x, masks)          # fn(params, x, masks); structs do
+    fixed = parts.once(params)                   # what depends on the parameters alone
+    known = parts.early(fixed, x)                # what depends on the data as well: the frontier, cached per batch
+    out = parts.late(fixed, known, masks)        # the rest
+
+For a population under `gate` the frontier lies where the first mask acts: everything before it is computed once for
+each batch of a search, not once for each candidate.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jax.tree_util import tree_flatten, tree_leaves, tree_unflatten
+
+from treesurgeon.engine.jaxprs import Literal, Operand, Program, bind, live, standing_at, trace_flat
+
+CONSTANT, ONCE, EARLY, LATE = range(4)
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """A function in three parts; `varies` says in its output's structure which leaves depend on the late arguments."""
+
+    program: Program
+    stage: Sequence[int]
+    inputs: tuple[tuple[int, ...], ...]
+    out_tree: Any
+    kept: tuple[tuple[int, ...], ...]  # values handed on by the first and by the second part
+
+    @property
+    def varies(self) -> Any:
+        """Which outputs depend on the late arguments."""
+        return tree_unflatten(self.out_tree, [self._stage(v) == LATE for v in self.program.outputs])
+
+    def _stage(self, v: Operand) -> int:
+        return self.stage[v] if isinstance(v, int) else CONSTANT
+
+    def once(self, params: Any) -> list[Any]:
+        """What depends on the first argument alone."""
+        env = dict(zip(self.inputs[0], tree_leaves(params), strict=True))
+        return self._run(env, self.kept[0])
+
+    def early(self, fixed: Sequence[Any], data: Any) -> list[Any]:
+        """What depends on the first two arguments and is read later."""
+        env = dict(zip(self.kept[0], fixed, strict=True)) | dict(zip(self.inputs[1], tree_leaves(data), strict=True))
+        return self._run(env, self.kept[1])
+
+    def late(self, fixed: Sequence[Any], known: Sequence[Any], late: Any) -> Any:
+        """The function's result."""
+        env = dict(zip(self.kept[0], fixed, strict=True)) | dict(zip(self.kept[1], known, strict=True))
+        env |= dict(zip(self.inputs[2], tree_leaves(late), strict=True))
+        return tree_unflatten(self.out_tree, self._run(env, self.program.outputs))
+
+    def _run(self, env: dict[int, Any], wanted: Sequence[Operand]) -> list[Any]:
+        program = self.program
+        env = {**program.consts, **env}
+
+        def read(v: Operand) -> Any:
+            return v.value if isinstance(v, Literal) else env[v]
+
+        needed = _needed(program, [v for v in wanted if isinstance(v, int)], set(env))
+        for i, eqn in enumerate(program.eqns):
+            if i in needed:
+                with standing_at(eqn):
+                    env.update(zip(eqn.outs, bind(eqn, eqn.params, [read(v) for v in eqn.ins]), strict=True))
+        return [read(v) for v in wanted]
+
+
+def split(fn: Callable, params: Any, data: Any, late: Any) -> Split:
+    """Split `fn(params, data, late)`, a function of three pytrees of arrays, at the shapes of these."""
+    trees = [tree_flatten(tree) for tree in (params, data, late)]
+    program, out_tree = trace_flat(
+        lambda groups: fn(*(tree_unflatten(tree, leaves) for (_, tree), leaves in zip(trees, groups, strict=True))),
+        [leaves for leaves, _ in trees],
+    )
+    ends = [0]
+    for leaves, _ in trees:
+        ends.append(ends[-1] + len(leaves))
+    inputs = tuple(tuple(program.inputs[a:b]) for a, b in itertools.pairwise(ends))
+    stage = [CONSTANT] * len(program.avals)
+    for number, values in zip((ONCE, EARLY, LATE), inputs, strict=True):
+        for v in values:
+            stage[v] = number
+    for eqn in program.eqns:
+        latest = max((stage[v] for v in eqn.ins if isinstance(v, int)), default=CONSTANT)
+        for v in eqn.outs:
+            stage[v] = max(latest, LATE if eqn.effects else CONSTANT)
+    read: dict[int, set[int]] = {ONCE: set(), EARLY: set(), LATE: {v for v in program.outputs if isinstance(v, int)}}
+    for i in live(program, program.outputs):
+        eqn = program.eqns[i]
+        now = stage[eqn.outs[0]] if eqn.outs else LATE
+        if now != CONSTANT:
+            read[now] |= {v for v in eqn.ins if isinstance(v, int)}
+    first = tuple(sorted(v for v in read[EARLY] | read[LATE] if stage[v] == ONCE))
+    second = tuple(sorted(v for v in read[LATE] if stage[v] == EARLY))
+    return Split(program, stage, inputs, out_tree, (first, second))
+
+
+def _needed(program: Program, wanted: Sequence[int], have: set[int]) -> set[int]:
+    """The equations to run when some values are at hand."""
+    values = {v for v in wanted if v not in have}
+    out = set()
+    for i in range(len(program.eqns) - 1, -1, -1):
+        eqn = program.eqns[i]
+        if any(v in values for v in eqn.outs):
+            out.add(i)
+            values |= {v for v in eqn.ins if isinstance(v, int) and v not in have}
+    return out
