@@ -9,7 +9,10 @@ from treesurgeon.engine.gating import gate
 from treesurgeon.engine.graph import Block, Graph, Group, Leaf, Member, Plan, Tie
 from treesurgeon.engine.importance import CRITERIA, activation_energy, importance
 from treesurgeon.engine.narrowing import cut, narrow
+from treesurgeon.engine.reconstruction import Reconstruction, fold, reconstruct
+from treesurgeon.engine.refit import Refit, refit
 from treesurgeon.engine.rules import Rule, register
+from treesurgeon.engine.splitting import Split, split
 
 __all__ = [
     "CRITERIA",
@@ -25,20 +28,27 @@ __all__ = [
     "NarrowError",
     "Plan",
     "PlanError",
+    "Reconstruction",
+    "Refit",
     "Rule",
+    "Split",
     "StructureError",
     "Tie",
     "TreesurgeonError",
     "activation_energy",
     "cost",
     "cut",
+    "fold",
     "from_linen",
     "from_nnx",
     "gate",
     "importance",
     "load",
     "narrow",
+    "reconstruct",
+    "refit",
     "register",
     "save",
+    "split",
     "trace",
 ]

@@ -64,8 +64,14 @@ class Config:
     """Images of `search` that score a candidate; the finalists are measured on all of them."""
     calibration_images: int = 128
     """Images of `train` on which each candidate's norm statistics are re-estimated; 0 keeps the checkpoint's."""
-    chunk: int = 4
-    """Candidates that are evaluated as one batch."""
+    reconstruct: bool = True
+    """Make up for removed units by least squares: kept units in their place while searching, refitted kernels after."""
+    refit_images: int = 1024
+    """Images of `train` to which the finalists' kernels and norm statistics are fitted before any fine-tuning."""
+    chunk: int | None = None
+    """Candidates that are evaluated as one batch. Default: by the memory there is."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """In what candidates are scored; finalists are always measured in the checkpoint's own precision."""
     criterion: Criterion = "l2"
     """What ranks the units of a group."""
     protect: tuple[str, ...] = ("first-stage",)
@@ -105,10 +111,11 @@ class Config:
         """Refuse values out of range."""
         least = {
             "population": 2, "generations": 1, "search_images": 1, "calibration_images": 0, "chunk": 1,
-            "finalists": 1, "epochs": 0, "batch_size": 1, "max_train": 1, "seed": 0, "epsilon": 0, "eta": 0,
+            "finalists": 1, "refit_images": 1, "epochs": 0, "batch_size": 1, "max_train": 1, "seed": 0,
+            "epsilon": 0, "eta": 0,
         }  # fmt: skip
         for name, bound in least.items():
-            if not getattr(self, name) >= bound:
+            if getattr(self, name) is not None and not getattr(self, name) >= bound:
                 raise RunError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least {bound}")
         if not self.learning_rate > 0 or not 0 <= self.distill <= 1:
             raise RunError("--learning-rate must be above 0, and --distill from 0 to 1")

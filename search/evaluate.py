@@ -1,13 +1,20 @@
-"""Scoring: a population of masks in one compiled program, and one model on a whole split.
+"""Scoring: populations of masks through one model, and one model on a whole split.
 
-`Scorer.score` is written for one candidate: gate, re-estimate the norms' running averages on calibration images, then
-the loss and error on the scoring images. It is vmapped over chunks of candidates, so that a chunk is one large batch
-through shared kernels.
+A candidate is scored in two steps, each compiled once and vmapped over a chunk of candidates, so that a chunk is one
+large batch through shared kernels:
+
+1. *calibrate*: on a few training images, the maps that make up for removed units (`engine.reconstruct`) and the norms'
+   running averages are found in one forward pass in training mode;
+2. *score*: the loss and the error on each image of `search`.
+
+Both are split where the masks begin to act (`engine.split`): what comes before is computed once for each batch of
+images, and kept for the whole search where it fits into memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +27,9 @@ from jax import Array
 from treesurgeon import engine
 from treesurgeon.search.data import Split
 from treesurgeon.search.subject import Subject
+
+SHARE_OF_MEMORY = 0.25  # of what is free, for cached frontiers and for a chunk's activations each
+MOST_CHUNK = 8
 
 
 @jax.tree_util.register_dataclass
@@ -48,13 +58,17 @@ def batches(split: Split, size: int, limit: int | None = None) -> Batches:
     )
 
 
+def loss_and_wrong(logits: Array, labels: Array) -> tuple[Array, Array]:
+    """Cross-entropy and whether the answer is wrong, for each image."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
+    return losses, logits.argmax(-1) != labels
+
+
 def loss_and_error(infer: Callable[[Array], Array], data: Batches) -> tuple[Array, Array]:
     """Mean cross-entropy and share of wrong answers of `infer: images -> logits`."""
 
     def one(batch: Batches) -> tuple[Array, Array]:
-        logits = infer(batch.images)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch.labels)
-        wrong = logits.argmax(-1) != batch.labels
+        losses, wrong = loss_and_wrong(infer(batch.images), batch.labels)
         return (losses * batch.weights).sum(), (wrong * batch.weights).sum()
 
     losses, wrong = jax.lax.map(one, data)
@@ -74,37 +88,213 @@ def measurer(infer: Callable[[Any, Array], Array], split: Split, batch: int = 25
     return measure
 
 
-@dataclass(frozen=True, eq=False)
-class Scorer:
-    """Scores candidates of one subject.
+def calibrate(subject: Subject, masks: Any, variables: Any, x: Array, reconstruct: bool) -> tuple[Any, Any]:
+    """What one candidate needs besides its masks: its norms' statistics by path, and its maps.
+
+    Args:
+        subject: the dense model.
+        masks: the candidate's.
+        variables: the dense ones.
+        x: images of `train`, `[N, H, W, C]`.
+        reconstruct: whether removed units are reconstructed.
+    """
+    key, maps = jax.random.key(0), {}
+    graph = subject.graph
+    run = subject.train if subject.momenta else subject.still
+    if reconstruct:
+        learn = engine.reconstruct(run, graph)
+        targets = learn.targets(variables, x, key)
+
+        def gated(v: Any, x: Array, key: Array) -> Any:
+            out, found = learn(v, masks, targets, x, key)
+            maps.update(found)
+            return out
+    else:
+        inner = engine.gate(run, graph)
+
+        def gated(v: Any, x: Array, key: Array) -> Any:
+            return inner(v, masks, x, key)
+
+    if not subject.momenta:
+        if reconstruct:
+            gated(variables, x, key)
+        return {}, maps
+    new = subject.reestimate(gated, variables, x, key)
+    leaves = {
+        jax.tree_util.keystr(p, simple=True, separator="/"): v for p, v in jax.tree_util.tree_leaves_with_path(new)
+    }
+    return {path: leaves[path] for path in subject.momenta}, maps
+
+
+def with_leaves(variables: Any, leaves: dict[str, Any]) -> Any:
+    """The variables with the leaves at these paths replaced."""
+
+    def one(path: Any, leaf: Any) -> Any:
+        return leaves.get(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+
+    return jax.tree_util.tree_map_with_path(one, variables)
+
+
+class Evaluator:
+    """Scores populations of candidates of one subject; see the module's text.
 
     Attributes:
-        subject: the dense model.
-        reestimate: whether the norms' running averages are re-estimated for each candidate.
-        chunk: candidates that run as one batch.
+        count: images that score a candidate.
+        compiled: how often the two programs were compiled.
+        cached: whether the frontier of all batches is kept.
+        frontier_bytes: what the frontier of one batch takes.
     """
 
-    subject: Subject
-    reestimate: bool
-    chunk: int
+    def __init__(
+        self,
+        subject: Subject,
+        masks: Any,
+        calibration: Array | None,
+        data: Batches,
+        *,
+        chunk: int | None = None,
+        reconstruct: bool = True,
+        precision: str = "float32",
+        cache_bytes: int | None = None,
+    ):
+        """`masks` are those of any one candidate: they say what is searched."""
+        self.data, self.count = data, int(np.asarray(data.weights).sum())
+        self.subject, self.compiled = subject, 0
+        self._variables, self._calibration = subject.variables, calibration
+        self._extra: Any = ({}, {})
+        size = data.images.shape[1]
+        self.chunk = chunk or fitting_chunk(subject, size)
+        if calibration is not None:
+            self._prepare_calibration(masks, calibration, reconstruct)
+        dtype = jnp.dtype(precision)
 
-    def score(self, variables: Any, masks: Any, calibration: Array, data: Batches) -> tuple[Array, Array]:
-        """Loss and error of one candidate."""
+        def score(variables: Any, x: Array, late: Any) -> Array:
+            masks, (stats, maps) = late
+            cast = jax.tree.map(
+                lambda v: v.astype(dtype) if jnp.issubdtype(v.dtype, jnp.floating) else v, (variables, stats)
+            )
+            variables, stats = cast
+            gated = engine.gate(subject.infer, subject.graph)
+            return gated(with_leaves(variables, stats), {**masks, "maps": maps}, x.astype(dtype))
+
+        parts = engine.split(score, self._variables, data.images[0], (masks, self._extra))
+        self._fixed = jax.jit(parts.once)(self._variables)
+        self._early = jax.jit(parts.early)
+        known = self._early(self._fixed, data.images[0])
+        self.frontier_bytes = sum(leaf.nbytes for leaf in known)
+        limit = free_memory() * SHARE_OF_MEMORY if cache_bytes is None else cache_bytes
+        self.cached = self.frontier_bytes * len(data.images) <= limit
+        self._known: dict[int, Any] = {0: known} if self.cached else {}
+
+        def chunk_score(fixed: Any, known: Any, labels: Array, late: Any) -> tuple[Array, Array]:
+            self.compiled += 1  # runs once for each compilation
+            logits = jax.vmap(parts.late, (None, None, 0))(fixed, known, late)
+            return jax.vmap(loss_and_wrong, (0, None))(logits, labels)
+
+        self._score = jax.jit(chunk_score)
+
+    def _prepare_calibration(self, masks: Any, calibration: Array, reconstruct: bool) -> None:
         subject = self.subject
-        if self.reestimate:
-            gated_train = engine.gate(subject.train, subject.graph)
 
-            def train(variables: Any, x: Array, key: Array) -> Any:
-                return gated_train(variables, masks, x, key)
+        def find(variables: Any, x: Array, masks: Any) -> Any:
+            return calibrate(subject, masks, variables, x, reconstruct)
 
-            variables = subject.reestimate(train, variables, calibration, jax.random.key(0))
-        gated = engine.gate(subject.infer, subject.graph)
-        return loss_and_error(lambda x: gated(variables, masks, x), data)
+        parts = engine.split(find, subject.variables, calibration, masks)
+        fixed = jax.jit(parts.once)(subject.variables)
+        known = jax.jit(parts.early)(fixed, calibration)
+        stats, _ = jax.jit(parts.late)(fixed, known, masks)
+        varies, _ = parts.varies
+        # Statistics before the first mask are every candidate's: they go into the variables, and stay unbatched.
+        self._variables = with_leaves(subject.variables, {p: v for p, v in stats.items() if not varies[p]})
 
-    def population(self, variables: Any, masks: Any, calibration: Array, data: Batches) -> tuple[Array, Array]:
-        """Losses and errors `[P]` of stacked masks."""
+        def chunk_calibrate(fixed: Any, known: Any, masks: Any) -> Any:
+            self.compiled += 1
+            stats, maps = jax.vmap(parts.late, (None, None, 0))(fixed, known, masks)
+            return {p: v for p, v in stats.items() if varies[p]}, maps
 
-        def one(masks: Any) -> tuple[Array, Array]:
-            return self.score(variables, masks, calibration, data)
+        self._calibrate = jax.jit(chunk_calibrate)
+        self._calibration = (fixed, known)
+        chunked = jax.eval_shape(lambda m: jax.vmap(lambda m: parts.late(fixed, known, m))(m), _stack([masks]))
+        one = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), chunked)
+        self._extra = ({p: v for p, v in one[0].items() if varies[p]}, one[1])
 
-        return jax.lax.map(one, masks, batch_size=self.chunk)
+    @property
+    def dense(self) -> Any:
+        """The dense variables with the statistics that all candidates share."""
+        return self._variables
+
+    def calibrated(self, masks: Any) -> Any:
+        """What the candidates need besides their masks, stacked like them."""
+        if self._calibration is None:
+            return ({}, {})
+        total = len(jax.tree.leaves(masks)[0])
+        found = []
+        for rows in _chunks(np.arange(total), self.chunk):
+            found.append(self._calibrate(*self._calibration, _rows(masks, rows)))
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts)[:total], *found)
+
+    def __call__(self, masks: Any, keep: Callable[[np.ndarray], np.ndarray] | None = None, limit: int | None = None):
+        """Losses and errors of stacked masks on each image, `float32[P, N]` and `bool[P, N]`; NaN, True where unseen.
+
+        Args:
+            masks: `{"units": {group: bool[P, size]}, "blocks": {block: bool[P]}}`.
+            keep: called after each batch with the losses so far, `[P, n]`: which candidates go on, `bool[P]`.
+            limit: batches of images at most.
+        """
+        total = len(jax.tree.leaves(masks)[0])
+        late = (masks, self.calibrated(masks))
+        weights = np.asarray(self.data.weights) > 0
+        losses = np.full((total, weights.size), np.nan, np.float32)
+        wrong = np.ones((total, weights.size), bool)
+        alive = np.arange(total)
+        size = weights.shape[1]
+        for b in range(min(len(weights), limit or len(weights))):
+            known = self._frontier(b)
+            for rows in _chunks(alive, self.chunk):
+                found = self._score(self._fixed, known, self.data.labels[b], _rows(late, rows))
+                at = slice(b * size, (b + 1) * size)
+                losses[rows, at], wrong[rows, at] = (np.asarray(part) for part in found)
+            if keep is not None:
+                going = keep(losses[:, : (b + 1) * size])
+                alive = alive[going[alive]]
+                if not len(alive):
+                    break
+        real = weights.reshape(-1)
+        return losses[:, real], wrong[:, real]
+
+    def _frontier(self, b: int) -> Any:
+        if b in self._known:
+            return self._known[b]
+        known = self._early(self._fixed, self.data.images[b])
+        if self.cached:
+            self._known[b] = known
+        return known
+
+
+def _stack(items: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *items)
+
+
+def _rows(tree: Any, rows: np.ndarray) -> Any:
+    return jax.tree.map(lambda leaf: leaf[rows], tree)
+
+
+def _chunks(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Rows in groups of one size; the last is filled up with its first."""
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        yield np.concatenate([part, np.repeat(part[:1], size - len(part))])
+
+
+def fitting_chunk(subject: Subject, images: int) -> int:
+    """How many candidates may run as one batch of so many images each, for the memory there is."""
+    wide = 3 * images * engine.cost(subject.graph, engine.Plan()).activation_bytes  # values between contractions too
+    return int(np.clip(SHARE_OF_MEMORY * free_memory() / max(wide, 1), 1, MOST_CHUNK))
+
+
+def free_memory() -> int:
+    """Bytes of memory that are free on the device, as far as it says."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -10,11 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from treesurgeon import engine
 from treesurgeon.search import evolve, report
 from treesurgeon.search.config import RunError
-from treesurgeon.search.evaluate import batches, measurer
+from treesurgeon.search.evaluate import batches, calibrate, measurer
 from treesurgeon.search.finetune import FitResult, Recipe, fit, objective
 from treesurgeon.search.selection import Finalist, Verdict, WithinMargins
 from treesurgeon.search.setting import Setting
@@ -74,16 +75,53 @@ class Tuned:
     cost: Mapping[str, int]
 
 
+def prepared(setting: Setting, plan: engine.Plan) -> Any:
+    """The variables of a variant, cut, with all that can be had without a gradient step.
+
+    Removed units are reconstructed, then every kernel is fitted to the dense model's, and norm statistics with them.
+    """
+    config, subject, graph = setting.config, setting.subject, setting.subject.graph
+    images = setting.roles.train.images
+    variables = subject.variables
+    if not config.calibration_images:
+        return engine.cut(variables, graph, plan)
+    x = jnp.asarray(images[: config.calibration_images])
+    if config.reconstruct:
+        masks = graph.masks(plan)
+        _, maps = jax.jit(lambda v, x: calibrate(subject, masks, v, x, True))(variables, x)
+        variables = engine.fold(variables, graph, maps)
+    small = engine.cut(variables, graph, plan)
+    x = jnp.asarray(images[: config.refit_images])
+    train = subject.train if subject.momenta else subject.still
+    fit = engine.refit(train, graph, plan)
+    narrow = engine.narrow(train, graph, plan)
+
+    @jax.jit
+    def fitted(dense: Any, small: Any, x: Array) -> Any:
+        key, new = jax.random.key(0), small
+
+        def step(v: Any, x: Array, key: Array) -> Any:
+            nonlocal new
+            if not config.reconstruct:
+                return narrow(v, x, key)
+            out, new = fit(v, fit.targets(dense, x, key), x, key)
+            return out
+
+        if not subject.momenta:
+            step(small, x, key)
+            return new
+        return {**subject.reestimate(step, small, x, key), "params": new["params"]}
+
+    return fitted(subject.variables, small, x)
+
+
 def finish(setting: Setting, name: str, plan: engine.Plan, say: Callable[[str], None]) -> Tuned:
     """Cut a variant, re-estimate its statistics and fine-tune it on its small shapes."""
     config, subject, graph, roles = setting.config, setting.subject, setting.subject.graph, setting.roles
-    small = engine.cut(subject.variables, graph, plan)
     infer = engine.narrow(subject.infer, graph, plan)
     train = engine.narrow(subject.train, graph, plan)
     key = jax.random.key(config.seed)
-    if config.calibration_images:
-        x = jnp.asarray(roles.train.images[: max(config.calibration_images, 512)])
-        small = jax.jit(lambda v: subject.reestimate(train, v, x, key))(small)
+    small = prepared(setting, plan)
     cost = {k: int(v) for k, v in engine.cost(graph, plan)._asdict().items()}
     if not config.epochs:
         return Tuned(name, plan, small, infer, None, cost)

@@ -1,13 +1,16 @@
 """The road of a search: open, trace, rank, search, cut and fine-tune the finalists, select, save.
 
-Everything up to `search` is cheap and deterministic and is done again when a run is resumed. The search itself is one
-compiled function of a state that is saved every generation, so a run that is killed goes on bit for bit.
+Everything up to `search` is cheap and deterministic and is done again when a run is resumed. The search evaluates with
+two compiled programs (see evaluate.py), and its state is saved every generation: a run that is killed goes on bit for
+bit.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,12 +20,12 @@ import optax
 from jax import Array
 
 from treesurgeon import engine
-from treesurgeon.search import evolve, report
+from treesurgeon.search import evolve, racing, report, sensitivity
 from treesurgeon.search.config import Config, RunError, claim, identity
-from treesurgeon.search.evaluate import Batches, Scorer, batches
+from treesurgeon.search.evaluate import Evaluator, batches
 from treesurgeon.search.finalists import Outcome, conclude, finish, pick, recall
 from treesurgeon.search.setting import Setting, fingerprint, prepare
-from treesurgeon.search.space import LEVELS, Space, build, first_stage
+from treesurgeon.search.space import Space, build, first_stage
 from treesurgeon.search.state import States
 
 Say = Callable[[str], None]
@@ -48,7 +51,7 @@ def run(config: Config, say: Say = print) -> Outcome:
         say("this run is complete; choose another --out to run again")
         return recall(setting, say)
     states = States(config.directory / "state")
-    scores = states.scores(lambda: rank(setting), graph)
+    scores = states.arrays("scores", lambda: rank(setting))
     space = build_space(setting, scores)
     variants = np.prod(space.cardinality.astype(float))
     say(f"searching {len(space.groups)} groups and {len(space.blocks)} blocks: {variants:.1e} variants")
@@ -88,8 +91,7 @@ def build_space(setting: Setting, scores: Mapping[str, np.ndarray]) -> Space:
         elif name != "none":
             protected.add(name)
     space = build(graph, scores, multiple=config.multiple, protected=protected)
-    smallest = space.cardinality - 1
-    smallest[len(space.groups) :] = 0
+    smallest = sensitivity.smallest(space)
     least = engine.cost(graph, space.to_plan(smallest))._asdict()
     for name, limit in setting.budget.items():
         if least[name] > limit:
@@ -100,80 +102,129 @@ def build_space(setting: Setting, scores: Mapping[str, np.ndarray]) -> Space:
     return space
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Progress:
+    """A search between two generations: all that resuming needs."""
+
+    state: evolve.State
+    references: racing.References
+
+
 def search(setting: Setting, space: Space, states: States, say: Say) -> evolve.Scored:
     """Evolve the front, or what is left of it; every generation is saved."""
-    config, subject, graph = setting.config, setting.subject, setting.subject.graph
-    scorer = Scorer(subject, config.calibration_images > 0, config.chunk)
-    data = batches(setting.roles.search, 128, config.search_images)
-    calibration = jnp.asarray(setting.roles.train.images[: config.calibration_images])
+    config, graph = setting.config, setting.subject.graph
+    evaluator = make_evaluator(setting, space)
     measure = next(iter(setting.budget), "params")
     dense = engine.cost(graph, engine.Plan())._asdict()
     floor = 0.8 * setting.budget[measure] / dense[measure] if setting.budget else 0.0
-
-    compiled = []
+    where = "kept in memory" if evaluator.cached else "computed for each generation"
+    say(
+        f"{evaluator.count} images score a candidate, {evaluator.chunk} candidates at a time; what comes before the "
+        f"first change is {where} ({evaluator.frontier_bytes / 2**20:.1f} MB a batch)"
+    )
 
     @jax.jit
-    def generation(state: evolve.State, variables: Any, calibration: Array, data: Batches) -> Any:
-        compiled.append(1)  # runs once for each compilation
-        children = evolve.ask(state, space.cardinality)
-        masks = jax.vmap(space.decode)(children)
-        costs = engine.cost(graph, masks)._asdict()
-        loss, error = scorer.population(variables, masks, calibration, data)
-        # Well below the budget smaller is no longer better, so that the search stays where the answer is.
-        size = jnp.maximum(costs[measure] / dense[measure], floor)
-        over = [jnp.maximum(costs[name] / limit - 1, 0) for name, limit in setting.budget.items()]
-        violation = sum(over, jnp.zeros(len(children)))
-        told = evolve.tell(state, children, jnp.stack([size, loss], 1), violation)
-        return told, {"genome": children, "loss": loss, "error": error, "violation": violation, **costs}
+    def masks_and_costs(genomes: Array) -> Any:
+        masks = jax.vmap(space.decode)(genomes)
+        return masks, engine.cost(graph, masks)._asdict()
 
-    seeds = starting_points(space, graph, setting.budget)
+    def sizes(genomes: np.ndarray) -> np.ndarray:
+        return np.asarray(masks_and_costs(genomes)[1][measure]) / dense[measure]
+
+    rise = states.arrays("sensitivity", lambda: {"rise": sweep(space, evaluator, masks_and_costs, say)})["rise"]
+    report.write_sensitivity(config.directory / "sensitivity.csv", sensitivity.table(space, rise))
     state = evolve.init(
         jax.random.key(config.seed),
         space.cardinality,
         population=config.population,
-        seeds=seeds[: config.population],
+        seeds=starting_points(setting, space, rise, sizes)[: config.population],
     )
-    state = states.latest(state)
+    references = racing.References.empty(config.population, evaluator.count)
+    progress = states.latest(Progress(state, references))
+    state, references = progress.state, progress.references
     if int(state.generation):
         say(f"resumed after generation {int(state.generation)} of {config.generations}")
-    else:
-        say("compiling the search, once …")
     while int(state.generation) < config.generations:
         start = time.perf_counter()
         done = int(state.generation)
-        state, seen = jax.block_until_ready(generation(state, subject.variables, calibration, data))
-        took = time.perf_counter() - start
-        seen = {name: np.asarray(values) for name, values in seen.items()}
+        children = evolve.ask(state, space.cardinality)
+        masks, costs = masks_and_costs(children)
+        costs = {name: np.asarray(values) for name, values in costs.items()}
+        over = [np.maximum(costs[name] / limit - 1, 0) for name, limit in setting.budget.items()]
+        violation = sum(over, np.zeros(len(children)))
+        # Well below the budget smaller is no longer better, so that the search stays where the answer is.
+        size = np.maximum(costs[measure] / dense[measure], floor)
+        within = np.flatnonzero(violation == 0)  # the others are ranked by how far they are off alone
+        loss, error = np.full(len(children), np.inf), np.ones(len(children))
+        if len(within):
+            chosen = jax.tree.map(lambda leaf, rows=within: leaf[rows], masks)
+            judge = partial(racing.judge, size[within], references=references, looks=len(evaluator.data.images))
+            losses, wrong = evaluator(chosen, judge)
+            loss[within] = racing.estimates(losses, references)
+            error[within] = wrong.sum(1, where=~np.isnan(losses)) / np.maximum((~np.isnan(losses)).sum(1), 1)
+            references = references.joined(size[within], losses)
+        state = evolve.tell(state, children, np.stack([size, loss], 1), violation)
+        seen = {"genome": np.asarray(children), "loss": loss, "error": error, "violation": violation, **costs}
+        seen.pop("size")
         rows = [{name: values[i] for name, values in seen.items()} for i in range(config.population)]
-        for row in rows:
-            row.pop("size", None)
         report.write_generation(config.directory / "candidates.csv", done, rows)
-        states.save(done + 1, state)
-        say(_progress(evolve.front(state), done + 1, config, measure, took))
-    if len(compiled) > 1:
-        raise RunError(f"the search compiled {len(compiled)} times instead of once: please report this")
+        states.save(done + 1, Progress(state, references))
+        say(_progress(evolve.front(state), done + 1, config, measure, time.perf_counter() - start))
+    if evaluator.compiled > 2:
+        raise RunError(f"the search compiled {evaluator.compiled} programs instead of 2: please report this")
     return evolve.front(state)
 
 
-def starting_points(space: Space, graph: engine.Graph, budget: Mapping[str, float]) -> np.ndarray:
-    """Uniform variants, the largest within the budget first: every width, with no, a quarter, … of the blocks gone.
+def make_evaluator(setting: Setting, space: Space) -> Evaluator:
+    """What scores the candidates of a space."""
+    config, roles = setting.config, setting.roles
+    one = jax.jit(space.decode)(space.dense_genome())
+    calibration = jnp.asarray(roles.train.images[: config.calibration_images]) if config.calibration_images else None
+    return Evaluator(
+        setting.subject,
+        one,
+        calibration,
+        batches(roles.search, 128, config.search_images),
+        chunk=config.chunk,
+        reconstruct=config.reconstruct,
+        precision=config.precision,
+    )
 
-    Widths shrink for all groups, or only for those within a layer (one producer, one reader): the others run along a
-    residual stream, and hurt more. Blocks go at even distances.
+
+def sweep(space: Space, evaluator: Evaluator, masks_and_costs: Any, say: Say) -> np.ndarray:
+    """What each change costs by itself, on the first batch of images: see sensitivity.py."""
+    start = time.perf_counter()
+    probed = sensitivity.probes(space)
+    genomes = np.concatenate([space.dense_genome()[None], probed])
+    losses, _ = evaluator(jax.jit(jax.vmap(space.decode))(genomes), limit=1)
+    mean = np.nanmean(losses, 1)
+    say(f"{len(probed)} single changes tried in {time.perf_counter() - start:.0f} s")
+    return sensitivity.rises(space, probed, mean[1:] - mean[0])
+
+
+def starting_points(
+    setting: Setting, space: Space, rise: np.ndarray, sizes: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """Genomes to start from: on the way down that sensitivities suggest, and uniform ones.
+
+    With a budget the largest within it come first; without one, sizes spread evenly.
     """
-    within = [g for g in space.groups if sum(len(graph.leaves[m.path].shape) > 1 for m in graph.groups[g].members) == 2]
-    seeds = set(map(tuple, space.seeds().tolist()))
-    for share in LEVELS:
-        for quarter in range(4):
-            count = len(space.blocks) * quarter // 4
-            gone = [space.blocks[round((k + 0.5) * len(space.blocks) / count - 0.5)] for k in range(count)]
-            genome = space.encode({g: round(share * space.sizes[g]) for g in within}, gone)
-            seeds.add(tuple(genome.tolist()))
-    genomes = np.array(sorted(seeds), np.int32)
-    costs = [engine.cost(graph, space.to_plan(genome)) for genome in genomes]
-    fits = [all(cost._asdict()[name] <= limit for name, limit in budget.items()) for cost in costs]
-    order = sorted(range(len(genomes)), key=lambda i: (not fits[i], -costs[i].macs))
-    return genomes[order]
+    floor = sensitivity.smallest(space)
+    path = sensitivity.descend(space, rise, sizes, float(sizes(np.repeat(floor[None], len(floor), 0))[0]))
+    costs = [engine.cost(setting.subject.graph, space.to_plan(genome))._asdict() for genome in path]
+    fits = np.array([all(cost[name] <= limit for name, limit in setting.budget.items()) for cost in costs])
+    if setting.budget:
+        within = np.flatnonzero(fits)
+        chosen = [path[i] for i in within[: setting.config.population // 2]]
+    else:
+        ends = np.linspace(0, len(path) - 1, max(setting.config.population // 2, 2)).round().astype(int)
+        chosen = [path[i] for i in dict.fromkeys(ends)]
+    uniform = space.seeds()
+    cost = [engine.cost(setting.subject.graph, space.to_plan(genome))._asdict() for genome in uniform]
+    fit = [all(c[name] <= limit for name, limit in setting.budget.items()) for c in cost]
+    order = sorted(range(len(uniform)), key=lambda i: (not fit[i], -cost[i]["macs"]))
+    return np.array(list(dict.fromkeys(map(tuple, [*chosen, *uniform[order]]))), np.int32)
 
 
 def _progress(front: evolve.Scored, done: int, config: Config, measure: str, took: float) -> str:

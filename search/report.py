@@ -26,6 +26,7 @@ CANDIDATE_COLUMNS = (
     "activation_bytes",
     "genome",
 )
+SENSITIVITY_COLUMNS = ("kind", "name", "kept", "rise")
 FRONT_COLUMNS = (
     "variant",
     "selected",
@@ -104,6 +105,11 @@ def markdown(lines: Sequence[Line]) -> str:
 def write_front(path: str | os.PathLike[str], records: Sequence[Mapping[str, Any]]) -> None:
     """Write `front.csv`, a record for each finalist: keys from `FRONT_COLUMNS`, any may be absent."""
     _write(Path(path), FRONT_COLUMNS, [_row(FRONT_COLUMNS, record) for record in records])
+
+
+def write_sensitivity(path: str | os.PathLike[str], records: Sequence[Mapping[str, Any]]) -> None:
+    """Write `sensitivity.csv`: the rise of the loss for each change by itself."""
+    _write(Path(path), SENSITIVITY_COLUMNS, [_row(SENSITIVITY_COLUMNS, record) for record in records])
 
 
 def write_generation(path: str | os.PathLike[str], generation: int, records: Sequence[Mapping[str, Any]]) -> None:

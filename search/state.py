@@ -1,7 +1,8 @@
-"""The saved state of a search: one Orbax checkpoint a generation, and the ranking that the space was built from."""
+"""The saved state of a search: one Orbax checkpoint a generation, and what it started from."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +13,6 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from treesurgeon.search.config import RunError
-from treesurgeon.search.evolve import State
 
 KEPT = 2  # generations that stay on disk
 
@@ -23,16 +23,18 @@ class States:
     def __init__(self, directory: Path):
         self.directory = directory
 
-    def scores(self, make: Callable[[], Mapping[str, np.ndarray]], graph: Any) -> dict[str, np.ndarray]:
-        """The units' scores of this run, made once: a resumed search must rank units just as it did before."""
-        path = self.directory / "scores"
+    def arrays(self, name: str, make: Callable[[], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """Arrays by name that are made once in a run: a resumed search must start from what it started from before."""
+        path = self.directory / name
         if not path.exists():
             made = make()
-            ocp.save(str(path), {str(i): np.asarray(made[name]) for i, name in enumerate(graph.groups)})
+            names = np.frombuffer(json.dumps(list(made)).encode(), np.uint8)
+            ocp.save(str(path), {"names": names, **{str(i): np.asarray(x) for i, x in enumerate(made.values())}})
         loaded: Any = _read(path)
-        return {name: np.asarray(loaded[str(i)]) for i, name in enumerate(graph.groups)}
+        names = json.loads(bytes(np.asarray(loaded["names"])).decode())
+        return {name: np.asarray(loaded[str(i)]) for i, name in enumerate(names)}
 
-    def save(self, generation: int, state: State) -> None:
+    def save(self, generation: int, state: Any) -> None:
         """Save the state after so many generations."""
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
         path = self.directory / f"{generation:06d}"
@@ -42,7 +44,7 @@ class States:
         for old in self._saved()[:-KEPT]:
             shutil.rmtree(old, ignore_errors=True)
 
-    def latest(self, start: State) -> State:
+    def latest(self, start: Any) -> Any:
         """The newest saved state, else `start`."""
         saved = self._saved()
         if not saved:

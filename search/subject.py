@@ -59,6 +59,11 @@ class Subject:
         mutable = [name for name in self.variables if name != "params"]
         return self.module.apply(variables, x, mutable=mutable, rngs={"dropout": key}, **flag)
 
+    def still(self, variables: Any, x: Any, key: Any) -> tuple[Any, Any]:
+        """`infer` with the signature of `train`: what models without running averages are fitted in."""
+        del key
+        return self.infer(variables, x), {}
+
     @cached_property
     def graph(self) -> engine.Graph:
         """Groups and blocks of inference on one image, so that costs are those of one image."""
