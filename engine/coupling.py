@@ -11,11 +11,12 @@ import numpy as np
 from jax.tree_util import tree_structure
 
 from treesurgeon.engine.analysis import Analysis, analyse
-from treesurgeon.engine.axes import Axis, Reason, fixed_reason, fresh, pin, resolve, unify
+from treesurgeon.engine.axes import Axis, Reason, atoms, fixed_reason, fresh, pin, resolve, unify
 from treesurgeon.engine.errors import StructureError
 from treesurgeon.engine.flow import Contexts
 from treesurgeon.engine.graph import Graph, Group, Leaf, Member, Term
 from treesurgeon.engine.jaxprs import (
+    Call,
     Eqn,
     Program,
     is_float,
@@ -35,6 +36,7 @@ def trace(
     params: Any,
     *args: Any,
     free_outputs: Iterable[str] = (),
+    free_inputs: Iterable[str] = (),
     pin_axes: Iterable[str] = (),
     couple: Iterable[tuple[str, str]] = (),
     **kwargs: Any,
@@ -47,6 +49,9 @@ def trace(
         args, kwargs: example arguments of `fn`, likewise. Axes of inputs are pinned, and so are those of outputs
             except outputs that mirror a leaf's path and shape (new batch statistics).
         free_outputs: paths (or first parts of paths) of outputs whose axes may shrink as well; "" frees all.
+        free_inputs: the same for array arguments: `args[0]`, the name of a keyword argument, or a path inside one
+            (`args[0]/image`). Where parameters hold positions of such an input, these are a group: input features to
+            select. `narrow` and `gate` still take the whole input; `narrow` takes a narrow one as well.
         pin_axes: axes of parameters that must stay, as `path[axis]`, or `path` for all axes of a leaf.
         couple: pairs of such axes, of one size, whose units must go together.
 
@@ -63,10 +68,11 @@ def trace(
     paths = list(leaves)
     program = traced.program
     leaf_axes = [tuple(fresh(n) for n in program.avals[v].shape) for v in program.inputs[: len(paths)]]
-    analysis = analyse(traced, paths, leaf_axes, call.names)
+    inputs = _free_inputs(tuple(free_inputs), call)
+    analysis = analyse(traced, paths, leaf_axes, call.names, inputs)
     free = tuple(free_outputs)
     for i, (path, v) in enumerate(zip(traced.out_paths, program.outputs, strict=True)):
-        if i in analysis.mirror_of or any(path == f or path.startswith(f"{f}/") or not f for f in free):
+        if i in analysis.mirror_of or _named(path, free):
             continue
         for axis in analysis.solution.of(v):
             pin(axis, Reason(f"an axis of the output {path}" if path else "an axis of the output"))
@@ -86,7 +92,20 @@ def trace(
                 f"couple: {a} has {first.size} positions and {b} has {second.size}: they cannot be one"
             )
         unify(first, second, Reason(f"{a} and {b} were coupled by hand, and split differently"))
-    return _build(analysis, paths, leaf_axes, tree_structure(params))
+    return _build(analysis, paths, leaf_axes, inputs, tree_structure(params))
+
+
+def _named(path: str, names: Iterable[str]) -> bool:
+    """Whether one of the names is the path, its first part, or "" (all paths)."""
+    return any(path == name or path.startswith(f"{name}/") or not name for name in names)
+
+
+def _free_inputs(names: Sequence[str], call: Call) -> dict[str, Axes]:
+    for name in names:
+        if not any(_named(path, [name]) for path in call.names):
+            raise StructureError(f"free_inputs names {name!r}; the array arguments are {', '.join(call.names)}")
+    pairs = zip(call.names, call.arrays, strict=True)
+    return {path: tuple(map(fresh, x.shape)) for path, x in pairs if _named(path, names)}
 
 
 def _axis_named(name: str, known: Mapping[str, Axis], where: str) -> Axis:
@@ -96,13 +115,20 @@ def _axis_named(name: str, known: Mapping[str, Axis], where: str) -> Axis:
     return known[name]
 
 
-def _build(analysis: Analysis, paths: list[str], leaf_axes: Sequence[Axes], tree: Any) -> Graph:
+def _build(
+    analysis: Analysis, paths: list[str], leaf_axes: Sequence[Axes], inputs: Mapping[str, Axes], tree: Any
+) -> Graph:
     program = analysis.program
     stacks = stacks_of(analysis, leaf_axes)
-    names = name_groups(analysis, paths, leaf_axes, stacks)
+    names = name_groups(analysis, paths, leaf_axes, inputs, stacks)
     for atom, name in [*names.items(), *((atom, stack.label) for atom, stack in stacks.items())]:
         atom.label = name
+    for axis in (axis for axes in inputs.values() for axis in axes):
+        for atom in atoms(axis):
+            if atom.label is None:
+                pin(atom, Reason("no parameter holds these positions"))
     frozen = [tuple(resolve(axis) for axis in axes) for axes in leaf_axes]
+    frozen_inputs = {name: tuple(map(resolve, axes)) for name, axes in inputs.items()}
     members: dict[str, list[Member]] = {name: [] for name in names.values()}
     for path, axes in zip(paths, frozen, strict=True):
         for d, axis in enumerate(axes):
@@ -118,15 +144,18 @@ def _build(analysis: Analysis, paths: list[str], leaf_axes: Sequence[Axes], tree
         aval = program.avals[v]
         trainable = is_float(aval) and (path.startswith("params/") or not has_collections)
         leaves[path] = Leaf(path, aval.shape, aval.dtype, axes, trainable, context)
+    for path, axes in [*zip(paths, frozen, strict=True), *frozen_inputs.items()]:
         for d, axis in enumerate(axes):
-            if aval.shape[d] > 1 and not labels(axis):
+            if not labels(axis) and axis.size not in (0, 1):
                 pinned[f"{path}[{d}]"] = fixed_reason(axis) or Reason("nothing reads it unit by unit")
     macs, activations = _work(analysis, number)
     divisors = _divisors(analysis.solution, program)
     steps = {stack.label: stack.blocks for stack in stacks.values()}
     met = _meetings(analysis.solution, lambda i: analysis.uses.eqns[i] is not None)
     meetings = {name: tuple(dict.fromkeys(met[name])) for name in groups if name in met}
-    return Graph(groups, blocks, pinned, ties, divisors, leaves, macs, activations, tree, steps, meetings)
+    return Graph(
+        groups, blocks, pinned, ties, divisors, leaves, macs, activations, tree, steps, meetings, frozen_inputs
+    )
 
 
 def _meetings(solution: Solution, alive: Callable[[int], bool]) -> dict[str, list[str]]:

@@ -19,12 +19,19 @@ def prunable_share(graph: Graph) -> float:
     return sum(n for n, free in sizes if free) / max(sum(n for n, _ in sizes), 1)
 
 
+def holders(graph: Graph, group: str) -> list[tuple[str, int]]:
+    """The axes on which units of a group stand: free inputs, then leaves."""
+    found = [(name, d) for name, axes in graph.inputs.items() for d, axis in enumerate(axes) if group in labels(axis)]
+    return found + [(m.path, m.axis) for m in graph.groups[group].members]
+
+
 def describe(graph: Graph) -> str:
     """The graph as a table that a person can read."""
     share = f"{100 * prunable_share(graph):.1f} %"
     out = [f"{len(graph.groups)} groups; {share} of the parameters lie in leaves they can shrink"]
     rows: list[Sequence[str]] = [
-        (name, str(g.size), ", ".join(f"{m.path}[{m.axis}]" for m in g.members)) for name, g in graph.groups.items()
+        (name, str(g.size), ", ".join(f"{path}[{d}]" for path, d in holders(graph, name)))
+        for name, g in graph.groups.items()
     ]
     out += _table(("group", "units", "members"), rows)
     out.append(f"\n{len(graph.blocks)} blocks")
@@ -70,16 +77,15 @@ def layout(axis: Axis) -> str:
 
 def explain(graph: Graph, path: str, axis: int) -> str:
     """One axis of one leaf: its layout, what goes with each group on it, where they meet, or why it is pinned."""
-    leaf = graph.leaves[path]
-    found = leaf.axes[axis]
-    out = [f"{path}[{axis}], size {leaf.shape[axis]}: {layout(found)}"]
+    found = (graph.inputs[path] if path in graph.inputs else graph.leaves[path].axes)[axis]
+    out = [f"{path}[{axis}], size {found.size}: {layout(found)}"]
     if reason := graph.pinned.get(f"{path}[{axis}]"):
-        return f"{path}[{axis}], size {leaf.shape[axis]}, is pinned: {reason}"
+        return f"{path}[{axis}], size {found.size}, is pinned: {reason}"
     held = labels(found)
     for name in [name for name in graph.groups if name in held]:
         group = graph.groups[name]
         out.append(f"group {name!r}, {group.size} units; with it go")
-        out += [f"  {m.path}[{m.axis}]" for m in group.members if (m.path, m.axis) != (path, axis)]
+        out += [f"  {other}[{d}]" for other, d in holders(graph, name) if (other, d) != (path, axis)]
         met = graph.meetings.get(name, ())
         if met:
             out.append("because they meet at")

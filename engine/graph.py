@@ -117,11 +117,12 @@ class Graph:
     Attributes:
         groups: prunable groups by name, in order of execution.
         blocks: droppable blocks by name, in order of execution.
-        pinned: why an axis of a parameter may not change, by `path[axis]`.
+        pinned: why an axis of a parameter (or of a free input) may not change, by `path[axis]`.
         ties: which units a dropped block makes one, by block.
         divisors: the mean and variance divisors that shrink with their axis, in words.
         meetings: where in the program several values meet that hold units of a group, by group.
         steps: the blocks that are the steps of a scanned stack, in order, by the label of the stack's layer axis.
+        inputs: the axes of the inputs that may shrink, by name.
     """
 
     groups: Mapping[str, Group]
@@ -135,6 +136,7 @@ class Graph:
     tree: Any
     steps: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     meetings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    inputs: Mapping[str, tuple[Axis, ...]] = field(default_factory=dict)
 
     def masks(self, plan: Plan) -> dict[str, dict[str, np.ndarray]]:
         """A plan as masks: `{"units": {group: bool[size]}, "blocks": {block: bool[]}}`, True = kept.
@@ -247,11 +249,13 @@ class Graph:
     def explain(self, path: str, axis: int) -> str:
         """Which units stand on an axis of a leaf, what they go together with and where they meet; or why it is pinned.
 
+        Free inputs are explained as leaves are.
+
         Raises:
             PlanError: there is no such leaf or axis.
         """
-        self._known(path, self.leaves, "explain", "leaf")
-        rank = len(self.leaves[path].shape)
+        self._known(path, {**self.leaves, **self.inputs}, "explain", "leaf")
+        rank = len(self.inputs[path] if path in self.inputs else self.leaves[path].axes)
         if not 0 <= axis < rank:
             raise PlanError(f"explain: {path} has the axes 0 to {rank - 1}, got {axis}")
         return explain(self, path, axis)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,14 +48,18 @@ def stacks_of(analysis: Analysis, leaf_axes: Sequence[Axes]) -> dict[Atom, Stack
 
 
 def name_groups(
-    analysis: Analysis, paths: list[str], leaf_axes: Sequence[Axes], steps: Container[Atom]
+    analysis: Analysis,
+    paths: list[str],
+    leaf_axes: Sequence[Axes],
+    inputs: Mapping[str, Axes],
+    steps: Container[Atom],
 ) -> dict[Atom, str]:
     """A name for every free atom that some leaf holds, in order of execution.
 
-    The name is the module of the leaf that makes the units: the first kernel on whose output axis they stand, else
-    the first leaf that holds them.
+    The name is that of the free input on which the units stand, or the module of the leaf that makes them: the first
+    kernel on whose output axis they stand, else the first leaf that holds them.
     """
-    base: dict[Atom, str] = {}
+    base: dict[Atom, str] = {atom: name for name, axes in inputs.items() for axis in axes for atom in atoms(axis)}
 
     def claim(axes: Iterable[Axis], leaf: int) -> None:
         for axis in axes:

@@ -47,6 +47,7 @@ class Subject:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     free: Mapping[str, tuple] = field(default_factory=dict)
     """Outputs that may shrink: for each axis the (leaf, axis) whose units it holds, or None."""
+    free_inputs: tuple[str, ...] = ()
 
 
 def is_spec(x: Any) -> bool:
@@ -161,7 +162,8 @@ class Bench:
 
     @cached_property
     def graph(self) -> Graph:
-        return engine.trace(self.fn, self.params, *self.args, free_outputs=tuple(self.subject.free))
+        free = {"free_outputs": tuple(self.subject.free), "free_inputs": self.subject.free_inputs}
+        return engine.trace(self.fn, self.params, *self.args, **free)
 
     @cached_property
     def ones(self) -> Any:

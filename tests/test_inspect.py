@@ -79,6 +79,15 @@ def test_axes_can_be_coupled_by_hand():
         engine.trace(fn, P, X, couple=[("a[1]", "d[0]")])
 
 
+def test_free_inputs_are_explained():
+    graph = engine.trace(fn, P, X, free_inputs=["args[0]"])
+    text = graph.explain("args[0]", 1)
+    assert text.startswith("args[0][1], size 5: args[0]\ngroup 'args[0]', 5 units; with it go\n  a[0]\n  c[0]\n")
+    assert "  args[0][1]\n" in graph.explain("a", 0)
+    assert graph.explain("args[0]", 0) == "args[0][0], size 3, is pinned: an axis of the output"
+    assert "args[0][1], a[0], c[0]" in str(graph)
+
+
 def test_the_share_that_can_go():
     assert str(engine.trace(fn, P, X)).startswith("2 groups; 100.0 % of the parameters lie in leaves they can shrink")
     assert "0 groups; 0.0 %" in str(engine.trace(lambda p, x: x @ p["a"], {"a": P["a"]}, X))
