@@ -1,4 +1,4 @@
-"""What a person reads about a graph: the whole as tables, one axis explained, a picture for Graphviz."""
+"""What a person reads about a graph: the whole as tables, one axis explained."""
 
 from __future__ import annotations
 
@@ -94,27 +94,3 @@ def explain(graph: Graph, path: str, axis: int) -> str:
         if label in held:
             out.append(f"entries of a scanned stack: dropping the block {names[0]!r}, … removes one")
     return "\n".join(out)
-
-
-def dot(graph: Graph) -> str:
-    """The coupling graph in Graphviz's language."""
-
-    def quote(text: str) -> str:
-        return '"' + text.replace('"', r"\"") + '"'
-
-    out = ["graph coupling {", "  rankdir=LR; node [fontname=Helvetica]; edge [color=gray]"]
-    for name, group in graph.groups.items():
-        out.append(f"  {quote('group ' + name)} [label={quote(f'{name}: {group.size}')} shape=ellipse style=filled]")
-    home = {leaf: block.name for block in graph.blocks.values() for leaf in block.leaves}
-    for i, block in enumerate(graph.blocks.values()):
-        inside = [leaf for leaf in block.leaves if home[leaf] == block.name]
-        if inside:
-            nodes = "; ".join(map(quote, inside))
-            out.append(f"  subgraph cluster_{i} {{ label={quote('block ' + block.name)}; {nodes} }}")
-    for path, leaf in graph.leaves.items():
-        shape = "×".join(map(str, leaf.shape))
-        out.append(f"  {quote(path)} [label={quote(f'{path} {shape}')} shape=box]")
-    for name, group in graph.groups.items():
-        for m in group.members:
-            out.append(f"  {quote('group ' + name)} -- {quote(m.path)} [label={m.axis}]")
-    return "\n".join([*out, "}"])

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from treesurgeon.engine.axes import Axis, Reason
-from treesurgeon.engine.describe import describe, dot, explain
+from treesurgeon.engine.describe import describe, explain
+from treesurgeon.engine.drawing import dot, svg
 from treesurgeon.engine.errors import PlanError
 from treesurgeon.engine.masks import axis_mask
 
@@ -263,6 +264,10 @@ class Graph:
     def dot(self) -> str:
         """The coupling graph in Graphviz's language: groups, the leaves they hold, and the blocks around these."""
         return dot(self)
+
+    def svg(self) -> str:
+        """The same as the text of an SVG file, for a browser: light or dark as its reader has it, with tooltips."""
+        return svg(self)
 
     def __str__(self) -> str:
         return describe(self)

@@ -26,6 +26,8 @@ class Inspection:
     """Shape and dtype of each input, such as 1,224,224,3 or 1,16:int32. Default: one image of the zoo's size."""
     dot: Path | None = None
     """Write the coupling graph here, in Graphviz's language."""
+    svg: Path | None = None
+    """Write a picture of the coupling graph here, for a browser."""
     explain: str = ""
     """An axis of a parameter, such as params/conv1/kernel[3]: what goes together with it and why, instead of all."""
 
@@ -41,8 +43,9 @@ def inspect(options: Inspection, say: Callable[[str], None]) -> Graph:
         raise RunError(f"{options.model} cannot be called with {shapes}: {error}; set --input") from error
     fn, params = engine.from_linen(module, variables)
     graph = engine.trace(fn, params, *inputs)
-    if options.dot:
-        options.dot.write_text(graph.dot() + "\n")
+    for path, draw in ((options.dot, graph.dot), (options.svg, graph.svg)):
+        if path:
+            path.write_text(draw() + "\n")
     if options.explain:
         path, _, axis = options.explain.rpartition("[")
         if not path or not axis.rstrip("]").isdigit():

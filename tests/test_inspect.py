@@ -1,9 +1,15 @@
 """What a person is told about a graph: tables, explanations, pictures, and the command that prints them."""
 
+import itertools
+import re
+import xml.etree.ElementTree as ET
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from laws import Bench
+from zoo import ODD, ZOO
 
 from treesurgeon import engine
 from treesurgeon.engine import PlanError, StructureError
@@ -57,6 +63,66 @@ def test_dot_names_every_group_and_leaf():
     assert text.count("{") == text.count("}")
     for line in ('"group a" -- "c" [label=1]', '"b" [label="b 6×4" shape=box]'):
         assert line in text
+    nested = Bench(ODD["nested_residuals"].subject).graph.dot()
+    assert nested.index('"cluster a"') < nested.index('"cluster b"') < nested.index('"b/w" [') < nested.index("}")
+
+
+# Pictures, read back as XML.
+
+
+def picture(graph):
+    """By class of <g>: what each tells, its rectangle, and its lines and numbers."""
+    root = ET.fromstring(graph.svg())
+    out = {}
+    for g in root.iter(f"{NS}g"):
+        rect = g.find(f"{NS}rect")
+        box = [float(rect.get(k)) for k in ("x", "y", "width", "height")]
+        lines = [[float(n) for n in re.findall(r"-?[\d.]+", p.get("d"))] for p in g.iter(f"{NS}path")]
+        numbers = [t.text for t in g.iter(f"{NS}text") if t.get("class") == "axis"]
+        out.setdefault(g.get("class").split()[0], {})[g.find(f"{NS}title").text] = box, lines, numbers
+    return out, float(root.get("width")), float(root.get("height"))
+
+
+NS = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.mark.parametrize("name", ["nested_residuals", "free_inputs", "scanned_stack", "conv_grouped", "plain_pytree"])
+def test_the_picture_shows_every_group_leaf_and_block(name):
+    graph = Bench({**ZOO, **ODD}[name].subject).graph
+    drawn, width, height = picture(graph)
+    leaves = {title.partition(",")[0]: box for title, (box, _, _) in drawn["leaf"].items()}
+    assert leaves.keys() == graph.leaves.keys() | graph.inputs.keys()
+    groups = {title.partition(",")[0]: found for title, found in drawn["group"].items()}
+    assert list(groups) == [*graph.groups, *graph.steps]
+    for group in graph.groups.values():
+        box, lines, numbers = groups[group.name]
+        n = len(group.members)  # the lines to inputs come before
+        for member, line, number in zip(group.members, lines[-n:], numbers[-n:], strict=True):
+            x, y, _, h = leaves[member.path]
+            assert line[:2] == [box[0] + box[2], box[1] + 10]
+            assert line[-2] == x
+            assert y <= line[-1] <= y + h
+            assert number == str(member.axis)
+    boxes = [box for kind in drawn.values() for box, _, _ in kind.values()]
+    assert all(x >= 0 and y >= 0 and x + w <= width and y + h <= height for x, y, w, h in boxes)
+    for column in (leaves.values(), (box for box, _, _ in groups.values())):
+        ordered = sorted(column, key=lambda box: box[1])
+        assert all(a[1] + a[3] <= b[1] + 0.1 for a, b in itertools.pairwise(ordered))
+    for title, ((x, y, w, h), _, _) in drawn.get("block", {}).items():
+        inside = graph.blocks[title.partition(",")[0].removeprefix("block ")].leaves
+        for path, (u, v, _, t) in leaves.items():
+            assert (x < u < x + w and y < v and v + t < y + h) == (path in inside)
+
+
+def test_the_picture_says_why_an_axis_is_pinned():
+    drawn, _, _ = picture(engine.trace(fn, P, X))
+    assert "d, 4×2\naxis 0: b\naxis 1: an axis of the output" in drawn["leaf"]
+    assert "@media (prefers-color-scheme: dark)" in engine.trace(fn, P, X).svg()
+
+
+def test_the_picture_escapes_names():
+    graph = engine.trace(lambda p, x: jnp.tanh(x @ p["<a>&"]).sum(-1), {"<a>&": P["a"]}, X)
+    assert list(picture(graph)[0]["group"]) == ["<a>&, 6 units\n<a>&[1]"]
 
 
 def test_axes_can_be_pinned_by_hand():
@@ -94,11 +160,12 @@ def test_the_share_that_can_go():
 
 
 def test_the_command_prints_all_of_it(capsys, tmp_path):
-    main(["inspect", "digits_cnn", "--dot", str(tmp_path / "g.dot")])
+    main(["inspect", "digits_cnn", "--dot", str(tmp_path / "g.dot"), "--svg", str(tmp_path / "g.svg")])
     out = capsys.readouterr().out
     assert "of the parameters lie in leaves they can shrink" in out
     assert "one unit of a group takes" in out
     assert (tmp_path / "g.dot").read_text().startswith("graph coupling {")
+    assert ET.parse(tmp_path / "g.svg").getroot().tag == f"{NS}svg"
 
 
 def test_the_command_explains_one_axis(capsys):
