@@ -2,12 +2,14 @@
 
 import itertools
 import re
+import sys
 import xml.etree.ElementTree as ET
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from laws import Bench
 from zoo import ODD, ZOO
 
@@ -173,10 +175,62 @@ def test_the_command_explains_one_axis(capsys):
     assert "is pinned: an axis of the input" in capsys.readouterr().out
 
 
+class Net(nnx.Module):
+    """Noise in inference as well, so that a key is read."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.a = nnx.Linear(5, 6, rngs=rngs)
+        self.norm = nnx.BatchNorm(6, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+        self.c = nnx.Linear(6, 2, rngs=rngs)
+        self.rngs = rngs
+
+    def __call__(self, x):
+        h = self.drop(self.norm(self.a(x)))
+        return self.c(h + self.rngs.normal(h.shape))
+
+
+def read_from_disk():
+    """A factory that cannot be traced."""
+    net = Net(nnx.Rngs(0))
+    np.asarray(net.a.kernel[...])
+    return net
+
+
+NET = Net(nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("name", ["Net", "read_from_disk", "NET"])
+def test_the_command_takes_nnx_models(capsys, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, "nets", sys.modules[__name__])
+    main(["inspect", f"nets:{name}", "--input", "3,5", "--explain", "params/a/kernel[1]"])
+    out = capsys.readouterr().out
+    assert out.startswith("params/a/kernel[1], size 6: a\ngroup 'a', 6 units; with it go\n")
+    assert "\n  batch_stats/norm/mean[0]\n" in out
+    assert "\n  params/c/kernel[0]\n" in out
+
+
+def test_an_nnx_model_of_shapes_is_traced_and_cut():
+    net = nnx.eval_shape(lambda: Net(nnx.Rngs(0)))
+    net.eval()
+    fn, shapes = engine.from_nnx(net)
+    assert {type(x) for x in jax.tree.leaves(shapes)} == {jax.ShapeDtypeStruct}
+    graph = engine.trace(fn, shapes, X)
+    NET.eval()
+    dense, params = engine.from_nnx(NET)
+    plan = engine.Plan({"a": [0, 2, 3]})
+    small = engine.cut(params, graph, plan)
+    assert jax.tree.map(lambda x: x.shape, engine.cut(shapes, graph, plan)) == jax.tree.map(lambda x: x.shape, small)
+    want = engine.gate(dense, graph)(params, graph.masks(plan), X)
+    np.testing.assert_allclose(engine.narrow(dense, graph, plan)(small, X), want, rtol=1e-5)
+    assert not np.allclose(want, dense(params, X), atol=1e-2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["treesurgeon.models.mlp:mlp"], "is not in the zoo: say what it takes"),
+        (["treesurgeon.engine.errors:PlanError", "--input", "1"], "expected its factory to return a flax"),
         (["mlp", "--input", "a,b"], "--input takes sizes and a dtype"),
         (["resnet20", "--input", "1,5"], "resnet20 cannot be called with float32[1, 5]"),
         (["mlp", "--explain", "params"], "--explain takes a leaf and an axis"),
