@@ -135,6 +135,9 @@ class _Gate:
         bits = {b: blocks[name] for b, name in found.blocks.items() if name in blocks}
         exits = {analysis.regions[b].exit: (analysis.regions[b].entry, bit) for b, bit in bits.items()}
         alive = _Alive(bits)
+        origin = dict(enumerate(analysis.uses.values))
+        for i, eqn in enumerate(program.eqns):  # others may need what is made along with a value
+            origin.update({v: analysis.uses.eqns[i] for v in eqn.outs if len(eqn.outs) > 1})
         env: dict[int, Any] = dict(program.consts)
         env.update(zip(program.inputs, inputs, strict=True))
         for v in program.inputs[: len(graph.leaves)]:
@@ -154,7 +157,7 @@ class _Gate:
                 if isinstance(v, Literal):
                     return v.value
                 x = env[v]
-                enters = self.on is not None and analysis.uses.values[v] != contexts and not solution.constant[v]
+                enters = self.on is not None and origin[v] != contexts and not solution.constant[v]
                 if enters and is_float(x) and not shared.values[v]:  # from outside into a block: no derivative back
                     x = select(self.on, x, 0, ())
                 return x

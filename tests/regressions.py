@@ -143,6 +143,15 @@ def normalised_heads(p, x):
     return jnp.einsum("nh,hko->no", jnp.einsum("nhk,mgk->nhmg", k, k).sum((2, 3)), p["o"])
 
 
+@case({"a": arr(5, 6), "c": arr(4, 6), "b": arr(6, 6)}, arr(3, 5), arr(3, 4))
+def loop_half_of_which_a_block_reads(p, x, y):
+    """The norm of zeros has no derivative; the loop that makes the zeros makes `sums` as well."""
+    h, u = x @ p["a"], y @ p["c"]
+    zeros, sums = lax.scan(lambda c, t: (c * (t.sum() * 0), t.sum()), h, h)
+    u = u + jnp.tanh(u @ p["b"]) * (zeros**2).sum(1, keepdims=True) ** 0.5
+    return u.sum(1) + sums
+
+
 @case({"i": arr(4, 6), "hh": arr(3, 6), "o": arr(6, 2)}, arr(2, 4))
 def householder(p, x):
     """A dropped reflection divides 0 by 0; its leaf stays for the others."""
