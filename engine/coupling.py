@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -14,10 +13,9 @@ from treesurgeon.engine.analysis import Analysis, analyse
 from treesurgeon.engine.axes import Axis, Reason, atoms, fixed_reason, fresh, pin, resolve, unify
 from treesurgeon.engine.errors import StructureError
 from treesurgeon.engine.flow import Contexts
-from treesurgeon.engine.graph import Graph, Group, Leaf, Member, Term
+from treesurgeon.engine.graph import Branches, Graph, Group, Leaf, Member, Term, Work
 from treesurgeon.engine.jaxprs import (
     Call,
-    Eqn,
     Program,
     is_float,
     named_leaves,
@@ -184,20 +182,28 @@ def _rename(contexts: Contexts | None, number: Mapping[int, str]) -> frozenset[f
     return frozenset(frozenset(number[b] for b in context if b in number) for context in contexts)
 
 
-def _work(analysis: Analysis, number: Mapping[int, str]) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
-    """The multiply-accumulates and the output bytes of every live contraction, loops and branches included."""
-    macs: list[Term] = []
-    activations: list[Term] = []
+def _work(analysis: Analysis, number: Mapping[int, str]) -> tuple[tuple[Work, ...], tuple[Work, ...]]:
+    """The multiply-accumulates and the output bytes of every live contraction, loops and branches included.
 
-    def visit(solution: Solution, contexts: Callable[[int], Contexts | None], around: Axes) -> None:
+    Of a `while` loop, whose length nobody knows, it is one turn; of branches it is the largest.
+    """
+
+    def visit(solution: Solution, contexts: Callable[[int], Contexts | None], around: Axes) -> tuple[list, list]:
+        macs: list[Work] = []
+        activations: list[Work] = []
         for i, eqn in enumerate(solution.program.eqns):
             inside = contexts(i)
             if inside is None or solution.fixed(i):
                 continue
             if i in solution.bodies:
                 length = (solution.lengths[i],) if i in solution.lengths else ()
-                for body in _worked(eqn, solution.bodies[i]):
-                    visit(body, lambda _, inside=inside: inside, (*around, *map(resolve, length)))
+                turn = (*around, *map(resolve, length))
+                found = [visit(body, lambda _, inside=inside: inside, turn) for body in solution.bodies[i]]
+                for mine, his in zip((macs, activations), zip(*found, strict=True), strict=True):
+                    if eqn.name == "cond":
+                        mine.append(Branches(tuple(map(tuple, his))))
+                    else:
+                        mine += [work for body in his for work in body]
             rule = lookup(eqn.name)
             if rule is None or rule.contraction is None:
                 continue
@@ -208,29 +214,10 @@ def _work(analysis: Analysis, number: Mapping[int, str]) -> tuple[tuple[Term, ..
             summed = tuple(resolve(site.ins[1][d]) for d in contraction.rhs)
             macs.append(Term(contraction.extra, out + summed, context))
             activations.append(Term(solution.program.avals[eqn.outs[0]].dtype.itemsize, out, context))
+        return macs, activations
 
-    visit(analysis.solution, lambda i: analysis.uses.eqns[i], ())
+    macs, activations = visit(analysis.solution, lambda i: analysis.uses.eqns[i], ())
     return tuple(macs), tuple(activations)
-
-
-def _worked(eqn: Eqn, bodies: Sequence[Solution]) -> Sequence[Solution]:
-    """The programs that count: of a branch the largest; of a `while` loop, whose length nobody knows, one turn."""
-    if eqn.name == "cond":
-        return [max(bodies, key=_dense_macs)]
-    return bodies
-
-
-def _dense_macs(solution: Solution) -> int:
-    total = 0
-    for i, eqn in enumerate(solution.program.eqns):
-        rule = lookup(eqn.name)
-        if rule is not None and rule.contraction is not None:
-            site = solution.site(i)
-            contraction = rule.contraction(site)
-            summed = [site.in_shapes[1][d] for d in contraction.rhs]
-            total += math.prod([contraction.extra, *site.out_shapes[0], *summed])
-        total += sum(map(_dense_macs, _worked(eqn, solution.bodies.get(i, ()))))
-    return total
 
 
 def _divisors(solution: Solution, program: Program) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -111,6 +111,15 @@ class Term(NamedTuple):
     contexts: frozenset[frozenset[str]]
 
 
+class Branches(NamedTuple):
+    """Counts of which the largest counts: the branches of a condition."""
+
+    options: tuple[tuple[Work, ...], ...]
+
+
+Work: TypeAlias = Term | Branches
+
+
 @dataclass(frozen=True, eq=False)
 class Graph:
     """The coupled groups and droppable blocks of a traced function.
@@ -132,8 +141,8 @@ class Graph:
     ties: Mapping[str, tuple[Tie, ...]]
     divisors: tuple[str, ...]
     leaves: Mapping[str, Leaf]
-    macs: tuple[Term, ...]
-    activations: tuple[Term, ...]
+    macs: tuple[Work, ...]
+    activations: tuple[Work, ...]
     tree: Any
     steps: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     meetings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

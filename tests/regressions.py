@@ -45,6 +45,13 @@ def cond_on_the_input(p, x):
     return lax.cond(h.sum() > 0, lambda a: a @ p["a"], lambda a: a * 0.5, h).max(1)
 
 
+@case({"w": arr(4, 6), "v": arr(4, 4)}, arr(5, 4))
+def branches_that_change_places(p, x):
+    """The branch with more work is not the one that has more of it left."""
+    wide = lambda a: a + jnp.tanh(a @ p["w"]).sum()
+    return lax.scan(lambda c, t: (lax.cond(t.sum() > 0, wide, lambda a: a @ p["v"], c), t), x, x)[0]
+
+
 def with_rule(rule: Callable) -> Callable:
     """`tanh` with a derivative of its own."""
     f = jax.custom_vjp(jnp.tanh)
