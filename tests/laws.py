@@ -374,7 +374,8 @@ class Bench:
         once = jitted(self.args)
         if eager:
             self.close(once, numpied(leaves_of(fast(small, *self.args))), "law 5, jit", 0)
-        if any(is_prng(a) for a in jax.tree.leaves(self.args)):
+        leaves = jax.tree.leaves(self.args)
+        if not leaves or any(map(is_prng, leaves)):
             return
         other = draw(self.subject.args, "other", self.dtype)
         twice = jitted(other)
@@ -405,6 +406,7 @@ class Bench:
 
     def shared_part(self, first: Plan, graph: Graph, second: Plan) -> Plan:
         """What of a plan for the narrowed model has a name in the dense one: its graph may be finer or coarser."""
+        held = {name: {(m.path, m.axis) for m in group.members} for name, group in self.graph.groups.items()}
         families: list[dict[str, list[tuple[str, int]]]] = [{}, {}]
         for name, units in self.graph.closed(first).keep.items():
             families[0].setdefault(name.partition("[")[0], []).append((name, len(units)))
@@ -414,6 +416,7 @@ class Bench:
             name: units
             for name, units in second.keep.items()
             if families[0].get(base := name.partition("[")[0]) == families[1][base]
+            and {(m.path, m.axis) for m in graph.groups[name].members} <= held[name]  # else a name for other units
         }
         drop = {
             name
