@@ -506,6 +506,32 @@ def test_linear_algebra_and_statistics_pin():
     assert not agree(fn, P, X).groups
 
 
+def test_functions_without_a_derivative_are_traced():
+    def refuse(*_):
+        raise NotImplementedError("no derivative")
+
+    act = jax.custom_vjp(jnp.tanh)
+    act.defvjp(refuse, lambda _, g: (g,))
+    fn = lambda p, x: dense(p["c"], act(dense(p["s"], x)))
+    graph = agree(fn, P, X)
+    assert list(graph.groups) == ["s"]
+    fast = engine.narrow(fn, graph, KEEP)
+    with pytest.raises(Exception, match=r"test_verbs.py:\d+: the derivative rule of `custom_vjp_call` raises Not"):
+        jax.grad(lambda p: fast(p, X).sum())(engine.cut(P, graph, KEEP))
+
+
+def test_forward_mode_through_a_reverse_rule_pins():
+    inner = jax.custom_vjp(jnp.tanh)
+    inner.defvjp(lambda v: (jnp.tanh(v), v), lambda _, g: (g,))
+    outer = jax.custom_jvp(lambda v: inner(v))
+    outer.defjvp(lambda v, t: jax.jvp(inner, v, t))
+    fn = lambda p, x: dense(p["c"], outer(dense(p["s"], x)))
+    graph = agree(fn, P, X)
+    assert "custom_lin" in str(graph.pinned["s/w[1]"])
+    grads = jax.grad(lambda p: engine.narrow(fn, graph, Plan())(p, X).sum())(P)
+    close(grads, jax.grad(lambda p: fn(p, X).sum())(P))
+
+
 def test_printing_from_inside_pins():
     def fn(p, x):
         h = dense(p["s"], x)
