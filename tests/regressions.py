@@ -1,4 +1,4 @@
-"""Programs that once broke a law, most of them found by `fuzz.py` and made small: more odd programs, as in `zoo.py`."""
+"""Programs that once broke a law, most of them found by `fuzz` and made small: more odd programs, as in `zoo.py`."""
 
 from __future__ import annotations
 
