@@ -35,12 +35,21 @@ class Analysis:
         return self.traced.program
 
 
-def analyse(traced: Traced, paths: Sequence[str], leaf_axes: Sequence[Axes], input_names: Sequence[str]) -> Analysis:
-    """Solve a traced function whose first inputs are the parameter leaves `paths` with axes `leaf_axes`."""
+def analyse(
+    traced: Traced,
+    paths: Sequence[str],
+    leaf_axes: Sequence[Axes],
+    input_names: Sequence[str],
+    free: Mapping[str, Axes],
+) -> Analysis:
+    """Solve a traced function whose first inputs are the parameter leaves `paths` with axes `leaf_axes`.
+
+    The other inputs are pinned, except those that `free` gives axes.
+    """
     program = traced.program
     n = len(paths)
     given = [
-        fixed_axes(program.avals[v].shape, Reason(f"an axis of the input {name}"))
+        free.get(name) or fixed_axes(program.avals[v].shape, Reason(f"an axis of the input {name}"))
         for v, name in zip(program.inputs[n:], input_names, strict=True)
     ]
     solution = solve(program, [*leaf_axes, *given])

@@ -85,6 +85,7 @@ class Prod:
 Axis: TypeAlias = Atom | Fixed | Sum | Prod
 
 WHOLE = Reason("a single position carries no choice")
+SINGLES = Reason("single positions end to end carry no choice")
 
 
 def fresh(size: Size) -> Axis:
@@ -104,12 +105,18 @@ def total(parts: Iterable[Axis]) -> Axis:
             if isinstance(p.size, int) and p.size == 0:
                 continue
             if flat and isinstance(p, Fixed) and isinstance(flat[-1], Fixed):
-                flat[-1] = Fixed(flat[-1].size + p.size, flat[-1].why)
+                flat[-1] = Fixed(flat[-1].size + p.size, _telling(flat[-1].why, p.why))
             else:
                 flat.append(p)
     if not flat:
         return Fixed(0, WHOLE)
     return flat[0] if len(flat) == 1 else Sum(tuple(flat), sum(p.size for p in flat))
+
+
+def _telling(a: Reason, b: Reason) -> Reason:
+    """Of the reasons of two fixed parts the one that says more."""
+    known = [why for why in (a, b) if why not in (WHOLE, SINGLES)]
+    return known[0] if known else SINGLES
 
 
 def product(factors: Iterable[Axis]) -> Axis:
@@ -227,10 +234,10 @@ def _unify_sums(a: Sum, b: Sum, why: Reason) -> None:
     while left and right:
         x, y = resolve(left.pop()), resolve(right.pop())
         if x.size > y.size:
-            x, rest = cut_at(x, y.size)
+            x, rest = cut_at(x, y.size, why)
             left.append(rest)
         elif y.size > x.size:
-            y, rest = cut_at(y, x.size)
+            y, rest = cut_at(y, x.size, why)
             right.append(rest)
         unify(x, y, why)
 
@@ -252,8 +259,11 @@ def _unify_products(a: Prod, b: Prod, why: Reason) -> None:
         unify(x, y, why)
 
 
-def cut_at(axis: Axis, n: int) -> tuple[Axis, Axis]:
-    """The first `n` positions of an axis and the others, 0 <= n <= size; splits atoms where it must."""
+def cut_at(axis: Axis, n: int, why: Reason) -> tuple[Axis, Axis]:
+    """The first `n` positions of an axis and the others, 0 <= n <= size; splits atoms where it must.
+
+    Only the source line of `why` is used: a piece of one position is pinned, and so is a row that is cut in two.
+    """
     axis = resolve(axis)
     n = int(n) if isinstance(n, Integral) else n  # `jnp.split` passes NumPy integers
     if n == 0 or n == axis.size:
@@ -262,32 +272,32 @@ def cut_at(axis: Axis, n: int) -> tuple[Axis, Axis]:
     if isinstance(axis, Fixed):
         return Fixed(n, axis.why), Fixed(axis.size - n, axis.why)
     if isinstance(axis, Atom):
-        head, tail = _part(axis, 0, n), _part(axis, n, axis.size - n)
+        head, tail = _part(axis, 0, n, why), _part(axis, n, axis.size - n, why)
         axis.bound = total((head, tail))
         return head, tail
     if isinstance(axis, Sum):
         before: list[Axis] = []
         for i, part in enumerate(axis.parts):
             if n <= part.size:
-                head, tail = cut_at(part, n)
+                head, tail = cut_at(part, n, why)
                 return total([*before, head]), total([tail, *axis.parts[i + 1 :]])
             n -= part.size
             before.append(part)
         raise AssertionError("cut beyond the end of an axis")
     major, minor = axis.factors[0], product(axis.factors[1:])
     row, column = divmod(n, minor.size)
-    above, rest = cut_at(major, row)
+    above, rest = cut_at(major, row, why)
     if column == 0:
         return product((above, minor)), product((rest, minor))
-    at, below = cut_at(rest, 1)
-    pin(at, WHOLE)  # a row that is cut in two cannot go as a row
-    head, tail = cut_at(minor, column)
+    at, below = cut_at(rest, 1, why)
+    pin(at, Reason("a row of it was cut in two", why.where))
+    head, tail = cut_at(minor, column, why)
     return total((product((above, minor)), head)), total((tail, product((below, minor))))
 
 
-def _part(atom: Atom, offset: int, size: int) -> Axis:
+def _part(atom: Atom, offset: int, size: int, why: Reason) -> Axis:
     if size == 1:
-        return Fixed(1, WHOLE)
+        return Fixed(1, Reason("its positions were split one by one", why.where))
     if atom.label is not None:
         return Atom(size, whole=atom, offset=offset)
     if atom.whole is not None:
@@ -330,7 +340,7 @@ def _factor_sum(axis: Sum, n: int, why: Reason) -> tuple[Axis, Axis]:
     rows: list[Axis] = []
     rest: Axis = axis
     while rest.size:
-        row, rest = cut_at(rest, n)
+        row, rest = cut_at(rest, n, why)
         rows.append(row)
     for row in rows[1:]:
         unify(rows[0], row, why)

@@ -32,9 +32,9 @@ def rebuild(
 
     `rule` is the solved derivative rule of a custom call, where that is known.
     """
-    values = [
-        jnp.asarray(x, v.aval.dtype) if isinstance(v, Literal) else x for x, v in zip(values, eqn.ins, strict=True)
-    ]
+    n = len(eqn.ins)  # there may be more values: a loop carries them along
+    pairs = zip(values[:n], eqn.ins, strict=True)
+    values = [*(jnp.asarray(x, v.aval.dtype) if isinstance(v, Literal) else x for x, v in pairs), *values[n:]]
     if eqn.name == "custom_jvp_call":
         return custom_jvp(eqn, bodies[0], values, run, aux, rule)
     if eqn.name == "custom_vjp_call":

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from treesurgeon.engine.graph import Graph, Plan, Term
+from treesurgeon.engine.graph import Branches, Graph, Plan, Term, Work
 from treesurgeon.engine.masks import axis_count
 
 
@@ -20,7 +21,8 @@ class Cost(NamedTuple):
     Attributes:
         size: all array elements of the cut pytree.
         params: the trainable ones: floating-point leaves, those of the `params` collection where there is one.
-        macs: multiply-accumulates of all contractions of the traced call, its whole batch.
+        macs: multiply-accumulates of all contractions of the traced call, its whole batch; of a condition those of
+            the branch that has most of them.
         activation_bytes: bytes of the outputs of all contractions of the traced call (the "activations" of
             Radosavovic et al., "Designing network design spaces", CVPR 2020, times the item size).
     """
@@ -47,8 +49,8 @@ def cost(graph: Graph, plan: Plan | Mapping[str, Any]) -> Cost:
 
     units = graph.positions(masks)
 
-    def count(terms: Sequence[Term]) -> Any:
-        return _count(terms, units, masks["blocks"], concrete)
+    def count(work: Sequence[Work]) -> Any:
+        return _count(work, units, masks["blocks"], concrete)
 
     return Cost(
         count([term for term, _ in sizes]),
@@ -58,36 +60,57 @@ def cost(graph: Graph, plan: Plan | Mapping[str, Any]) -> Cost:
     )
 
 
-def _count(terms: Sequence[Term], units: Mapping[str, Any], blocks: Mapping[str, Any], concrete: bool) -> Any:
-    dense = sum(term.scale * math.prod(axis.size for axis in term.axes) for term in terms)
+def _count(work: Sequence[Work], units: Mapping[str, Any], blocks: Mapping[str, Any], concrete: bool) -> Any:
+    dense = _dense(work)
     if concrete:
         dtype: Any = np.int64
     elif dense < 2**31:
         dtype = jnp.int32
     else:
         dtype = jnp.int64 if jax.config.read("jax_enable_x64") else jnp.float32
+    out = _sum(work, units, blocks, dtype)
+    return int(out) if concrete and not isinstance(out, int) and out.ndim == 0 else out
+
+
+def _dense(work: Sequence[Work]) -> Any:
+    """The count of the dense model."""
+    total = 0
+    for item in work:
+        if isinstance(item, Branches):
+            total += max(map(_dense, item.options))
+        else:
+            total += item.scale * math.prod(axis.size for axis in item.axes)
+    return total
+
+
+def _sum(work: Sequence[Work], units: Mapping[str, Any], blocks: Mapping[str, Any], dtype: Any) -> Any:
     total: Any = 0
-    constant = 0
-    for term in terms:
+    constant: Any = 0
+    for item in work:
+        if isinstance(item, Branches):
+            options = [_sum(option, units, blocks, dtype) for option in item.options]
+            if all(isinstance(option, int) for option in options):
+                constant += max(options)
+            else:
+                xp = jnp if any(isinstance(option, jax.Array) for option in options) else np
+                total = total + reduce(xp.maximum, [xp.asarray(option, dtype) for option in options])
+            continue
         amount: Any = 1
-        scale = term.scale
-        for axis in term.axes:
+        scale = item.scale
+        for axis in item.axes:
             n = axis_count(axis, units)
             if isinstance(n, int):
                 scale *= n
             else:
                 amount = amount * n.astype(dtype)
-        kept = _alive(term.contexts, blocks)
+        kept = _alive(item.contexts, blocks)
         if kept is not None:
             amount = amount * kept.astype(dtype)
         if isinstance(amount, int):
             constant += scale
         else:
             total = total + amount * np.asarray(scale, dtype)
-    if isinstance(total, int):
-        return constant
-    out = total + np.asarray(constant, dtype)
-    return int(out) if concrete and out.ndim == 0 else out
+    return constant if isinstance(total, int) else total + np.asarray(constant, dtype)
 
 
 def _alive(contexts: frozenset[frozenset[str]], blocks: Mapping[str, Any]) -> Any:

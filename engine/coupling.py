@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -11,12 +10,12 @@ import numpy as np
 from jax.tree_util import tree_structure
 
 from treesurgeon.engine.analysis import Analysis, analyse
-from treesurgeon.engine.axes import Axis, Reason, fixed_reason, fresh, pin, resolve, unify
+from treesurgeon.engine.axes import Axis, Reason, atoms, fixed_reason, fresh, pin, resolve, unify
 from treesurgeon.engine.errors import StructureError
 from treesurgeon.engine.flow import Contexts
-from treesurgeon.engine.graph import Graph, Group, Leaf, Member, Term
+from treesurgeon.engine.graph import Branches, Graph, Group, Leaf, Member, Term, Work
 from treesurgeon.engine.jaxprs import (
-    Eqn,
+    Call,
     Program,
     is_float,
     named_leaves,
@@ -35,6 +34,7 @@ def trace(
     params: Any,
     *args: Any,
     free_outputs: Iterable[str] = (),
+    free_inputs: Iterable[str] = (),
     pin_axes: Iterable[str] = (),
     couple: Iterable[tuple[str, str]] = (),
     **kwargs: Any,
@@ -47,6 +47,9 @@ def trace(
         args, kwargs: example arguments of `fn`, likewise. Axes of inputs are pinned, and so are those of outputs
             except outputs that mirror a leaf's path and shape (new batch statistics).
         free_outputs: paths (or first parts of paths) of outputs whose axes may shrink as well; "" frees all.
+        free_inputs: the same for array arguments: `args[0]`, the name of a keyword argument, or a path inside one
+            (`args[0]/image`). Where parameters hold positions of such an input, these are a group: input features to
+            select. `narrow` and `gate` still take the whole input; `narrow` takes a narrow one as well.
         pin_axes: axes of parameters that must stay, as `path[axis]`, or `path` for all axes of a leaf.
         couple: pairs of such axes, of one size, whose units must go together.
 
@@ -63,10 +66,11 @@ def trace(
     paths = list(leaves)
     program = traced.program
     leaf_axes = [tuple(fresh(n) for n in program.avals[v].shape) for v in program.inputs[: len(paths)]]
-    analysis = analyse(traced, paths, leaf_axes, call.names)
+    inputs = _free_inputs(tuple(free_inputs), call)
+    analysis = analyse(traced, paths, leaf_axes, call.names, inputs)
     free = tuple(free_outputs)
     for i, (path, v) in enumerate(zip(traced.out_paths, program.outputs, strict=True)):
-        if i in analysis.mirror_of or any(path == f or path.startswith(f"{f}/") or not f for f in free):
+        if i in analysis.mirror_of or _named(path, free):
             continue
         for axis in analysis.solution.of(v):
             pin(axis, Reason(f"an axis of the output {path}" if path else "an axis of the output"))
@@ -86,7 +90,20 @@ def trace(
                 f"couple: {a} has {first.size} positions and {b} has {second.size}: they cannot be one"
             )
         unify(first, second, Reason(f"{a} and {b} were coupled by hand, and split differently"))
-    return _build(analysis, paths, leaf_axes, tree_structure(params))
+    return _build(analysis, paths, leaf_axes, inputs, tree_structure(params))
+
+
+def _named(path: str, names: Iterable[str]) -> bool:
+    """Whether one of the names is the path, its first part, or "" (all paths)."""
+    return any(path == name or path.startswith(f"{name}/") or not name for name in names)
+
+
+def _free_inputs(names: Sequence[str], call: Call) -> dict[str, Axes]:
+    for name in names:
+        if not any(_named(path, [name]) for path in call.names):
+            raise StructureError(f"free_inputs names {name!r}; the array arguments are {', '.join(call.names)}")
+    pairs = zip(call.names, call.arrays, strict=True)
+    return {path: tuple(map(fresh, x.shape)) for path, x in pairs if _named(path, names)}
 
 
 def _axis_named(name: str, known: Mapping[str, Axis], where: str) -> Axis:
@@ -96,13 +113,20 @@ def _axis_named(name: str, known: Mapping[str, Axis], where: str) -> Axis:
     return known[name]
 
 
-def _build(analysis: Analysis, paths: list[str], leaf_axes: Sequence[Axes], tree: Any) -> Graph:
+def _build(
+    analysis: Analysis, paths: list[str], leaf_axes: Sequence[Axes], inputs: Mapping[str, Axes], tree: Any
+) -> Graph:
     program = analysis.program
     stacks = stacks_of(analysis, leaf_axes)
-    names = name_groups(analysis, paths, leaf_axes, stacks)
+    names = name_groups(analysis, paths, leaf_axes, inputs, stacks)
     for atom, name in [*names.items(), *((atom, stack.label) for atom, stack in stacks.items())]:
         atom.label = name
+    for axis in (axis for axes in inputs.values() for axis in axes):
+        for atom in atoms(axis):
+            if atom.label is None:
+                pin(atom, Reason("no parameter holds these positions"))
     frozen = [tuple(resolve(axis) for axis in axes) for axes in leaf_axes]
+    frozen_inputs = {name: tuple(map(resolve, axes)) for name, axes in inputs.items()}
     members: dict[str, list[Member]] = {name: [] for name in names.values()}
     for path, axes in zip(paths, frozen, strict=True):
         for d, axis in enumerate(axes):
@@ -118,15 +142,18 @@ def _build(analysis: Analysis, paths: list[str], leaf_axes: Sequence[Axes], tree
         aval = program.avals[v]
         trainable = is_float(aval) and (path.startswith("params/") or not has_collections)
         leaves[path] = Leaf(path, aval.shape, aval.dtype, axes, trainable, context)
+    for path, axes in [*zip(paths, frozen, strict=True), *frozen_inputs.items()]:
         for d, axis in enumerate(axes):
-            if aval.shape[d] > 1 and not labels(axis):
+            if not labels(axis) and axis.size not in (0, 1):
                 pinned[f"{path}[{d}]"] = fixed_reason(axis) or Reason("nothing reads it unit by unit")
     macs, activations = _work(analysis, number)
     divisors = _divisors(analysis.solution, program)
     steps = {stack.label: stack.blocks for stack in stacks.values()}
     met = _meetings(analysis.solution, lambda i: analysis.uses.eqns[i] is not None)
     meetings = {name: tuple(dict.fromkeys(met[name])) for name in groups if name in met}
-    return Graph(groups, blocks, pinned, ties, divisors, leaves, macs, activations, tree, steps, meetings)
+    return Graph(
+        groups, blocks, pinned, ties, divisors, leaves, macs, activations, tree, steps, meetings, frozen_inputs
+    )
 
 
 def _meetings(solution: Solution, alive: Callable[[int], bool]) -> dict[str, list[str]]:
@@ -155,20 +182,28 @@ def _rename(contexts: Contexts | None, number: Mapping[int, str]) -> frozenset[f
     return frozenset(frozenset(number[b] for b in context if b in number) for context in contexts)
 
 
-def _work(analysis: Analysis, number: Mapping[int, str]) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
-    """The multiply-accumulates and the output bytes of every live contraction, loops and branches included."""
-    macs: list[Term] = []
-    activations: list[Term] = []
+def _work(analysis: Analysis, number: Mapping[int, str]) -> tuple[tuple[Work, ...], tuple[Work, ...]]:
+    """The multiply-accumulates and the output bytes of every live contraction, loops and branches included.
 
-    def visit(solution: Solution, contexts: Callable[[int], Contexts | None], around: Axes) -> None:
+    Of a `while` loop, whose length nobody knows, it is one turn; of branches it is the largest.
+    """
+
+    def visit(solution: Solution, contexts: Callable[[int], Contexts | None], around: Axes) -> tuple[list, list]:
+        macs: list[Work] = []
+        activations: list[Work] = []
         for i, eqn in enumerate(solution.program.eqns):
             inside = contexts(i)
             if inside is None or solution.fixed(i):
                 continue
             if i in solution.bodies:
                 length = (solution.lengths[i],) if i in solution.lengths else ()
-                for body in _worked(eqn, solution.bodies[i]):
-                    visit(body, lambda _, inside=inside: inside, (*around, *map(resolve, length)))
+                turn = (*around, *map(resolve, length))
+                found = [visit(body, lambda _, inside=inside: inside, turn) for body in solution.bodies[i]]
+                for mine, his in zip((macs, activations), zip(*found, strict=True), strict=True):
+                    if eqn.name == "cond":
+                        mine.append(Branches(tuple(map(tuple, his))))
+                    else:
+                        mine += [work for body in his for work in body]
             rule = lookup(eqn.name)
             if rule is None or rule.contraction is None:
                 continue
@@ -179,29 +214,10 @@ def _work(analysis: Analysis, number: Mapping[int, str]) -> tuple[tuple[Term, ..
             summed = tuple(resolve(site.ins[1][d]) for d in contraction.rhs)
             macs.append(Term(contraction.extra, out + summed, context))
             activations.append(Term(solution.program.avals[eqn.outs[0]].dtype.itemsize, out, context))
+        return macs, activations
 
-    visit(analysis.solution, lambda i: analysis.uses.eqns[i], ())
+    macs, activations = visit(analysis.solution, lambda i: analysis.uses.eqns[i], ())
     return tuple(macs), tuple(activations)
-
-
-def _worked(eqn: Eqn, bodies: Sequence[Solution]) -> Sequence[Solution]:
-    """The programs that count: of a branch the largest; of a `while` loop, whose length nobody knows, one turn."""
-    if eqn.name == "cond":
-        return [max(bodies, key=_dense_macs)]
-    return bodies
-
-
-def _dense_macs(solution: Solution) -> int:
-    total = 0
-    for i, eqn in enumerate(solution.program.eqns):
-        rule = lookup(eqn.name)
-        if rule is not None and rule.contraction is not None:
-            site = solution.site(i)
-            contraction = rule.contraction(site)
-            summed = [site.in_shapes[1][d] for d in contraction.rhs]
-            total += math.prod([contraction.extra, *site.out_shapes[0], *summed])
-        total += sum(map(_dense_macs, _worked(eqn, solution.bodies.get(i, ()))))
-    return total
 
 
 def _divisors(solution: Solution, program: Program) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What a person reads about a graph: the whole as tables, one axis explained, a picture for Graphviz."""
+"""What a person reads about a graph: the whole as tables, one axis explained."""
 
 from __future__ import annotations
 
@@ -19,12 +19,19 @@ def prunable_share(graph: Graph) -> float:
     return sum(n for n, free in sizes if free) / max(sum(n for n, _ in sizes), 1)
 
 
+def holders(graph: Graph, group: str) -> list[tuple[str, int]]:
+    """The axes on which units of a group stand: free inputs, then leaves."""
+    found = [(name, d) for name, axes in graph.inputs.items() for d, axis in enumerate(axes) if group in labels(axis)]
+    return found + [(m.path, m.axis) for m in graph.groups[group].members]
+
+
 def describe(graph: Graph) -> str:
     """The graph as a table that a person can read."""
     share = f"{100 * prunable_share(graph):.1f} %"
     out = [f"{len(graph.groups)} groups; {share} of the parameters lie in leaves they can shrink"]
     rows: list[Sequence[str]] = [
-        (name, str(g.size), ", ".join(f"{m.path}[{m.axis}]" for m in g.members)) for name, g in graph.groups.items()
+        (name, str(g.size), ", ".join(f"{path}[{d}]" for path, d in holders(graph, name)))
+        for name, g in graph.groups.items()
     ]
     out += _table(("group", "units", "members"), rows)
     out.append(f"\n{len(graph.blocks)} blocks")
@@ -70,16 +77,15 @@ def layout(axis: Axis) -> str:
 
 def explain(graph: Graph, path: str, axis: int) -> str:
     """One axis of one leaf: its layout, what goes with each group on it, where they meet, or why it is pinned."""
-    leaf = graph.leaves[path]
-    found = leaf.axes[axis]
-    out = [f"{path}[{axis}], size {leaf.shape[axis]}: {layout(found)}"]
+    found = (graph.inputs[path] if path in graph.inputs else graph.leaves[path].axes)[axis]
+    out = [f"{path}[{axis}], size {found.size}: {layout(found)}"]
     if reason := graph.pinned.get(f"{path}[{axis}]"):
-        return f"{path}[{axis}], size {leaf.shape[axis]}, is pinned: {reason}"
+        return f"{path}[{axis}], size {found.size}, is pinned: {reason}"
     held = labels(found)
     for name in [name for name in graph.groups if name in held]:
         group = graph.groups[name]
         out.append(f"group {name!r}, {group.size} units; with it go")
-        out += [f"  {m.path}[{m.axis}]" for m in group.members if (m.path, m.axis) != (path, axis)]
+        out += [f"  {other}[{d}]" for other, d in holders(graph, name) if (other, d) != (path, axis)]
         met = graph.meetings.get(name, ())
         if met:
             out.append("because they meet at")
@@ -88,27 +94,3 @@ def explain(graph: Graph, path: str, axis: int) -> str:
         if label in held:
             out.append(f"entries of a scanned stack: dropping the block {names[0]!r}, … removes one")
     return "\n".join(out)
-
-
-def dot(graph: Graph) -> str:
-    """The coupling graph in Graphviz's language."""
-
-    def quote(text: str) -> str:
-        return '"' + text.replace('"', r"\"") + '"'
-
-    out = ["graph coupling {", "  rankdir=LR; node [fontname=Helvetica]; edge [color=gray]"]
-    for name, group in graph.groups.items():
-        out.append(f"  {quote('group ' + name)} [label={quote(f'{name}: {group.size}')} shape=ellipse style=filled]")
-    home = {leaf: block.name for block in graph.blocks.values() for leaf in block.leaves}
-    for i, block in enumerate(graph.blocks.values()):
-        inside = [leaf for leaf in block.leaves if home[leaf] == block.name]
-        if inside:
-            nodes = "; ".join(map(quote, inside))
-            out.append(f"  subgraph cluster_{i} {{ label={quote('block ' + block.name)}; {nodes} }}")
-    for path, leaf in graph.leaves.items():
-        shape = "×".join(map(str, leaf.shape))
-        out.append(f"  {quote(path)} [label={quote(f'{path} {shape}')} shape=box]")
-    for name, group in graph.groups.items():
-        for m in group.members:
-            out.append(f"  {quote('group ' + name)} -- {quote(m.path)} [label={m.axis}]")
-    return "\n".join([*out, "}"])

@@ -7,6 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from flax.core import meta, unfreeze
 
@@ -39,7 +40,7 @@ def from_nnx(model: nnx.Module, **call_kwargs: Any) -> tuple[Callable, dict[str,
     streams: pass `rngs=` to modules that take it for noise of your own.
 
     Args:
-        model: the model.
+        model: the model; one of `nnx.eval_shape` does for tracing.
         call_kwargs: keyword arguments that every call passes on to it; `method="encode"` calls that method instead.
 
     Returns:
@@ -50,6 +51,7 @@ def from_nnx(model: nnx.Module, **call_kwargs: Any) -> tuple[Callable, dict[str,
     if not isinstance(model, nnx.Module):
         raise StructureError(f"from_nnx takes an nnx.Module, got {type(model).__name__}; linen goes through from_linen")
     graphdef, random, *found = nnx.split(model, nnx.RngState, *_COLLECTIONS.values())
+    random = jax.tree.map(_seeded, random)
     states = {name: state for name, state in zip(_COLLECTIONS, found, strict=True) if jax.tree.leaves(state)}
     empty = {name: state for name, state in zip(_COLLECTIONS, found, strict=True) if name not in states}
 
@@ -70,6 +72,15 @@ def from_nnx(model: nnx.Module, **call_kwargs: Any) -> tuple[Callable, dict[str,
         return out, {name: nnx.to_pure_dict(changed[name]) for name in names if name in states}
 
     return fn, {name: nnx.to_pure_dict(state) for name, state in states.items()}
+
+
+def _seeded(x: Any) -> Any:
+    """Something in the place of a key or counter of which only the shape is known."""
+    if not isinstance(x, jax.ShapeDtypeStruct):
+        return x
+    if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jnp.zeros(x.shape, x.dtype)
+    return jax.random.split(jax.random.key(0), x.shape) if x.shape else jax.random.key(0)
 
 
 _COLLECTIONS: dict[str, Any] = {"params": nnx.Param, "batch_stats": nnx.BatchStat, "variables": ...}

@@ -8,10 +8,10 @@ mixes positions, on both sides, so that junk (infinities and NaN included) reach
   cotangent before the transposed contraction mixes it;
 - where something is broadcast along a prunable axis, its broadcast is selected too: the transpose of a broadcast is
   a sum;
-- parameters are selected as they enter, except kernels (see `flow.shared_kernels`): those stay one array for a whole
-  population of masks. A removed slice of a kernel meets only zeros, so it is enough that it is finite: entries that
-  are not are zeroed, and a result that reads such an entry through kept units is NaN, as it would be in the dense
-  model;
+- parameters and free inputs are selected as they enter, except kernels (see `flow.shared_kernels`): those stay one
+  array for a whole population of masks. A removed slice of a kernel meets only zeros, so it is enough that it is
+  finite: entries that are not are zeroed, and a result that reads such an entry through kept units is NaN, as it would
+  be in the dense model;
 - a dropped block computes on zeros, and its exit is its entry.
 """
 
@@ -89,8 +89,8 @@ def run_gated(
     for name in found.conflicts:
         if name in units:
             raise NarrowError(
-                f"this function reads group {name!r} in a way that the traced function did not, so it cannot be "
-                f"gated: trace this function instead, or leave the group out of the masks"
+                f"{found.conflict(graph, name)}, so it cannot be gated: trace this function instead, or leave the "
+                f"group out of the masks"
             )
     found.require(graph, blocks)
     sites = found.sites if mend is not None else {}
@@ -183,12 +183,18 @@ class _Gate:
         bits = {b: blocks[name] for b, name in found.blocks.items() if name in blocks}
         exits = {analysis.regions[b].exit: (analysis.regions[b].entry, bit) for b, bit in bits.items()}
         alive = _Alive(bits)
+        origin = dict(enumerate(analysis.uses.values))
+        for i, eqn in enumerate(program.eqns):  # others may need what is made along with a value
+            origin.update({v: analysis.uses.eqns[i] for v in eqn.outs if len(eqn.outs) > 1})
         env: dict[int, Any] = dict(program.consts)
         env.update(zip(program.inputs, inputs, strict=True))
         for v in program.inputs[: len(graph.leaves)]:
             if not shared.values[v] and not is_key(program.avals[v]):
                 on = alive(analysis.uses.values[v])
                 env[v] = self.clear(jnp.asarray(env[v]), dict(enumerate(solution.axes[v])), 1, on)
+        for v in program.inputs[len(graph.leaves) :]:
+            if self._masked(solution.axes[v]) and not is_key(program.avals[v]):
+                env[v] = self.clear(jnp.asarray(env[v]), dict(enumerate(solution.axes[v])), 1)
         for i, eqn in enumerate(program.eqns):
             contexts = analysis.uses.eqns[i]
             if contexts is None:
@@ -199,7 +205,7 @@ class _Gate:
                 if isinstance(v, Literal):
                     return v.value
                 x = env[v]
-                enters = self.on is not None and analysis.uses.values[v] != contexts and not solution.constant[v]
+                enters = self.on is not None and origin[v] != contexts and not solution.constant[v]
                 if enters and is_float(x) and not shared.values[v]:  # from outside into a block: no derivative back
                     x = select(self.on, x, 0, ())
                 return x

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from treesurgeon.engine.axes import Axis, Reason
-from treesurgeon.engine.describe import describe, dot, explain
+from treesurgeon.engine.describe import describe, explain
+from treesurgeon.engine.drawing import dot, svg
 from treesurgeon.engine.errors import PlanError
 from treesurgeon.engine.masks import axis_mask
 
@@ -110,6 +111,15 @@ class Term(NamedTuple):
     contexts: frozenset[frozenset[str]]
 
 
+class Branches(NamedTuple):
+    """Counts of which the largest counts: the branches of a condition."""
+
+    options: tuple[tuple[Work, ...], ...]
+
+
+Work: TypeAlias = Term | Branches
+
+
 @dataclass(frozen=True, eq=False)
 class Graph:
     """The coupled groups and droppable blocks of a traced function.
@@ -117,11 +127,12 @@ class Graph:
     Attributes:
         groups: prunable groups by name, in order of execution.
         blocks: droppable blocks by name, in order of execution.
-        pinned: why an axis of a parameter may not change, by `path[axis]`.
+        pinned: why an axis of a parameter (or of a free input) may not change, by `path[axis]`.
         ties: which units a dropped block makes one, by block.
         divisors: the mean and variance divisors that shrink with their axis, in words.
         meetings: where in the program several values meet that hold units of a group, by group.
         steps: the blocks that are the steps of a scanned stack, in order, by the label of the stack's layer axis.
+        inputs: the axes of the inputs that may shrink, by name.
     """
 
     groups: Mapping[str, Group]
@@ -130,11 +141,12 @@ class Graph:
     ties: Mapping[str, tuple[Tie, ...]]
     divisors: tuple[str, ...]
     leaves: Mapping[str, Leaf]
-    macs: tuple[Term, ...]
-    activations: tuple[Term, ...]
+    macs: tuple[Work, ...]
+    activations: tuple[Work, ...]
     tree: Any
     steps: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     meetings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    inputs: Mapping[str, tuple[Axis, ...]] = field(default_factory=dict)
 
     def masks(self, plan: Plan) -> dict[str, dict[str, np.ndarray]]:
         """A plan as masks: `{"units": {group: bool[size]}, "blocks": {block: bool[]}}`, True = kept.
@@ -247,11 +259,13 @@ class Graph:
     def explain(self, path: str, axis: int) -> str:
         """Which units stand on an axis of a leaf, what they go together with and where they meet; or why it is pinned.
 
+        Free inputs are explained as leaves are.
+
         Raises:
             PlanError: there is no such leaf or axis.
         """
-        self._known(path, self.leaves, "explain", "leaf")
-        rank = len(self.leaves[path].shape)
+        self._known(path, {**self.leaves, **self.inputs}, "explain", "leaf")
+        rank = len(self.inputs[path] if path in self.inputs else self.leaves[path].axes)
         if not 0 <= axis < rank:
             raise PlanError(f"explain: {path} has the axes 0 to {rank - 1}, got {axis}")
         return explain(self, path, axis)
@@ -259,6 +273,10 @@ class Graph:
     def dot(self) -> str:
         """The coupling graph in Graphviz's language: groups, the leaves they hold, and the blocks around these."""
         return dot(self)
+
+    def svg(self) -> str:
+        """The same as the text of an SVG file, for a browser: light or dark as its reader has it, with tooltips."""
+        return svg(self)
 
     def __str__(self) -> str:
         return describe(self)

@@ -6,19 +6,22 @@ or criteria until normalised.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from treesurgeon.engine.calls import rebuild
 from treesurgeon.engine.errors import TreesurgeonError
+from treesurgeon.engine.flow import Kinds
 from treesurgeon.engine.graph import Graph, Member
-from treesurgeon.engine.jaxprs import Literal, bind, named_leaves, standing_at
+from treesurgeon.engine.jaxprs import Literal, Operand, bind, named_leaves, standing_at
 from treesurgeon.engine.masks import labels, unit_index
 from treesurgeon.engine.retrace import Retracer
 from treesurgeon.engine.rules import lookup
+from treesurgeon.engine.solve import Solution
 
 Scores = dict[str, jax.Array]
 
@@ -105,7 +108,7 @@ def activation_energy(fn: Callable, graph: Graph) -> Callable:
     """`activation_energy(fn, graph)(params, *args)`: mean squares of the units' activations, `{group: float[size]}`.
 
     Measured where the units are read: at the operands of contractions, over examples and positions, summed over the
-    readers. Units that no contraction reads score 0.
+    readers; every step of a loop is one. Units that no contraction reads score 0.
     """
     retracer = Retracer(fn, graph)
 
@@ -113,32 +116,72 @@ def activation_energy(fn: Callable, graph: Graph) -> Callable:
         leaves = named_leaves(params)
         found, call = retracer(leaves, args, kwargs)
         analysis = found.analysis
-        program, solution = analysis.program, analysis.solution
-        out: Scores = {name: jnp.zeros(group.size) for name, group in graph.groups.items()}
-        env: dict[int, Any] = dict(program.consts)
-        env.update(zip(program.inputs, [*(leaves[path] for path in graph.leaves), *call.arrays], strict=True))
-        for i, eqn in enumerate(program.eqns):
-            if analysis.uses.eqns[i] is None:
-                continue
-            values = [v.value if isinstance(v, Literal) else env[v] for v in eqn.ins]
-            with standing_at(eqn):
-                env.update(zip(eqn.outs, bind(eqn, eqn.params, values), strict=True))
-            rule = lookup(eqn.name)
-            if rule is None or rule.contraction is None:
-                continue
-            contraction = rule.contraction(solution.site(i))
-            for k, dims in enumerate((contraction.lhs, contraction.rhs)):
-                v = eqn.ins[k]
-                if not isinstance(v, int) or not analysis.kinds.data[v]:
-                    continue
-                for d in dims:
-                    axis = solution.axes[v][d]
-                    square = jnp.square(values[k].astype(jnp.float32))
-                    along = square.mean(tuple(e for e in range(square.ndim) if e != d))
-                    for name in labels(axis) & graph.groups.keys():
-                        index = unit_index(axis, name)
-                        repeats = max(1, int((index >= 0).sum()) // graph.groups[name].size)
-                        out[name] = out[name] + _spread(along, index, graph.groups[name].size) / repeats
-        return out
+        values = [*(leaves[path] for path in graph.leaves), *call.arrays]
+        _, energy = _measured(graph, analysis.solution, analysis.kinds, values, analysis.uses.eqns)
+        return dict(zip(graph.groups, energy, strict=True))
 
     return measure
+
+
+def _measured(
+    graph: Graph, solution: Solution, kinds: Kinds, inputs: Sequence[Any], needed: Sequence[Any] | None = None
+) -> tuple[list[Any], list[Any]]:
+    """What a program returns, and the energy of each group in it."""
+    program = solution.program
+    energy: list[Any] = [jnp.zeros(group.size) for group in graph.groups.values()]
+    env: dict[int, Any] = {**program.consts, **dict(zip(program.inputs, inputs, strict=True))}
+
+    def read(v: Operand) -> Any:
+        return v.value if isinstance(v, Literal) else env[v]
+
+    for i, eqn in enumerate(program.eqns):
+        if needed is not None and needed[i] is None:
+            continue
+        values = [read(v) for v in eqn.ins]
+        with standing_at(eqn):
+            if i in solution.bodies:
+                outs, inner = _measured_call(graph, i, solution, kinds, values)
+                energy = [a + b for a, b in zip(energy, inner, strict=True)]
+            else:
+                outs = bind(eqn, eqn.params, values)
+        env.update(zip(eqn.outs, outs, strict=True))
+        rule = lookup(eqn.name)
+        if rule is None or rule.contraction is None:
+            continue
+        contraction = rule.contraction(solution.site(i))
+        for k, dims in enumerate((contraction.lhs, contraction.rhs)):
+            v = eqn.ins[k]
+            if not isinstance(v, int) or not kinds.data[v]:
+                continue
+            for d in dims:
+                axis = solution.axes[v][d]
+                square = jnp.square(values[k].astype(jnp.float32))
+                along = square.mean(tuple(e for e in range(square.ndim) if e != d))
+                for n, (name, group) in enumerate(graph.groups.items()):
+                    if name in labels(axis):
+                        index = unit_index(axis, name)
+                        repeats = max(1, int((index >= 0).sum()) // group.size)
+                        energy[n] = energy[n] + _spread(along, index, group.size) / repeats
+    return [read(v) for v in program.outputs], energy
+
+
+def _measured_call(
+    graph: Graph, i: int, solution: Solution, kinds: Kinds, values: list[Any]
+) -> tuple[list[Any], list[Any]]:
+    """The same of an equation that holds programs: the energy is handed out of them as more results."""
+    eqn, bodies = solution.program.eqns[i], solution.bodies[i]
+    inner = {id(body): found for body, found in zip(bodies, kinds.bodies[i], strict=True)}
+    zeros = [jnp.zeros(group.size) for group in graph.groups.values()]
+    if eqn.name.startswith("custom_"):  # nobody takes derivatives here
+        return _measured(graph, bodies[0], inner[id(bodies[0])], values)
+
+    def run(_: Any, body: Solution, xs: Sequence[Any]) -> list[Any]:
+        n = len(body.program.inputs)
+        outs, energy = _measured(graph, body, inner[id(body)], xs[:n])
+        return [*outs, *(a + b for a, b in zip(energy, xs[n:] or zeros, strict=True))]
+
+    if eqn.name == "while":  # what a loop hands out it carries
+        values = [*values, *zeros]
+    outs = rebuild(eqn, bodies, values, run, (), eqn.params.get("length"))
+    n = len(eqn.outs)
+    return outs[:n], [x.sum(0) for x in outs[n:]] if eqn.name == "scan" else outs[n:]

@@ -375,8 +375,14 @@ def split_call(args: tuple, kwargs: dict) -> Call:
         hash(key)
     except TypeError:
         key = None
-    names = tuple(f"args[{p[2:]}]" if p.startswith("0/") else p[2:] for p in (paths[i] for i in chosen))
-    return Call(arrays, names, key, rebuild)
+    return Call(arrays, tuple(_input_name(paths[i]) for i in chosen), key, rebuild)
+
+
+def _input_name(path: str) -> str:
+    """`0/2/image` of (args, kwargs) as `args[2]/image`, `1/batch/image` as `batch/image`."""
+    kind, _, rest = path.partition("/")
+    place, slash, inner = rest.partition("/")
+    return rest if kind == "1" else f"args[{place}]{slash}{inner}"
 
 
 def trace_call(fn: Callable, params: Any, call: Call) -> Traced:

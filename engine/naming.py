@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from treesurgeon.engine.analysis import Analysis
 from treesurgeon.engine.axes import Atom, Axis, atoms, resolve, same
 from treesurgeon.engine.blocks import Region, common_prefix
-from treesurgeon.engine.flow import Kinds, kernel_operand
+from treesurgeon.engine.flow import Kinds, kernel_leaves, kernel_operand
 from treesurgeon.engine.graph import Block, Tie
 from treesurgeon.engine.jaxprs import wiring
 from treesurgeon.engine.masks import single_units
@@ -48,14 +48,18 @@ def stacks_of(analysis: Analysis, leaf_axes: Sequence[Axes]) -> dict[Atom, Stack
 
 
 def name_groups(
-    analysis: Analysis, paths: list[str], leaf_axes: Sequence[Axes], steps: Container[Atom]
+    analysis: Analysis,
+    paths: list[str],
+    leaf_axes: Sequence[Axes],
+    inputs: Mapping[str, Axes],
+    steps: Container[Atom],
 ) -> dict[Atom, str]:
     """A name for every free atom that some leaf holds, in order of execution.
 
-    The name is the module of the leaf that makes the units: the first kernel on whose output axis they stand, else
-    the first leaf that holds them.
+    The name is that of the free input on which the units stand, or the module of the leaf that makes them: the first
+    kernel on whose output axis they stand, else the first leaf that holds them.
     """
-    base: dict[Atom, str] = {}
+    base: dict[Atom, str] = {atom: name for name, axes in inputs.items() for axis in axes for atom in atoms(axis)}
 
     def claim(axes: Iterable[Axis], leaf: int) -> None:
         for axis in axes:
@@ -106,18 +110,40 @@ def _number(names: Sequence[str]) -> list[str]:
     return out
 
 
-def _region_names(analysis: Analysis) -> list[str]:
-    """A name for each region: the module that it is the whole of, else the module of its first kernel."""
-    names = []
-    population: Counter[str] = Counter()
-    for module in analysis.modules:
+def _region_names(analysis: Analysis, around: Sequence[frozenset[int]]) -> list[str]:
+    """A name for each region.
+
+    The module that it is the whole of; else the scope of its kernels, if no others lie there; else the module of its
+    first kernel. Where a region inside it has that name already: the modules that it is made of, `layer0/mlp+norm`.
+    """
+    modules, program = analysis.modules, analysis.program
+    every = frozenset().union(*(kernel_leaves(program, i, analysis.kinds) for i in range(len(program.eqns))))
+    within: dict[str, set[int]] = {}
+    for leaf, module in enumerate(modules):
         parts = module.split("/")
-        population.update("/".join(parts[:k]) for k in range(1, len(parts) + 1))
-    for region, own in zip(analysis.regions, _own_leaves(analysis), strict=True):
-        home = common_prefix([analysis.modules[leaf] for leaf in own])
-        whole = home and population[home] == len(own)
-        names.append(home if whole else analysis.modules[min(region.kernels)])
+        for k in range(1, len(parts) + 1):
+            within.setdefault("/".join(parts[:k]), set()).add(leaf)
+    own = [set(leaves) for leaves in _own_leaves(analysis)]
+    homes = [common_prefix([modules[leaf] for leaf in sorted(leaves)]) for leaves in own]
+    names = [home if home and within[home] == leaves else "" for home, leaves in zip(homes, own, strict=True)]
+    taken = {name: b for b, name in enumerate(names) if name}
+    for b, region in enumerate(analysis.regions):
+        if names[b]:
+            continue
+        scope = common_prefix([modules[leaf] for leaf in sorted(region.kernels)])
+        name = scope if scope and (within[scope] & every) == region.kernels else modules[min(region.kernels)]
+        inner = taken.setdefault(name, b)
+        names[b] = (b in around[inner] and _made_of(homes[b], own[b], modules, within)) or name
     return _number(names)
+
+
+def _made_of(home: str, own: set[int], modules: Sequence[str], within: Mapping[str, set[int]]) -> str:
+    """The modules, side by side in `home`, that these leaves are the whole of, if they are two to four; else ""."""
+    depth = len(home.split("/")) if home else 0
+    parts = sorted({"/".join(modules[leaf].split("/")[: depth + 1]) for leaf in own} - {home})
+    if not 1 < len(parts) < 5 or set().union(*(within[part] for part in parts)) != own:
+        return ""
+    return "/".join(filter(None, [home, "+".join(part.rpartition("/")[2] for part in parts)]))
 
 
 def _own_leaves(analysis: Analysis) -> list[list[int]]:
@@ -147,12 +173,12 @@ def name_blocks(
     maker = {v: i for i, eqn in enumerate(program.eqns) for v in eqn.outs}
     own = _own_leaves(analysis)
     ties = {b: _ties(solution.of(region.entry), solution.of(region.exit)) for b, region in enumerate(analysis.regions)}
-    names = _region_names(analysis)
-    number = {b: names[b] for b, tie in ties.items() if tie is not None}
-    around: dict[int, frozenset[int]] = {}
+    around: list[frozenset[int]] = []
     for b, region in enumerate(analysis.regions):
         contexts = analysis.uses.eqns[maker[region.exit]] or frozenset()
-        around[b] = frozenset.intersection(*contexts) - {b} if contexts else frozenset()
+        around.append(frozenset.intersection(*contexts) - {b} if contexts else frozenset())
+    names = _region_names(analysis, around)
+    number = {b: names[b] for b, tie in ties.items() if tie is not None}
     blocks: dict[str, Block] = {}
     turns = region_turns(analysis.regions)
     waiting = sorted(stacks, key=lambda stack: -stack.eqn)

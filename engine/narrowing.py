@@ -120,7 +120,8 @@ def narrow(fn: Callable, graph: Graph, plan: Plan) -> Callable:
 
     `fn` is the traced function or any other primal function of the same parameters: the loss, training mode, another
     method. Take derivatives outside: `jax.grad(narrow(loss, graph, plan))`. Outputs that mirror parameters (new batch
-    statistics) come out narrow, those of removed leaves do not come out.
+    statistics) come out narrow, those of removed leaves do not come out. Inputs that were free in `trace` may come
+    whole or at what the plan keeps of them.
 
     Raises:
         PlanError: the plan does not fit the graph.
@@ -129,12 +130,12 @@ def narrow(fn: Callable, graph: Graph, plan: Plan) -> Callable:
     """
     masks = graph.masks(plan)
     units, shapes = graph.positions(masks), graph.shapes(masks)
-    retracer = Retracer(fn, graph)
+    retracer = Retracer(fn, graph, units)
 
     def narrowed(params: Any, *args: Any, **kwargs: Any) -> Any:
         leaves = check_leaves(params, shapes, "narrow")
         found, call = retracer(leaves, args, kwargs)
-        _check_conflicts(found, units)
+        _check_conflicts(found, graph, units)
         found.require(graph, plan.drop)
         inputs = [leaves.get(path, GONE) for path in graph.leaves]
         outs = Narrowed(units).main(found, [*inputs, *call.arrays], masks["blocks"])
@@ -143,13 +144,13 @@ def narrow(fn: Callable, graph: Graph, plan: Plan) -> Callable:
     return narrowed
 
 
-def _check_conflicts(found: Retraced, units: Mapping[str, np.ndarray]) -> None:
+def _check_conflicts(found: Retraced, graph: Graph, units: Mapping[str, np.ndarray]) -> None:
     for name, axis in found.conflicts.items():
         mask = axis_mask(axis, units)
         if (np.ones(axis.size, bool) if mask is None else mask).tolist() != units[name].tolist():
             raise NarrowError(
-                f"this function reads group {name!r} in a way that the traced function did not, so its units cannot "
-                f"go one by one: trace this function instead, or keep the whole group"
+                f"{found.conflict(graph, name)}, so its units cannot go one by one: trace this function instead, or "
+                f"keep the whole group"
             )
 
 
@@ -190,6 +191,8 @@ class Narrowed:
         program, regions = analysis.program, analysis.regions
         dropped = [regions[b] for b, name in found.blocks.items() if not blocks[name]]
         leaf_gone = [value is GONE for value in inputs]
+        for k in range(len(analysis.modules), len(inputs)):  # free inputs may come whole
+            inputs[k] = self.slim(inputs[k], analysis.solution.axes[program.inputs[k]])
         wanted = [
             GONE if (leaf := analysis.mirror_of.get(i)) is not None and leaf_gone[leaf] else v
             for i, v in enumerate(program.outputs)

@@ -8,7 +8,7 @@ function couples or splits groups in a way that the traced one did not, the atom
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,10 +16,11 @@ import jax
 from jax.tree_util import tree_unflatten
 
 from treesurgeon.engine.analysis import Analysis, analyse
-from treesurgeon.engine.axes import Atom, Axis, Fixed, Prod, Sum, product, resolve, total
+from treesurgeon.engine.axes import Atom, Axis, Fixed, Prod, Reason, Sum, fixed_reason, product, resolve, total
 from treesurgeon.engine.errors import NarrowError
 from treesurgeon.engine.graph import Graph
 from treesurgeon.engine.jaxprs import Call, concrete, split_call, struct, trace_call
+from treesurgeon.engine.masks import axis_count, labels
 from treesurgeon.engine.naming import region_turns
 from treesurgeon.engine.sites import Site, find_sites
 
@@ -40,6 +41,14 @@ class Retraced:
     def sites(self) -> dict[int, list[Site]]:
         """Where the function's contractions read groups, see sites.py."""
         return find_sites(self.analysis, self.paths)
+
+    def conflict(self, graph: Graph, name: str) -> str:
+        """What is wrong with a group of `conflicts`, in words."""
+        why = fixed_reason(self.conflicts[name])
+        text = f"this function reads group {name!r} in a way that the traced function did not"
+        text += f" ({why})" if why else ""
+        taken = [given for given, axes in graph.inputs.items() if any(name in labels(axis) for axis in axes)]
+        return f"{text}; it takes input features that the traced function takes as {taken[0]}" if taken else text
 
     def require(self, graph: Graph, names: Collection[str]) -> None:
         """Check that dropping these blocks of the graph means the same in this function.
@@ -65,10 +74,13 @@ class Retraced:
 
 
 class Retracer:
-    """Retraces a function once for every shape and dtype it is called at."""
+    """Retraces a function once for every shape and dtype it is called at.
 
-    def __init__(self, fn: Callable, graph: Graph):
-        self.fn, self.graph = fn, graph
+    With `units` (a plan's), free inputs may come whole or at what the plan keeps of them.
+    """
+
+    def __init__(self, fn: Callable, graph: Graph, units: Mapping[str, Any] | None = None):
+        self.fn, self.graph, self.units = fn, graph, units or {}
         self.known: dict[Any, Retraced] = {}
 
     def __call__(self, leaves: Mapping[str, Any], args: tuple, kwargs: dict) -> tuple[Retraced, Call]:
@@ -78,7 +90,7 @@ class Retracer:
         key = None if call.key is None else (call.key, dtypes, bool(jax.config.read("jax_enable_x64")))
         if key in self.known:
             return self.known[key], call
-        found = _retrace(self.fn, self.graph, dtypes, call)
+        found = _retrace(self.fn, self.graph, dtypes, call, self.units)
         if key is not None and concrete(found.analysis.program):
             self.known[key] = found
         return found, call
@@ -97,15 +109,16 @@ def _dtypes(graph: Graph, leaves: Mapping[str, Any]) -> tuple[Any, ...]:
     )
 
 
-def _retrace(fn: Callable, graph: Graph, dtypes: Sequence[Any], call: Call) -> Retraced:
+def _retrace(fn: Callable, graph: Graph, dtypes: Sequence[Any], call: Call, units: Mapping[str, Any]) -> Retraced:
     leaves = list(graph.leaves.values())
     structs = [struct(jax.ShapeDtypeStruct(leaf.shape, dtype)) for leaf, dtype in zip(leaves, dtypes, strict=True)]
-    traced = trace_call(fn, tree_unflatten(graph.tree, structs), call)
     own = {name: Atom(group.size, label=name) for name, group in graph.groups.items()}
     own |= {label: Atom(len(names), label=label) for label, names in graph.steps.items()}
     axes = [tuple(_instance(axis, own) for axis in leaf.axes) for leaf in leaves]
     paths = [leaf.path for leaf in leaves]
-    analysis = analyse(traced, paths, axes, call.names)
+    call, free = _whole_inputs(graph, call, own, units)
+    traced = trace_call(fn, tree_unflatten(graph.tree, structs), call)
+    analysis = analyse(traced, paths, axes, call.names, free)
     regions = {name: block for name, block in graph.blocks.items() if block.kernels}
     names = {(frozenset(block.kernels), block.turns, block.turn): name for name, block in regions.items()}
     turns_of = {kernels: turns for kernels, turns, _ in names}
@@ -118,6 +131,30 @@ def _retrace(fn: Callable, graph: Graph, dtypes: Sequence[Any], call: Call) -> R
             blocks[b] = name
     conflicts = {name: resolve(atom) for name, atom in own.items() if not _intact(atom)}
     return Retraced(analysis, paths, blocks, conflicts)
+
+
+def _whole_inputs(
+    graph: Graph, call: Call, own: Mapping[str, Atom], units: Mapping[str, Any]
+) -> tuple[Call, dict[str, tuple[Axis, ...]]]:
+    """The call with its free inputs at their whole size, and the axes of these; others of that name are pinned."""
+    arrays, free = list(call.arrays), {}
+    for k, (name, x) in enumerate(zip(call.names, call.arrays, strict=True)):
+        known = graph.inputs.get(name, ())
+        if len(known) != len(x.shape):
+            continue
+        bound = [bool(labels(axis)) for axis in known]
+        shape = [
+            axis.size if held and n == axis_count(axis, units) else n
+            for n, axis, held in zip(x.shape, known, bound, strict=True)
+        ]
+        if any(held and n != axis.size for n, axis, held in zip(shape, known, bound, strict=True)):
+            continue
+        free[name] = tuple(
+            _instance(axis, own) if held else Fixed(n, Reason(f"an axis of the input {name}"))
+            for n, axis, held in zip(shape, known, bound, strict=True)
+        )
+        arrays[k] = jax.ShapeDtypeStruct(tuple(shape), x.dtype, weak_type=struct(x).weak_type)
+    return replace(call, arrays=tuple(arrays)), free
 
 
 def _instance(axis: Axis, own: Mapping[str, Atom]) -> Axis:

@@ -12,7 +12,8 @@ table needs no rule.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,6 +22,7 @@ import numpy as np
 from jax.core import Tracer
 
 from treesurgeon.engine.axes import Axis, Reason, atoms, fresh, unify
+from treesurgeon.engine.errors import TreesurgeonError
 from treesurgeon.engine.jaxprs import (
     Eqn,
     Literal,
@@ -172,7 +174,8 @@ def _solve_call(solution: Solution, i: int, rules: bool) -> list[Axes]:
     bodies = tuple(solve(body, [inner[k] for k in ins], rules) for body, ins in zip(eqn.bodies, wires.ins, strict=True))
     solution.bodies[i] = bodies
     if rules and own_rule(eqn):
-        solution.rules[i] = derivative_rule(eqn, bodies[0])
+        with suppress(Underivable):  # what has no derivative relates nothing by one
+            solution.rules[i] = derivative_rule(eqn, bodies[0])
     outs: list[Axes | None] = [None] * len(eqn.outs)
     for j, k in wires.carried.items():
         outs[j] = operands[k]
@@ -194,6 +197,17 @@ def _solve_call(solution: Solution, i: int, rules: bool) -> list[Axes]:
     return [axes or () for axes in outs]
 
 
+class Underivable(TreesurgeonError):
+    """A derivative rule that raises when it is traced; the message is its own."""
+
+
+def _traced_rule(trace: Callable[[Eqn, Sequence[int]], Program], eqn: Eqn, chosen: Sequence[int]) -> Program:
+    try:
+        return trace(eqn, chosen)
+    except Exception as error:  # the rule is the user's: anything may come
+        raise Underivable(f"{eqn.where}: the derivative rule of `{eqn.name}` raises {error!r}") from error
+
+
 def derivative_rule(eqn: Eqn, body: Solution) -> Solution:
     """The derivative rule of a custom call, solved: each derivative has the axes of what it is the derivative of."""
     why = Reason(f"the derivative rule of `{eqn.name}` splits this axis differently", eqn.where)
@@ -201,11 +215,11 @@ def derivative_rule(eqn: Eqn, body: Solution) -> Solution:
     axes = [body.axes[v] for v in inputs]
     chosen = [k for k, v in enumerate(inputs) if is_float(body.program.avals[v])]
     if eqn.name == "custom_jvp_call":
-        rule = solve(jvp_program(eqn, chosen), [*axes, *(axes[k] for k in chosen)], rules=False)
+        rule = solve(_traced_rule(jvp_program, eqn, chosen), [*axes, *(axes[k] for k in chosen)], rules=False)
         of = [*map(body.of, outputs), *map(body.of, outputs)]
     else:
         cotangents = [body.of(v) for v in outputs if is_float(body.program.aval(v))]
-        rule = solve(vjp_program(eqn, chosen), [*axes, *cotangents], rules=False)
+        rule = solve(_traced_rule(vjp_program, eqn, chosen), [*axes, *cotangents], rules=False)
         of = [axes[k] for k in chosen]
     for v, known in zip(rule.program.outputs, of, strict=True):
         join(known, rule.of(v), why)

@@ -26,7 +26,7 @@ from treesurgeon.models.lstm import LSTMTagger, lstm_tagger
 from treesurgeon.models.mixer import Mixer, mixer
 from treesurgeon.models.mlp import MLP, mlp
 from treesurgeon.models.mobilenet import MobileNet, mobilenet
-from treesurgeon.models.presets import ZOO, Preset, get, resolve
+from treesurgeon.models.presets import ZOO, Preset, find, get, resolve
 from treesurgeon.models.resnet import ResNet, resnet
 from treesurgeon.models.swin import Swin, swin
 from treesurgeon.models.unet import UNet, unet
@@ -63,6 +63,7 @@ __all__ = [
     "densenet",
     "digits_cnn",
     "efficientnet",
+    "find",
     "get",
     "gpt",
     "imagenet_resnet",

@@ -112,11 +112,7 @@ def resolve(spec: str, **kwargs: Any) -> nn.Module:
         UnknownModelError: no such name, module or attribute.
         ModelSpecError: importing or calling it raised, or gave something else than a linen module.
     """
-    if ":" not in spec:
-        factory: Any = get(spec).factory
-    else:
-        module_name, _, attribute = spec.partition(":")
-        factory = _attribute(_import(module_name, spec), attribute, spec)
+    factory = find(spec)
     if isinstance(factory, nn.Module) and not kwargs:
         return factory
     if isinstance(factory, nn.Module) or not callable(factory):
@@ -137,6 +133,19 @@ def resolve(spec: str, **kwargs: Any) -> nn.Module:
             f"{type(module).__module__}.{type(module).__name__}"
         )
     return module
+
+
+def find(spec: str) -> Any:
+    """What `spec` names (see `resolve`), not called: a factory, a class, or a module.
+
+    Raises:
+        UnknownModelError: no such name, module or attribute.
+        ModelSpecError: importing it raised.
+    """
+    if ":" not in spec:
+        return get(spec).factory
+    module_name, _, attribute = spec.partition(":")
+    return _attribute(_import(module_name, spec), attribute, spec)
 
 
 def _import(name: str, spec: str) -> ModuleType:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 import tyro
+from flax import nnx
 
 from treesurgeon import engine, models
 from treesurgeon.engine import Graph
@@ -21,28 +25,34 @@ class Inspection:
     """What to look at."""
 
     model: Annotated[str, tyro.conf.Positional]
-    """A model of the zoo (resnet56, vit_tiny, …), or package.module:factory that returns a linen module."""
+    """A model of the zoo (resnet56, vit_tiny, …), or package.module:factory that returns a linen or nnx module."""
     input: tuple[str, ...] = ()
     """Shape and dtype of each input, such as 1,224,224,3 or 1,16:int32. Default: one image of the zoo's size."""
     dot: Path | None = None
     """Write the coupling graph here, in Graphviz's language."""
+    svg: Path | None = None
+    """Write a picture of the coupling graph here, for a browser."""
     explain: str = ""
     """An axis of a parameter, such as params/conv1/kernel[3]: what goes together with it and why, instead of all."""
 
 
 def inspect(options: Inspection, say: Callable[[str], None]) -> Graph:
     """Trace a model with parameters that are shapes only, and say what is found."""
-    module = models.resolve(options.model)
+    model: Any = nnx_model(options.model) or models.resolve(options.model)
     inputs = [_struct(text) for text in options.input] or [_preset_input(options.model)]
     try:
-        variables = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+        if isinstance(model, nnx.Module):
+            fn, params = engine.from_nnx(model)
+            jax.eval_shape(fn, params, *inputs)
+        else:
+            fn, params = engine.from_linen(model, jax.eval_shape(model.init, jax.random.key(0), *inputs))
     except Exception as error:
         shapes = ", ".join(f"{x.dtype}{list(x.shape)}" for x in inputs)
         raise RunError(f"{options.model} cannot be called with {shapes}: {error}; set --input") from error
-    fn, params = engine.from_linen(module, variables)
     graph = engine.trace(fn, params, *inputs)
-    if options.dot:
-        options.dot.write_text(graph.dot() + "\n")
+    for path, draw in ((options.dot, graph.dot), (options.svg, graph.svg)):
+        if path:
+            path.write_text(draw() + "\n")
     if options.explain:
         path, _, axis = options.explain.rpartition("[")
         if not path or not axis.rstrip("]").isdigit():
@@ -55,6 +65,32 @@ def inspect(options: Inspection, say: Callable[[str], None]) -> Graph:
     say("")
     say(costs(graph))
     return graph
+
+
+def nnx_model(spec: str) -> nnx.Module | None:
+    """The nnx model that a spec names, its arrays as shapes and in inference mode; None if it names none.
+
+    A factory that has an argument `rngs` is given one. One that cannot be traced is called as it is.
+    """
+    factory = models.find(spec)
+    if isinstance(factory, nnx.Module):
+        factory.eval()
+        return factory
+    if isinstance(factory, nn.Module) or not callable(factory):
+        return None
+
+    def build() -> Any:
+        takes = signature(factory.__init__ if isinstance(factory, type) else factory).parameters
+        model = factory(rngs=nnx.Rngs(0)) if "rngs" in takes else factory()
+        return model if isinstance(model, nnx.Module) else ()
+
+    for call in (nnx.eval_shape, lambda build: build()):
+        with suppress(Exception):  # `models.resolve` says what it is
+            model = call(build)
+            if isinstance(model, nnx.Module):
+                model.eval()
+                return model
+    return None
 
 
 def costs(graph: Graph) -> str:

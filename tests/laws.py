@@ -47,6 +47,7 @@ class Subject:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     free: Mapping[str, tuple] = field(default_factory=dict)
     """Outputs that may shrink: for each axis the (leaf, axis) whose units it holds, or None."""
+    free_inputs: tuple[str, ...] = ()
 
 
 def is_spec(x: Any) -> bool:
@@ -161,7 +162,8 @@ class Bench:
 
     @cached_property
     def graph(self) -> Graph:
-        return engine.trace(self.fn, self.params, *self.args, free_outputs=tuple(self.subject.free))
+        free = {"free_outputs": tuple(self.subject.free), "free_inputs": self.subject.free_inputs}
+        return engine.trace(self.fn, self.params, *self.args, **free)
 
     @cached_property
     def ones(self) -> Any:
@@ -372,7 +374,8 @@ class Bench:
         once = jitted(self.args)
         if eager:
             self.close(once, numpied(leaves_of(fast(small, *self.args))), "law 5, jit", 0)
-        if any(is_prng(a) for a in jax.tree.leaves(self.args)):
+        leaves = jax.tree.leaves(self.args)
+        if not leaves or any(map(is_prng, leaves)):
             return
         other = draw(self.subject.args, "other", self.dtype)
         twice = jitted(other)
@@ -403,6 +406,7 @@ class Bench:
 
     def shared_part(self, first: Plan, graph: Graph, second: Plan) -> Plan:
         """What of a plan for the narrowed model has a name in the dense one: its graph may be finer or coarser."""
+        held = {name: {(m.path, m.axis) for m in group.members} for name, group in self.graph.groups.items()}
         families: list[dict[str, list[tuple[str, int]]]] = [{}, {}]
         for name, units in self.graph.closed(first).keep.items():
             families[0].setdefault(name.partition("[")[0], []).append((name, len(units)))
@@ -412,6 +416,7 @@ class Bench:
             name: units
             for name, units in second.keep.items()
             if families[0].get(base := name.partition("[")[0]) == families[1][base]
+            and {(m.path, m.axis) for m in graph.groups[name].members} <= held[name]  # else a name for other units
         }
         drop = {
             name
@@ -445,10 +450,16 @@ class Bench:
 
 
 def count_macs(closed: Any) -> int:
-    """Multiply-accumulates of a jaxpr, from shapes alone: calls are entered, `while` for one turn."""
+    """Multiply-accumulates of a jaxpr, from shapes alone: calls are entered, `while` for one turn.
+
+    What depends on none of its inputs is a constant, and computed once.
+    """
     jaxpr = getattr(closed, "jaxpr", closed)
-    total = 0
+    total, known = 0, set(jaxpr.invars)
     for eqn in jaxpr.eqns:
+        if not any(v in known for v in eqn.invars if not hasattr(v, "val")):
+            continue
+        known.update(eqn.outvars)
         shapes = [v.aval.shape for v in eqn.invars]
         if eqn.primitive.name == "dot_general":
             (contract, _), _ = eqn.params["dimension_numbers"]

@@ -1,4 +1,4 @@
-"""Programs that once broke a law, most of them found by `fuzz.py` and made small: more odd programs, as in `zoo.py`."""
+"""Programs that once broke a law, most of them found by `fuzz` and made small: more odd programs, as in `zoo.py`."""
 
 from __future__ import annotations
 
@@ -43,6 +43,13 @@ def mask_of_the_input(p, x):
 def cond_on_the_input(p, x):
     h = jnp.tanh(x)
     return lax.cond(h.sum() > 0, lambda a: a @ p["a"], lambda a: a * 0.5, h).max(1)
+
+
+@case({"w": arr(4, 6), "v": arr(4, 4)}, arr(5, 4))
+def branches_that_change_places(p, x):
+    """The branch with more work is not the one that has more of it left."""
+    wide = lambda a: a + jnp.tanh(a @ p["w"]).sum()
+    return lax.scan(lambda c, t: (lax.cond(t.sum() > 0, wide, lambda a: a @ p["v"], c), t), x, x)[0]
 
 
 def with_rule(rule: Callable) -> Callable:
@@ -141,6 +148,15 @@ def normalised_heads(p, x):
     k = jnp.einsum("nd,dhk->nhk", x, p["k"])
     k = k / jnp.linalg.norm(k, axis=-1, keepdims=True)  # a removed head: 0 / 0
     return jnp.einsum("nh,hko->no", jnp.einsum("nhk,mgk->nhmg", k, k).sum((2, 3)), p["o"])
+
+
+@case({"a": arr(5, 6), "c": arr(4, 6), "b": arr(6, 6)}, arr(3, 5), arr(3, 4))
+def loop_half_of_which_a_block_reads(p, x, y):
+    """The norm of zeros has no derivative; the loop that makes the zeros makes `sums` as well."""
+    h, u = x @ p["a"], y @ p["c"]
+    zeros, sums = lax.scan(lambda c, t: (c * (t.sum() * 0), t.sum()), h, h)
+    u = u + jnp.tanh(u @ p["b"]) * (zeros**2).sum(1, keepdims=True) ** 0.5
+    return u.sum(1) + sums
 
 
 @case({"i": arr(4, 6), "hh": arr(3, 6), "o": arr(6, 2)}, arr(2, 4))

@@ -58,7 +58,7 @@ def programs(draw, products=True):
             )
         elif op == "cut":
             n = draw(st.integers(0, a.size))
-            head, tail = ax.cut_at(a, n)
+            head, tail = ax.cut_at(a, n, WHY)
             p.add(head, lambda mask, a=a, n=n: mask(a)[:n])
             p.add(tail, lambda mask, a=a, n=n: mask(a)[n:])
         elif op == "merge" and a.size * b.size <= 40:
@@ -198,13 +198,28 @@ def test_heads_refine():
 
 def test_a_cut_row_pins_only_itself():
     rows, columns = ax.fresh(4), ax.fresh(3)
-    head, tail = ax.cut_at(ax.product([rows, columns]), 4)
+    head, tail = ax.cut_at(ax.product([rows, columns]), 4, WHY)
     assert (head.size, tail.size) == (4, 8)
     assert sum(atom.size for atom in ax.atoms(rows)) == 2  # rows 2 and 3; row 0 is single, row 1 is cut
 
 
+def test_what_pins_single_positions_is_told():
+    axis, rows = ax.fresh(4), ax.fresh(3)
+    rest = axis
+    for _ in range(3):
+        _, rest = ax.cut_at(rest, 1, WHY)
+    assert str(ax.fixed_reason(axis)) == "its positions were split one by one (here.py:1)"
+    ax.cut_at(ax.product([rows, ax.fresh(2)]), 3, WHY)
+    assert str(ax.fixed_reason(rows)) == "its positions were split one by one (here.py:1)"
+    pair = ax.product([ax.fresh(2), ax.fresh(4)])
+    ax.cut_at(pair, 6, WHY)
+    joined = ax.total([ax.fresh(1), ax.fresh(1)])
+    assert str(ax.fixed_reason(joined)) == "single positions end to end carry no choice"
+    assert ax.fixed_reason(ax.total([ax.fresh(1), joined, ax.Fixed(2, WHY)])) is WHY
+
+
 def test_numpy_integers_are_integers():
-    head, tail = ax.cut_at(ax.fresh(7), np.int64(3))
+    head, tail = ax.cut_at(ax.fresh(7), np.int64(3), WHY)
     assert type(head.size) is int
     assert type(tail.size) is int
 

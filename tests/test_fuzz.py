@@ -1,4 +1,4 @@
-"""Random programs (fuzz.py) put to the laws: a few that are always the same; as many as time allows where slow.
+"""Random programs (`fuzz`) put to the laws: a few that are always the same; as many as time allows where slow.
 
 In float32 they are only traced; a process with x64 on puts them to the laws.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 import fuzz
 import jax
 import pytest
+from fuzz import reducing
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from laws import Bench, plans, random_plan
@@ -53,7 +54,7 @@ def test_reducing_finds_the_guilty_step(monkeypatch):
     def forbidden(program, **_):
         return fuzz.Failure("sine", "a sine") if "jnp.sin(" in program.source() else None
 
-    monkeypatch.setattr(fuzz, "check", forbidden)
+    monkeypatch.setattr(reducing, "check", forbidden)
     programs = (fuzz.generate(seed) for seed in range(200))
     program = next(p for p in programs if forbidden(p) and len(p.steps) > 5)
     small, _ = fuzz.reduce(program, forbidden(program))
@@ -89,7 +90,7 @@ else:
 @pytest.mark.parametrize("seed", range(6))
 def test_many_random_programs(seed, tmp_path):
     out = tmp_path / "found.py"
-    command = [sys.executable, f"{HERE}/fuzz.py", "--seconds", "200", "--seed", str(seed), "--out", str(out), "--extra"]
+    command = [sys.executable, "-m", "fuzz", "--seconds", "200", "--seed", str(seed), "--out", str(out), "--extra"]
     done = subprocess.run(command, cwd=HERE.parent, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert not out.exists(), out.read_text()

@@ -10,6 +10,7 @@ import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import Bench, arr, draw
+from subjects import subjects
 
 from treesurgeon import engine
 from treesurgeon.engine import Plan, PlanError, StructureError
@@ -177,6 +178,20 @@ def test_shared_layers_make_blocks_that_drop_apart():
     one, both = (graph.shapes(graph.masks(Plan({}, drop))) for drop in ({"b[0]"}, {"b[0]", "b[1]"}))
     assert one["b/w"] == (6, 6)
     assert both["b/w"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [
+        ("vit", ["attention", "attention+norm1", "mlp"]),
+        ("bert", ["attention", "mlp"]),
+        ("mixer", ["tokens", "channels"]),
+        ("llama-tied", ["attention", "attention+norm1", "down", "down+gate+norm2+up"]),
+    ],
+)
+def test_blocks_are_named_by_the_modules_that_they_are(name, blocks):
+    found = list(Bench(subjects()[name]).graph.blocks)
+    assert [block.removeprefix("layer0/") for block in found if block.startswith("layer0/")] == blocks
 
 
 # Tracing.

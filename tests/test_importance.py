@@ -87,6 +87,57 @@ def test_activation_energy():
     assert importance("activation", GRAPH, P, energy=energy).keys() == energy.keys()
 
 
+LOOPED = {"a": normal(5, 4), "b": normal(4, 4), "c": normal(4, 3), "w": normal(3, 4, 4)}
+ROWS = normal(6, 5)
+HIDDEN = ROWS @ LOOPED["a"]
+
+
+@jax.custom_jvp
+def squashed(h, b):
+    return jnp.tanh(h @ b)
+
+
+squashed.defjvp(lambda v, t: jax.jvp(lambda h, b: jnp.tanh(h @ b), v, t))
+
+
+def steps(n):
+    """What a loop's steps read: h, tanh(h b), …"""
+    out = [HIDDEN]
+    for _ in range(n - 1):
+        out.append(np.tanh(out[-1] @ LOOPED["b"]))
+    return out
+
+
+STACK = [HIDDEN]
+for layer in LOOPED["w"][:-1]:
+    STACK.append(np.tanh(STACK[-1] @ layer))
+
+
+@pytest.mark.parametrize(
+    ("name", "inside", "reads"),
+    [
+        ("scan", lambda p, h: jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, p["w"])[0], STACK),
+        ("fori", lambda p, h: jax.lax.fori_loop(0, 3, lambda _, h: jnp.tanh(h @ p["b"]), h), steps(3)),
+        (
+            "while",
+            lambda p, h: jax.lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + 1, jnp.tanh(s[1] @ p["b"])), (0, h))[
+                1
+            ],
+            steps(3),
+        ),
+        ("cond", lambda p, h: jax.lax.cond(h.sum() < 1e9, lambda h: jnp.tanh(h @ p["b"]), lambda h: h, h), steps(1)),
+        ("custom", lambda p, h: squashed(h, p["b"]), steps(1)),
+        ("nested", lambda p, h: jax.lax.fori_loop(0, 2, lambda _, h: squashed(h, p["b"]), h), steps(2)),
+    ],
+)
+def test_energy_of_what_is_read_inside(name, inside, reads):
+    """Outside there is only a sum over units, so that all energy comes from inside."""
+    looped = lambda p, x: inside(p, x @ p["a"]).sum(1)
+    graph = engine.trace(looped, LOOPED, ROWS)
+    energy = jax.jit(activation_energy(looped, graph))(LOOPED, ROWS)
+    np.testing.assert_allclose(energy["a"], sum((h**2).mean(0) for h in reads), rtol=1e-5)
+
+
 def test_energy_does_not_depend_on_the_order_of_a_mapping():
     backwards = jax.tree.map(lambda x: x, P)
     backwards["params"] = dict(reversed(backwards["params"].items()))

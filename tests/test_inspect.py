@@ -1,9 +1,17 @@
 """What a person is told about a graph: tables, explanations, pictures, and the command that prints them."""
 
+import itertools
+import re
+import sys
+import xml.etree.ElementTree as ET
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from laws import Bench
+from zoo import ODD, ZOO
 
 from treesurgeon import engine
 from treesurgeon.engine import PlanError, StructureError
@@ -57,6 +65,66 @@ def test_dot_names_every_group_and_leaf():
     assert text.count("{") == text.count("}")
     for line in ('"group a" -- "c" [label=1]', '"b" [label="b 6×4" shape=box]'):
         assert line in text
+    nested = Bench(ODD["nested_residuals"].subject).graph.dot()
+    assert nested.index('"cluster a"') < nested.index('"cluster b"') < nested.index('"b/w" [') < nested.index("}")
+
+
+# Pictures, read back as XML.
+
+
+def picture(graph):
+    """By class of <g>: what each tells, its rectangle, and its lines and numbers."""
+    root = ET.fromstring(graph.svg())
+    out = {}
+    for g in root.iter(f"{NS}g"):
+        rect = g.find(f"{NS}rect")
+        box = [float(rect.get(k)) for k in ("x", "y", "width", "height")]
+        lines = [[float(n) for n in re.findall(r"-?[\d.]+", p.get("d"))] for p in g.iter(f"{NS}path")]
+        numbers = [t.text for t in g.iter(f"{NS}text") if t.get("class") == "axis"]
+        out.setdefault(g.get("class").split()[0], {})[g.find(f"{NS}title").text] = box, lines, numbers
+    return out, float(root.get("width")), float(root.get("height"))
+
+
+NS = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.mark.parametrize("name", ["nested_residuals", "free_inputs", "scanned_stack", "conv_grouped", "plain_pytree"])
+def test_the_picture_shows_every_group_leaf_and_block(name):
+    graph = Bench({**ZOO, **ODD}[name].subject).graph
+    drawn, width, height = picture(graph)
+    leaves = {title.partition(",")[0]: box for title, (box, _, _) in drawn["leaf"].items()}
+    assert leaves.keys() == graph.leaves.keys() | graph.inputs.keys()
+    groups = {title.partition(",")[0]: found for title, found in drawn["group"].items()}
+    assert list(groups) == [*graph.groups, *graph.steps]
+    for group in graph.groups.values():
+        box, lines, numbers = groups[group.name]
+        n = len(group.members)  # the lines to inputs come before
+        for member, line, number in zip(group.members, lines[-n:], numbers[-n:], strict=True):
+            x, y, _, h = leaves[member.path]
+            assert line[:2] == [box[0] + box[2], box[1] + 10]
+            assert line[-2] == x
+            assert y <= line[-1] <= y + h
+            assert number == str(member.axis)
+    boxes = [box for kind in drawn.values() for box, _, _ in kind.values()]
+    assert all(x >= 0 and y >= 0 and x + w <= width and y + h <= height for x, y, w, h in boxes)
+    for column in (leaves.values(), (box for box, _, _ in groups.values())):
+        ordered = sorted(column, key=lambda box: box[1])
+        assert all(a[1] + a[3] <= b[1] + 0.1 for a, b in itertools.pairwise(ordered))
+    for title, ((x, y, w, h), _, _) in drawn.get("block", {}).items():
+        inside = graph.blocks[title.partition(",")[0].removeprefix("block ")].leaves
+        for path, (u, v, _, t) in leaves.items():
+            assert (x < u < x + w and y < v and v + t < y + h) == (path in inside)
+
+
+def test_the_picture_says_why_an_axis_is_pinned():
+    drawn, _, _ = picture(engine.trace(fn, P, X))
+    assert "d, 4×2\naxis 0: b\naxis 1: an axis of the output" in drawn["leaf"]
+    assert "@media (prefers-color-scheme: dark)" in engine.trace(fn, P, X).svg()
+
+
+def test_the_picture_escapes_names():
+    graph = engine.trace(lambda p, x: jnp.tanh(x @ p["<a>&"]).sum(-1), {"<a>&": P["a"]}, X)
+    assert list(picture(graph)[0]["group"]) == ["<a>&, 6 units\n<a>&[1]"]
 
 
 def test_axes_can_be_pinned_by_hand():
@@ -79,17 +147,27 @@ def test_axes_can_be_coupled_by_hand():
         engine.trace(fn, P, X, couple=[("a[1]", "d[0]")])
 
 
+def test_free_inputs_are_explained():
+    graph = engine.trace(fn, P, X, free_inputs=["args[0]"])
+    text = graph.explain("args[0]", 1)
+    assert text.startswith("args[0][1], size 5: args[0]\ngroup 'args[0]', 5 units; with it go\n  a[0]\n  c[0]\n")
+    assert "  args[0][1]\n" in graph.explain("a", 0)
+    assert graph.explain("args[0]", 0) == "args[0][0], size 3, is pinned: an axis of the output"
+    assert "args[0][1], a[0], c[0]" in str(graph)
+
+
 def test_the_share_that_can_go():
     assert str(engine.trace(fn, P, X)).startswith("2 groups; 100.0 % of the parameters lie in leaves they can shrink")
     assert "0 groups; 0.0 %" in str(engine.trace(lambda p, x: x @ p["a"], {"a": P["a"]}, X))
 
 
 def test_the_command_prints_all_of_it(capsys, tmp_path):
-    main(["inspect", "digits_cnn", "--dot", str(tmp_path / "g.dot")])
+    main(["inspect", "digits_cnn", "--dot", str(tmp_path / "g.dot"), "--svg", str(tmp_path / "g.svg")])
     out = capsys.readouterr().out
     assert "of the parameters lie in leaves they can shrink" in out
     assert "one unit of a group takes" in out
     assert (tmp_path / "g.dot").read_text().startswith("graph coupling {")
+    assert ET.parse(tmp_path / "g.svg").getroot().tag == f"{NS}svg"
 
 
 def test_the_command_explains_one_axis(capsys):
@@ -97,10 +175,62 @@ def test_the_command_explains_one_axis(capsys):
     assert "is pinned: an axis of the input" in capsys.readouterr().out
 
 
+class Net(nnx.Module):
+    """Noise in inference as well, so that a key is read."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.a = nnx.Linear(5, 6, rngs=rngs)
+        self.norm = nnx.BatchNorm(6, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+        self.c = nnx.Linear(6, 2, rngs=rngs)
+        self.rngs = rngs
+
+    def __call__(self, x):
+        h = self.drop(self.norm(self.a(x)))
+        return self.c(h + self.rngs.normal(h.shape))
+
+
+def read_from_disk():
+    """A factory that cannot be traced."""
+    net = Net(nnx.Rngs(0))
+    np.asarray(net.a.kernel[...])
+    return net
+
+
+NET = Net(nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("name", ["Net", "read_from_disk", "NET"])
+def test_the_command_takes_nnx_models(capsys, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, "nets", sys.modules[__name__])
+    main(["inspect", f"nets:{name}", "--input", "3,5", "--explain", "params/a/kernel[1]"])
+    out = capsys.readouterr().out
+    assert out.startswith("params/a/kernel[1], size 6: a\ngroup 'a', 6 units; with it go\n")
+    assert "\n  batch_stats/norm/mean[0]\n" in out
+    assert "\n  params/c/kernel[0]\n" in out
+
+
+def test_an_nnx_model_of_shapes_is_traced_and_cut():
+    net = nnx.eval_shape(lambda: Net(nnx.Rngs(0)))
+    net.eval()
+    fn, shapes = engine.from_nnx(net)
+    assert {type(x) for x in jax.tree.leaves(shapes)} == {jax.ShapeDtypeStruct}
+    graph = engine.trace(fn, shapes, X)
+    NET.eval()
+    dense, params = engine.from_nnx(NET)
+    plan = engine.Plan({"a": [0, 2, 3]})
+    small = engine.cut(params, graph, plan)
+    assert jax.tree.map(lambda x: x.shape, engine.cut(shapes, graph, plan)) == jax.tree.map(lambda x: x.shape, small)
+    want = engine.gate(dense, graph)(params, graph.masks(plan), X)
+    np.testing.assert_allclose(engine.narrow(dense, graph, plan)(small, X), want, rtol=1e-5)
+    assert not np.allclose(want, dense(params, X), atol=1e-2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["treesurgeon.models.mlp:mlp"], "is not in the zoo: say what it takes"),
+        (["treesurgeon.engine.errors:PlanError", "--input", "1"], "expected its factory to return a flax"),
         (["mlp", "--input", "a,b"], "--input takes sizes and a dtype"),
         (["resnet20", "--input", "1,5"], "resnet20 cannot be called with float32[1, 5]"),
         (["mlp", "--explain", "params"], "--explain takes a leaf and an axis"),

@@ -161,6 +161,71 @@ def test_the_inference_graph_serves_training_in_numbers(name):
         bench.law2_and_5(random_plan(bench.graph, seed, drop=0.6))
 
 
+# Inputs whose axes may shrink.
+
+FREE = engine.trace(model, P, X, free_inputs=["args[0]"])
+CHOSEN = Plan({"args[0]": [0, 3], "s": [0, 2, 3]})
+
+
+def test_a_free_input_comes_whole_or_narrow():
+    small, fast = engine.cut(P, FREE, CHOSEN), engine.narrow(model, FREE, CHOSEN)
+    assert small["s"]["w"].shape == (2, 3)
+    want = engine.gate(model, FREE)(P, FREE.masks(CHOSEN), X)
+    assert not np.allclose(want, model(P, X), atol=1e-2)
+    close((fast(small, X), fast(small, X[:, [0, 3]])), (want, want))
+    close(fast(small, X[:2]), want[:2])
+    close(jax.jit(jax.vmap(lambda x: fast(small, x)))(X[:, None]), want[:, None])
+    with pytest.raises(TypeError, match="dot_general"):
+        fast(small, X[:, :3])
+
+
+def test_narrowing_a_narrow_input_again():
+    small, fast = engine.cut(P, FREE, CHOSEN), engine.narrow(model, FREE, CHOSEN)
+    again = engine.trace(fast, small, X[:, [0, 3]], free_inputs=[""])
+    second = Plan({"args[0]": [1], "s": [0, 2]})
+    both = FREE.then(CHOSEN, second)
+    assert both.keep["args[0]"].tolist() == [3]
+    smaller = engine.cut(small, again, second)
+    close(
+        engine.narrow(fast, again, second)(smaller, X[:, [3]]),
+        engine.narrow(model, FREE, both)(engine.cut(P, FREE, both), X),
+    )
+
+
+def test_removed_input_features_are_not_read():
+    """A missing feature may be NaN; no derivative flows to it."""
+    holes = X.copy()
+    holes[:, [1, 2, 4]] = np.nan
+    masks, small = FREE.masks(CHOSEN), engine.cut(P, FREE, CHOSEN)
+    run = jax.value_and_grad(lambda x: engine.gate(loss, FREE)(P, masks, x, Y))
+    narrow = jax.value_and_grad(lambda x: engine.narrow(loss, FREE, CHOSEN)(small, x, Y))
+    close((*run(holes), *narrow(holes)), run(X) * 2)
+    assert (np.asarray(run(holes)[1])[:, [1, 2, 4]] == 0).all()
+
+
+def test_a_free_input_under_another_name_is_pinned():
+    def batched(p, batch):
+        return loss(p, batch["x"], batch["y"])
+
+    batch, message = {"x": X, "y": Y}, r"\(an axis of the input args\[0\]/x\); it takes input features that the traced"
+    with pytest.raises(NarrowError, match=message):
+        engine.narrow(batched, FREE, CHOSEN)(engine.cut(P, FREE, CHOSEN), batch)
+    with pytest.raises(NarrowError, match=message):
+        engine.gate(batched, FREE)(P, FREE.masks(CHOSEN), batch)
+    units = Plan({"s": [0, 2, 3]})
+    close(
+        engine.narrow(batched, FREE, units)(engine.cut(P, FREE, units), batch),
+        engine.narrow(loss, FREE, units)(engine.cut(P, FREE, units), X, Y),
+    )
+
+
+def test_free_inputs_that_are_not_there():
+    with pytest.raises(StructureError, match=r"free_inputs names 'x'; the array arguments are args\[0\]"):
+        engine.trace(model, P, X, free_inputs=["x"])
+    by_name = engine.trace(lambda p, *, x: model(p, x), P, x=X, free_inputs=["x"])
+    assert next(iter(by_name.groups)) == "x"
+
+
 # Callers.
 
 
@@ -439,6 +504,32 @@ def test_linear_algebra_and_statistics_pin():
         return jnp.linalg.solve(gram, p["c"]["w"]).sum(0) + jnp.linalg.eigh(gram)[0].sum() + jnp.median(h, -1).sum()
 
     assert not agree(fn, P, X).groups
+
+
+def test_functions_without_a_derivative_are_traced():
+    def refuse(*_):
+        raise NotImplementedError("no derivative")
+
+    act = jax.custom_vjp(jnp.tanh)
+    act.defvjp(refuse, lambda _, g: (g,))
+    fn = lambda p, x: dense(p["c"], act(dense(p["s"], x)))
+    graph = agree(fn, P, X)
+    assert list(graph.groups) == ["s"]
+    fast = engine.narrow(fn, graph, KEEP)
+    with pytest.raises(Exception, match=r"test_verbs.py:\d+: the derivative rule of `custom_vjp_call` raises Not"):
+        jax.grad(lambda p: fast(p, X).sum())(engine.cut(P, graph, KEEP))
+
+
+def test_forward_mode_through_a_reverse_rule_pins():
+    inner = jax.custom_vjp(jnp.tanh)
+    inner.defvjp(lambda v: (jnp.tanh(v), v), lambda _, g: (g,))
+    outer = jax.custom_jvp(lambda v: inner(v))
+    outer.defjvp(lambda v, t: jax.jvp(inner, v, t))
+    fn = lambda p, x: dense(p["c"], outer(dense(p["s"], x)))
+    graph = agree(fn, P, X)
+    assert "custom_lin" in str(graph.pinned["s/w[1]"])
+    grads = jax.grad(lambda p: engine.narrow(fn, graph, Plan())(p, X).sum())(P)
+    close(grads, jax.grad(lambda p: fn(p, X).sum())(P))
 
 
 def test_printing_from_inside_pins():

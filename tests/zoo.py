@@ -39,6 +39,7 @@ def case(
     divisors: Any = None,
     pinned: Any = None,
     free=None,
+    free_inputs=(),
     **kw,
 ):
     """Register a function; `groups` is written `{name: "8 leaf:axis leaf:axis"}`."""
@@ -51,7 +52,7 @@ def case(
                 size, *members = text.split()
                 pairs = {(m.rpartition(":")[0], int(m.rpartition(":")[2])) for m in members}
                 parsed[name] = (int(size), pairs)
-        subject = Subject(fn.__name__, fn, params, args, kw, free or {})
+        subject = Subject(fn.__name__, fn, params, args, kw, free or {}, free_inputs)
         table = ODD if groups is None else ZOO
         assert fn.__name__ not in {**ZOO, **ODD}
         table[fn.__name__] = Case(subject, parsed, blocks, divisors, pinned or {})
@@ -732,6 +733,34 @@ def two_inputs(p, x, y):
 def free_output(p, x):
     x = dense(p["b"], jnp.tanh(dense(p["a"], x)))
     return {"features": x, "y": x.sum(-1)}
+
+
+@case(
+    {"a": D(5, 6), "b": D(6, 4), "s": D(4, 5), "c": D(4, 2)}, X, arr(2, 4),
+    free_inputs=("args[0]", "args[1]"), blocks=("a",),
+    groups={
+        "args[0]": "5 a/w:0 s/w:1 s/b:0", "args[1]": "4 b/w:1 b/b:0 s/w:0 c/w:0", "a": "6 a/w:1 a/b:0 b/w:0",
+    },
+    pinned={"args[0][0]": "output"},
+)  # fmt: skip
+def free_inputs(p, x, y):
+    """Features to select; they enter a product with units, and a sum with the second input."""
+    x = x * jax.nn.sigmoid(dense(p["s"], y))
+    return dense(p["c"], y + dense(p["b"], jnp.tanh(dense(p["a"], x))))
+
+
+@case(
+    {"pos": arr(3, 4), "w": C(3, 2, 5), "c": D(20, 2)}, {"image": arr(2, 4, 4, 2), "text": arr(2, 3, 4)},
+    free_inputs=("args[0]/image", "args[0]/text"), divisors=1, blocks=(),
+    groups={
+        "args[0]/image": "2 w:2", "args[0]/text[0]": "3 pos:0", "args[0]/text[1]": "4 pos:1 c/w:0", "w": "5 w:3 c/w:0",
+    },
+    pinned={"args[0]/image[1]": "slides", "args[0]/text[0]": "output"},
+)  # fmt: skip
+def free_inputs_in_a_mapping(p, batch):
+    x = jnp.tanh(batch["text"] + p["pos"]).mean(1)
+    h = jax.nn.relu(conv(batch["image"], p["w"])).mean((1, 2))
+    return dense(p["c"], jnp.einsum("bi,bj->bij", x, h).reshape(2, 20))
 
 
 # Programs that only have to obey the laws.

@@ -163,8 +163,8 @@ def slice_axes(site: Site) -> list[Axes]:
             pin(axis, why)
             out.append(Fixed(site.out_shapes[0][d], why))
         else:
-            head, _ = cut_at(axis, limit)
-            out.append(cut_at(head, start)[1])
+            head, _ = cut_at(axis, limit, why)
+            out.append(cut_at(head, start, why)[1])
     return [tuple(out)]
 
 
@@ -186,7 +186,7 @@ def split_axes(site: Site) -> list[Axes]:
     along, rest = site.params["axis"], site.ins[0][site.params["axis"]]
     out = []
     for size in site.params["sizes"]:
-        segment, rest = cut_at(rest, size)
+        segment, rest = cut_at(rest, size, site.why("`split` takes this axis apart"))
         out.append(tuple(segment if d == along else axis for d, axis in enumerate(site.ins[0])))
     return out
 
