@@ -14,7 +14,7 @@ import numpy as np
 
 from treesurgeon.search.space import Space
 
-SHARES = (0.75, 0.5, 0.25)
+SHARES = (0.625, 0.25)
 LEAST = 1e-4  # nats: no change is taken to be free
 
 
