@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Any, TypeAlias
 
 import jax
@@ -62,18 +63,22 @@ class Eqn:
         """The primitive's name."""
         return self.primitive.name
 
-    @property
+    @cached_property
     def scope(self) -> tuple[str, ...]:
         """The path of module scopes around the equation (in its own program), transformations (`jvp(…)`) stripped."""
-        text = str(self.stack)
-        while (bare := re.sub(r"\b\w+\(([^()]*)\)", r"\1", text)) != text:
-            text = bare
-        return tuple(part for part in text.split("/") if part)
+        return _scope(str(self.stack))
 
-    @property
+    @cached_property
     def where(self) -> str:
         """The user's source line, `file.py:12`; of the call, where the equation lies in a library's function."""
         return _line(self.source) or _line(self.caller)
+
+
+@lru_cache(maxsize=4096)
+def _scope(text: str) -> tuple[str, ...]:
+    while (bare := re.sub(r"\b\w+\(([^()]*)\)", r"\1", text)) != text:
+        text = bare
+    return tuple(part for part in text.split("/") if part)
 
 
 def _line(source: Any) -> str:
