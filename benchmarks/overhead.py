@@ -26,12 +26,12 @@ SUBJECTS: dict[str, nn.Module] = {
     "ResNet-56": models.resnet(56),
     "ViT, 12 layers": models.vit("tiny", 10, patch=4),
 }
-Make = Callable[[], tuple[Callable, tuple[Any, ...]]]
-"""Makes a function and its arguments anew, so that nothing is remembered of the last turn."""
+Make = Callable[[], Callable]
+"""Makes a function anew, so that nothing is remembered of the last turn."""
 
 
-def makers(module: nn.Module) -> dict[str, Make]:
-    """The programs to compare, by name."""
+def makers(module: nn.Module) -> dict[str, tuple[Make, tuple[Any, ...], Callable[[], Any]]]:
+    """The programs to compare, by name: how each is made, its arguments, and what has been done before."""
     x = jax.ShapeDtypeStruct(IMAGE, "float32")
     params = jax.eval_shape(module.init, jax.random.key(0), x)
     fn, _ = engine.from_linen(module, {})
@@ -44,22 +44,30 @@ def makers(module: nn.Module) -> dict[str, Make]:
     def again() -> Callable:
         return lambda *args: fn(*args)
 
+    def nothing() -> None:
+        pass
+
+    def traced() -> None:
+        engine.trace(fn, params, x)
+
     return {
-        "dense": lambda: (again(), (params, x)),
-        "narrow, everything kept": lambda: (engine.narrow(again(), graph, engine.Plan()), (params, x)),
-        "narrow, a random plan": lambda: (engine.narrow(again(), graph, plan), (cut, x)),
-        "by hand, at that plan's widths": lambda: (lambda p, x: by_hand.apply(p, x), (cut, x)),
-        "gate, no masks": lambda: (engine.gate(again(), graph), (params, {}, x)),
-        "gate, masks as arguments": lambda: (engine.gate(again(), graph), (params, masks, x)),
+        "dense": (again, (params, x), nothing),
+        "narrow, everything kept": (lambda: engine.narrow(again(), graph, engine.Plan()), (params, x), nothing),
+        "the same after `trace`": (lambda: engine.narrow(fn, graph, engine.Plan()), (params, x), traced),
+        "narrow, a random plan": (lambda: engine.narrow(again(), graph, plan), (cut, x), nothing),
+        "by hand, at that plan's widths": (lambda: lambda p, x: by_hand.apply(p, x), (cut, x), nothing),
+        "gate, no masks": (lambda: engine.gate(again(), graph), (params, {}, x), nothing),
+        "gate, masks as arguments": (lambda: engine.gate(again(), graph), (params, masks, x), nothing),
+        "the same gate after `trace`": (lambda: engine.gate(fn, graph), (params, masks, x), traced),
     }
 
 
-def stages(make: Make) -> tuple[float, float, float]:
+def stages(make: Make, args: tuple[Any, ...], before: Callable[[], Any]) -> tuple[float, float, float]:
     """Seconds of tracing, lowering and compiling, with JAX's caches cleared."""
     jax.clear_caches()
+    before()
     start = time.perf_counter()
-    fn, args = make()
-    traced = jax.jit(fn).trace(*args)
+    traced = jax.jit(make()).trace(*args)
     after_trace = time.perf_counter()
     lowered = traced.lower()
     after_lower = time.perf_counter()
@@ -80,8 +88,8 @@ def main() -> None:
         cases = makers(module)
         taken: dict[str, list[tuple[float, float, float]]] = {case: [] for case in cases}
         for turn in range(options.repeats + 1):  # the first warms up
-            for case, make in cases.items():
-                found = stages(make)
+            for case, (make, args, before) in cases.items():
+                found = stages(make, args, before)
                 if turn:
                     taken[case].append(found)
         dense = statistics.median(sum(found) for found in taken["dense"])
@@ -89,16 +97,18 @@ def main() -> None:
             total = [sum(three) for three in found]
             parts = [f"{statistics.median(column):.2f}" for column in zip(*found, strict=True)]
             times.append([f"{name}: {case}", *parts, spread(total), f"{statistics.median(total) / dense:.2f}"])
-        for case, make in cases.items():
-            fn, args = make()
-            ops = operations(fn, *args)
+        for case, (make, args, _) in cases.items():
+            if case.startswith("the same"):
+                continue
+            ops = operations(make(), *args)
             counts.append([f"{name}: {case}", *(str(ops[op]) for op in LEFTOVERS), str(ops.total())])
     publish(
         "overhead",
         "Time until a program runs",
         ("program", "trace, s", "lower, s", "compile, s", "together, s: median (range)", "against dense"),
         times,
-        f"Medians of {options.repeats} repeats in turns, JAX's caches cleared before each.",
+        f"Medians of {options.repeats} repeats in turns, JAX's caches cleared before each. 'After `trace`': the "
+        "function has been traced at these shapes, by `trace` or for another plan, and is not traced again.",
     )
     publish(
         "hlo",
