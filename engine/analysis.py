@@ -127,12 +127,13 @@ def _modules(program: Program, paths: Sequence[str], kinds: Kinds) -> list[str]:
     scopes: dict[int, tuple[str, ...]] = {}
 
     def visit(program: Program, kinds: Kinds, outer: tuple[str, ...]) -> None:
+        inputs = set(program.inputs)  # what is computed from a leaf is read after the leaf
         for i, eqn in enumerate(program.eqns):
             scope = (*outer, *eqn.scope)
             for body, inner in zip(eqn.bodies, kinds.bodies.get(i, ()), strict=True):
                 visit(body, inner, scope)
             for v in eqn.ins:
-                for leaf in (kinds.leaves[v] or ()) if isinstance(v, int) else ():
+                for leaf in (kinds.leaves[v] or ()) if isinstance(v, int) and v in inputs else ():
                     scopes.setdefault(leaf, scope)
 
     visit(program, kinds, ())

@@ -57,15 +57,20 @@ def find_regions(
     flow = _Flow(program, kinds, roots)
     found = _regions(_Streams(flow, flow.signal), program, kinds, module, stepping)
     exits = {region.exit for region in found}
+    spans = _Spans()
+    for region in found:
+        spans.add(flow.node[region.entry], flow.node[region.exit])
     origins = flow.origins()
     for origin in origins if 1 < len(origins) <= MOST_ORIGINS else ():
         stream = _Streams(flow, flow.reach(origin))
         for region in _regions(stream, program, kinds, module, stepping):
             if region.exit in exits or not region.residual:
                 continue
-            if all(_nests(flow, region, other) for other in found):
+            span = flow.node[region.entry], flow.node[region.exit]
+            if spans.nests(*span):
                 found.append(region)
                 exits.add(region.exit)
+                spans.add(*span)
     return sorted(found, key=lambda region: flow.node[region.exit])
 
 
@@ -95,10 +100,26 @@ def _regions(
     return kept
 
 
-def _nests(flow: _Flow, a: Region, b: Region) -> bool:
-    """Whether two regions are apart, or one inside the other."""
-    (a0, a1), (b0, b1) = ((flow.node[r.entry], flow.node[r.exit]) for r in (a, b))
-    return a1 <= b0 or b1 <= a0 or (a0 >= b0 and a1 < b1) or (b0 >= a0 and b1 < a1)
+class _Spans:
+    """The nodes from entry to exit of regions: where some begin or end, how far the longest reaches."""
+
+    def __init__(self):
+        self.ends_at: dict[int, int] = {}
+        self.begins_at: dict[int, int] = {}
+
+    def add(self, start: int, end: int) -> None:
+        """Take in one that nests with the others."""
+        self.ends_at[start] = max(end, self.ends_at.get(start, end))
+        self.begins_at[end] = min(start, self.begins_at.get(end, start))
+
+    def nests(self, start: int, end: int) -> bool:
+        """Whether it is apart from every other one, or one of the two is inside the other."""
+        return (
+            all(
+                self.begins_at.get(n, start) >= start and self.ends_at.get(n, end) <= end for n in range(start + 1, end)
+            )
+            and end not in self.begins_at
+        )
 
 
 class _Flow:

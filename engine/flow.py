@@ -242,8 +242,9 @@ def _use_mirrors(
     eqns: list[Contexts | None],
 ) -> None:
     maker = {v: i for i, eqn in enumerate(program.eqns) for v in eqn.outs}
+    inputs = set(program.inputs)
     for operand in mirrors.values():
-        if not isinstance(operand, int) or operand in program.inputs:  # an input handed through is no use
+        if not isinstance(operand, int) or operand in inputs:  # an input handed through is no use
             continue
         side: set[int] = set()
         watched: list[Contexts] = []

@@ -33,11 +33,11 @@ from treesurgeon.engine.errors import NarrowError, PlanError
 from treesurgeon.engine.flow import Shared, shared_kernels
 from treesurgeon.engine.graph import Graph
 from treesurgeon.engine.jaxprs import Eqn, Literal, Operand, Program, bind, is_float, is_key, standing_at, wiring
-from treesurgeon.engine.masks import axis_count, axis_mask
 from treesurgeon.engine.narrowing import check_leaves
 from treesurgeon.engine.retrace import Retraced, Retracer
 from treesurgeon.engine.rules import Contraction, lookup
-from treesurgeon.engine.rules.base import Axes, identity
+from treesurgeon.engine.rules.base import identity
+from treesurgeon.engine.selects import Selects
 from treesurgeon.engine.sites import Site, apply_map
 from treesurgeon.engine.solve import Solution
 
@@ -135,11 +135,6 @@ def _check_masks(graph: Graph, masks: Mapping[str, Any]) -> tuple[dict[str, Any]
     return units, blocks
 
 
-def select(mask: Any, x: Any, fill: Any, dims: Sequence[int]) -> Any:
-    """`x` where the mask is True along `dims`, else `fill`; a select, never a product: 0 × inf is NaN."""
-    return lax.select(lax.broadcast_in_dim(mask, x.shape, tuple(dims)), x, lax.full_like(x, fill))
-
-
 class _Gate:
     """Runs a solved program under masks."""
 
@@ -154,25 +149,8 @@ class _Gate:
         self.units = units
         self.mend, self.sites = mend, sites or {}
         self.shared = {} if shared is None else shared
-        self.cache: dict[int, tuple[Axis, Any]] = {}
+        self.selects = Selects(units)
         self.on = on  # whether the block that is being run is kept, None for always
-
-    def mask(self, axis: Axis) -> Any:
-        """The kept positions of an axis, None where nothing can be removed."""
-        if id(axis) not in self.cache:
-            self.cache[id(axis)] = (axis, axis_mask(axis, self.units, jnp))
-        return self.cache[id(axis)][1]
-
-    def clear(self, x: Any, axes: Mapping[int, Axis], fill: Any, on: Any = None) -> Any:
-        """`x` with `fill` at the removed positions of `axes` (dimension -> axis), and everywhere if `on` is False."""
-        masks = {d: m for d, axis in axes.items() if (m := self.mask(axis)) is not None}
-        if on is not None and len(masks) == 1:  # one select for both
-            masks = {d: m & on for d, m in masks.items()}
-        elif on is not None:
-            x = select(on, x, fill, ())
-        for d, mask in masks.items():
-            x = select(mask, x, fill, (d,))
-        return x
 
     def main(self, found: Retraced, graph: Graph, inputs: list[Any], blocks: Mapping[str, Any]) -> list[Any]:
         """Run a whole function."""
@@ -191,10 +169,10 @@ class _Gate:
         for v in program.inputs[: len(graph.leaves)]:
             if not shared.values[v] and not is_key(program.avals[v]):
                 on = alive(analysis.uses.values[v])
-                env[v] = self.clear(jnp.asarray(env[v]), dict(enumerate(solution.axes[v])), 1, on)
+                env[v] = self.selects.clear(jnp.asarray(env[v]), dict(enumerate(solution.axes[v])), 1, on)
         for v in program.inputs[len(graph.leaves) :]:
-            if self._masked(solution.axes[v]) and not is_key(program.avals[v]):
-                env[v] = self.clear(jnp.asarray(env[v]), dict(enumerate(solution.axes[v])), 1)
+            if self.selects.masked(solution.axes[v]) and not is_key(program.avals[v]):
+                env[v] = self.selects.clear(jnp.asarray(env[v]), dict(enumerate(solution.axes[v])), 1)
         for i, eqn in enumerate(program.eqns):
             contexts = analysis.uses.eqns[i]
             if contexts is None:
@@ -207,27 +185,24 @@ class _Gate:
                 x = env[v]
                 enters = self.on is not None and origin[v] != contexts and not solution.constant[v]
                 if enters and is_float(x) and not shared.values[v]:  # from outside into a block: no derivative back
-                    x = select(self.on, x, 0, ())
+                    x = self.selects.clear(x, {}, 0, self.on)
                 return x
 
+            self.selects.within(eqn.context)
             with standing_at(eqn):
                 outs = self.apply(i, solution, [read(v) for v in eqn.ins])
                 for v, x in zip(eqn.outs, outs, strict=True):
                     env[v] = x
                     if v in exits:
                         entry, bit = exits[v]
-                        env[v] = lax.select(
-                            lax.broadcast_in_dim(bit, x.shape, ()),
-                            x,
-                            self.clear(env[entry], self._lost(solution, entry, v), 0),
-                        )
+                        env[v] = lax.select(bit, x, self.selects.clear(env[entry], self._lost(solution, entry, v), 0))
         self.on = None
         return [v.value if isinstance(v, Literal) else env[v] for v in program.outputs]
 
     def _lost(self, solution: Solution, entry: int, exit_: int) -> dict[int, Axis]:
         """The axes of a block's entry that its exit does not share: removed positions there must be zero."""
         pairs = zip(solution.axes[entry], solution.axes[exit_], strict=True)
-        return {d: a for d, (a, b) in enumerate(pairs) if self.mask(a) is not self.mask(b)}
+        return {d: a for d, (a, b) in enumerate(pairs) if self.selects.mask(a) is not self.selects.mask(b)}
 
     def _note(self, program: Program, shared: Shared) -> None:
         self.shared[program] = shared.values
@@ -241,6 +216,7 @@ class _Gate:
         env: dict[int, Any] = {**dict(zip(program.inputs, inputs, strict=True)), **program.consts}
         for i, eqn in enumerate(program.eqns):
             values = [v.value if isinstance(v, Literal) else env[v] for v in eqn.ins]
+            self.selects.within(eqn.context)
             with standing_at(eqn):
                 outs = self.apply(i, solution, values)
             env.update(zip(eqn.outs, outs, strict=True))
@@ -265,14 +241,14 @@ class _Gate:
             return [self._contract(eqn, site, rule.contraction(site), values, kernel, sites)]
         for operand, dims, kind in rule.mixes(site) if rule.mixes else ():
             x = values[operand]
-            values[operand] = self.clear(x, {d: site.ins[operand][d] for d in dims}, identity(kind, x.dtype))
+            values[operand] = self.selects.clear(x, {d: site.ins[operand][d] for d in dims}, identity(kind, x.dtype))
         if i in solution.divisors:
             values[solution.divisors[i].operand] = self._divisor(solution, i)
         if rule.spreads is not None:
             outs = bind(eqn, eqn.params, values)
             if constant[0] or not is_float(outs[0]):
                 return outs
-            return [self.clear(outs[0], {d: site.outs[0][d] for d in rule.spreads(site)}, 0)]
+            return [self.selects.clear(outs[0], {d: site.outs[0][d] for d in rule.spreads(site)}, 0)]
         if rule.broadcasts and len(site.outs) == 1:
             for k, x in enumerate(values):
                 if not constant[k]:
@@ -283,7 +259,7 @@ class _Gate:
         """An equation that holds programs."""
         eqn, bodies = solution.program.eqns[i], solution.bodies[i]
         length = eqn.params.get("length")
-        steps = self.mask(solution.lengths[i]) if i in solution.lengths else None
+        steps = self.selects.mask(solution.lengths[i]) if i in solution.lengths else None
         rule = solution.rules.get(i)
         if steps is None and all(map(self._plain, bodies)) and (rule is None or self._plain(rule)):
             return bind(eqn, eqn.params, values)
@@ -307,12 +283,12 @@ class _Gate:
         inner = self._inner(bit if self.on is None else self.on & bit)
         shared = self.shared.get(body.program)
         inputs = [
-            select(inner.on, x, 0, ()) if is_float(x) and not (shared and shared[v]) else x
+            inner.selects.clear(x, {}, 0, inner.on) if is_float(x) and not (shared and shared[v]) else x
             for x, v in zip(values, body.program.inputs, strict=True)
         ]
         outs = inner.run(body, inputs)
         for j, k in wiring(eqn).carried.items():
-            outs[j] = lax.select(lax.broadcast_in_dim(bit, np.shape(values[k]), ()), outs[j], values[k])
+            outs[j] = lax.select(bit, outs[j], values[k])
         return outs
 
     def _plain(self, body: Solution) -> bool:
@@ -322,12 +298,14 @@ class _Gate:
             if body.fixed(i):
                 continue
             if eqn.bodies:
-                if not all(map(self._plain, body.bodies[i])) or any(map(self._masked, body.operands(i))):
+                if not all(map(self._plain, body.bodies[i])) or any(map(self.selects.masked, body.operands(i))):
                     return False
                 continue
             rule = lookup(eqn.name)
             touched = self.on is not None or i in body.divisors
-            if not touched and not any(map(self._masked, [*body.operands(i), *(body.axes[v] for v in eqn.outs)])):
+            if not touched and not any(
+                map(self.selects.masked, [*body.operands(i), *(body.axes[v] for v in eqn.outs)])
+            ):
                 continue
             if touched and rule is None:
                 continue
@@ -339,9 +317,6 @@ class _Gate:
                     return False
         return True
 
-    def _masked(self, axes: Axes) -> bool:
-        return any(self.mask(axis) is not None for axis in axes)
-
     def _stretch(self, site: rules.Site, k: int, x: Any) -> Any:
         """An operand that broadcasts implicitly along a masked axis, stretched and selected there."""
         if not is_float(x):
@@ -350,13 +325,13 @@ class _Gate:
         grown = [
             d
             for d in range(len(target))
-            if (not shape or (shape[d] == 1 and target[d] != 1)) and self.mask(site.outs[0][d]) is not None
+            if (not shape or (shape[d] == 1 and target[d] != 1)) and self.selects.mask(site.outs[0][d]) is not None
         ]
         if not grown:
             return x
         full = tuple(target) if not shape else tuple(target[d] if d in grown else n for d, n in enumerate(shape))
-        x = lax.broadcast_in_dim(x, full, tuple(range(len(shape))))
-        return self.clear(x, {d: site.outs[0][d] for d in grown}, 0)
+        x = self.selects.spread(x, full, range(len(shape)))
+        return self.selects.clear(x, {d: site.outs[0][d] for d in grown}, 0)
 
     def _contract(
         self,
@@ -369,32 +344,24 @@ class _Gate:
     ) -> Any:
         summed = [(0, contraction.lhs), (1, contraction.rhs)]
         free = {out: site.outs[0][out] for m in (contraction.lhs_out, contraction.rhs_out) for out in m.values()}
-        masked = any(self.mask(site.ins[k][d]) is not None for k, dims in summed for d in dims)
-        masked = masked or any(self.mask(axis) is not None for axis in free.values())
+        masked = self.selects.masked([*(site.ins[k][d] for k, dims in summed for d in dims), *free.values()])
         if not masked and self.on is None and not sites:
             return bind(eqn, eqn.params, values)[0]
         mended = self._mend(site, sites, values)
-        bad = None
+        bad, bad_dims = None, ()
         for k, dims in summed:
             axes = {d: site.ins[k][d] for d in dims if (k, d) not in mended}
             if not kernel[k]:  # the axes that are not summed as well: the transpose for the other operand sums them
                 every = {d: axis for d, axis in enumerate(site.ins[k]) if (k, d) not in mended}
-                values[k] = self.clear(values[k], every, 0, self.on)
-            elif is_float(values[k]):
-                finite = jnp.isfinite(values[k])
+                values[k] = self.selects.clear(values[k], every, 0, self.on)
+            elif masked and is_float(values[k]):  # else the selects on both sides are enough
                 out_of = contraction.rhs_out if k else contraction.lhs_out
-                gone = tuple(d for d in range(values[k].ndim) if d not in out_of)
-                bad = (
-                    jnp.any(self.clear(~finite, axes, False), axis=gone),
-                    [out_of[d] for d in sorted(out_of)],
-                )
-                values[k] = lax.select(finite, values[k], lax.full_like(values[k], 0))
+                values[k], bad = self.selects.finite(values[k], axes, out_of)
+                bad_dims = tuple(sorted(out_of.values()))
         out = bind(eqn, eqn.params, values)[0]
         if bad is not None:
-            unread, dims = bad
-            order = np.argsort(dims)
-            out = select(~unread.transpose(tuple(order)), out, np.nan, sorted(dims))
-        return self.clear(out, free, 0, self.on)
+            return self.selects.settle(out, free, self.on, bad, bad_dims)
+        return self.selects.clear(out, free, 0, self.on)
 
     def _mend(self, site: rules.Site, sites: Sequence[Site], values: list[Any]) -> set[tuple[int, int]]:
         """Replace what a contraction reads by what `mend` makes of it; the (operand, axis) pairs that are whole now."""
@@ -402,7 +369,7 @@ class _Gate:
         if not sites or self.mend is None:
             return mended
         data = sites[0].data
-        x = self.clear(values[data], dict(enumerate(site.ins[data])), 0, self.on)
+        x = self.selects.clear(values[data], dict(enumerate(site.ins[data])), 0, self.on)
         for each in sites:
             mapped = self.mend(each, x)
             if mapped is not None:
@@ -412,14 +379,8 @@ class _Gate:
 
     def _divisor(self, solution: Solution, i: int) -> Any:
         divisor = solution.divisors[i]
-        operand = solution.program.eqns[i].ins[divisor.operand]
-        aval = solution.program.aval(operand)
-        count: Any = 1
-        for axis in divisor.axes:
-            count = count * axis_count(axis, self.units)
-        value = jnp.asarray(count - divisor.ddof).astype(aval.dtype)
-        value = 1 / value if divisor.inverse else value
-        return lax.broadcast_in_dim(value, aval.shape, ())
+        aval = solution.program.aval(solution.program.eqns[i].ins[divisor.operand])
+        return self.selects.spread(self.selects.divisor(divisor, aval.dtype), aval.shape, ())
 
 
 class _Alive:

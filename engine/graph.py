@@ -207,7 +207,7 @@ class Graph:
         changed = True
         while changed:
             changed = False
-            for name in active:
+            for name in (*active, *reversed(active)):  # there and back: chains close in one turn
                 for tie in self.ties[name]:
                     a, b = units[tie.entry][tie.entry_units], units[tie.exit][tie.exit_units]
                     if (a != b).any():

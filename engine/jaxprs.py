@@ -12,7 +12,9 @@ import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary, proxy
 
 import jax
 import jax.numpy as jnp
@@ -62,18 +64,22 @@ class Eqn:
         """The primitive's name."""
         return self.primitive.name
 
-    @property
+    @cached_property
     def scope(self) -> tuple[str, ...]:
         """The path of module scopes around the equation (in its own program), transformations (`jvp(…)`) stripped."""
-        text = str(self.stack)
-        while (bare := re.sub(r"\b\w+\(([^()]*)\)", r"\1", text)) != text:
-            text = bare
-        return tuple(part for part in text.split("/") if part)
+        return _scope(str(self.stack))
 
-    @property
+    @cached_property
     def where(self) -> str:
         """The user's source line, `file.py:12`; of the call, where the equation lies in a library's function."""
         return _line(self.source) or _line(self.caller)
+
+
+@lru_cache(maxsize=4096)
+def _scope(text: str) -> tuple[str, ...]:
+    while (bare := re.sub(r"\b\w+\(([^()]*)\)", r"\1", text)) != text:
+        text = bare
+    return tuple(part for part in text.split("/") if part)
 
 
 def _line(source: Any) -> str:
@@ -385,21 +391,52 @@ def _input_name(path: str) -> str:
     return rest if kind == "1" else f"args[{place}]{slash}{inner}"
 
 
-def trace_call(fn: Callable, params: Any, call: Call) -> Traced:
-    """Trace `fn(params, …)` to a program at the shapes of `params` and of the call."""
-    leaves, tree = tree_flatten(params)
-    result: list[Any] = []
+class _Flat:
+    """A function over flat lists of arrays, and what was traced of it, by jaxpr; it keeps no function alive."""
 
-    def flat(leaves: Sequence[Any], arrays: Sequence[Any]) -> list[Any]:
-        args, kwargs = call.rebuild(arrays)
-        out = fn(tree_unflatten(tree, leaves), *args, **kwargs)
-        with_paths, out_tree = tree_flatten_with_path(out)
-        result[:] = [tuple(path_name(p) for p, _ in with_paths), out_tree]
+    def __init__(self, fn: Callable, tree: Any, call: Call):
+        self.fn, self.tree, self.rebuild = fn, tree, call.rebuild
+        self.known: WeakKeyDictionary[Any, Traced] = WeakKeyDictionary()
+        self.results: tuple[tuple[str, ...], Any] | None = None
+
+    def __call__(self, leaves: Sequence[Any], arrays: Sequence[Any]) -> list[Any]:
+        args, kwargs = self.rebuild(arrays)
+        with_paths, out_tree = tree_flatten_with_path(self.fn(tree_unflatten(self.tree, leaves), *args, **kwargs))
+        self.results = tuple(path_name(p) for p, _ in with_paths), out_tree
         return [leaf for _, leaf in with_paths]
 
+
+_FLAT: WeakKeyDictionary[Callable, dict[Hashable, _Flat]] = WeakKeyDictionary()
+
+
+def _flat_of(fn: Callable, tree: Any, call: Call) -> _Flat:
+    """The one flat form of a function for these pytrees, by which JAX knows what it has traced before."""
+    if call.key is None:
+        return _Flat(fn, tree, call)
+    try:
+        return _FLAT.setdefault(fn, {}).setdefault((tree, call.key), _Flat(proxy(fn), tree, call))
+    except TypeError:  # no hash, or no weak references
+        return _Flat(fn, tree, call)
+
+
+def trace_call(fn: Callable, params: Any, call: Call) -> Traced:
+    """Trace `fn(params, …)` to a program at the shapes of `params` and of the call; like `jax.jit`, only once."""
+    leaves, tree = tree_flatten(params)
     structs = [struct(leaf) if is_array(leaf) else struct(np.asarray(leaf)) for leaf in leaves]
-    closed = jax.make_jaxpr(flat)(structs, [struct(a) for a in call.arrays])
-    return Traced(flatten_program(closed), result[0], result[1])
+    arrays = [struct(a) for a in call.arrays]
+    flat = _flat_of(fn, tree, call)
+    flat.results = None
+    closed = jax.make_jaxpr(flat)(structs, arrays)
+    if closed.jaxpr in flat.known:
+        return flat.known[closed.jaxpr]
+    if flat.results is None:  # JAX knows a trace that was not kept here
+        flat = _Flat(fn, tree, call)
+        closed = jax.make_jaxpr(flat)(structs, arrays)
+    assert flat.results is not None
+    traced = Traced(flatten_program(closed), *flat.results)
+    if concrete(traced.program):
+        flat.known[closed.jaxpr] = traced
+    return traced
 
 
 def trace_flat(fn: Callable, args: Any) -> tuple[Program, Any]:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,18 @@ def axis_mask(axis: Axis, units: Units, xp: Any = np) -> Any:
     for mask in full[1:]:
         out = (out[:, None] & mask[None, :]).reshape(-1)
     return out
+
+
+def axis_key(axis: Axis) -> Hashable:
+    """What the mask of an axis depends on: axes of one key keep the same positions."""
+    axis = resolve(axis)
+    if isinstance(axis, Fixed):
+        return axis.size
+    if isinstance(axis, Atom):
+        whole = axis if axis.label is not None else axis.whole
+        return (axis.size, axis.offset, None if whole is None else whole.label)
+    parts = axis.parts if isinstance(axis, Sum) else axis.factors
+    return (type(axis), *map(axis_key, parts))
 
 
 def axis_count(axis: Axis, units: Units) -> Any:

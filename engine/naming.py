@@ -159,10 +159,13 @@ def _own_leaves(analysis: Analysis) -> list[list[int]]:
 
 def region_turns(regions: Sequence[Region]) -> list[tuple[int, int]]:
     """For each region its number among those with the same kernels, in order of execution, and how many there are."""
-    alike: dict[frozenset[int], list[int]] = {}
-    for b, region in enumerate(regions):
-        alike.setdefault(region.kernels, []).append(b)
-    return [(alike[region.kernels].index(b), len(alike[region.kernels])) for b, region in enumerate(regions)]
+    turns = Counter(region.kernels for region in regions)
+    met: Counter[frozenset[int]] = Counter()
+    out = []
+    for region in regions:
+        out.append((met[region.kernels], turns[region.kernels]))
+        met[region.kernels] += 1
+    return out
 
 
 def name_blocks(

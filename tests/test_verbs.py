@@ -545,3 +545,42 @@ def test_printing_from_inside_pins():
 def test_errors_are_ours(error):
     assert issubclass(error, TreesurgeonError)
     assert issubclass(error, ValueError)
+
+
+def test_the_function_is_traced_once_for_all_verbs_and_plans():
+    runs = []
+
+    def counted(p, x):
+        runs.append(1)
+        return model(p, x)
+
+    graph = engine.trace(counted, P, X)
+    for plan in (KEEP, DROP):
+        small = engine.cut(P, graph, plan)
+        close(jax.jit(engine.narrow(counted, graph, plan))(small, X), engine.narrow(model, GRAPH, plan)(small, X))
+        engine.gate(counted, graph)(P, graph.masks(plan), X)
+    assert len(runs) == 1
+    engine.narrow(counted, graph, KEEP)(engine.cut(P, graph, KEEP), X[:2])
+    assert len(runs) == 2  # another shape
+    with jax.default_matmul_precision("float32"):
+        engine.trace(counted, P, X)
+    assert len(runs) == 3  # another way to trace
+
+
+def test_a_function_that_closes_over_traced_values_is_traced_anew():
+    factor = [None]
+    small = engine.cut(P, GRAPH, KEEP)
+
+    def scaled(p, x):
+        return factor[0] * model(p, x)
+
+    fast = engine.narrow(scaled, GRAPH, KEEP)
+
+    def total(f):
+        factor[0] = f
+        return fast(small, X).sum()
+
+    want = engine.narrow(model, GRAPH, KEEP)(small, X).sum()
+    for f in (2.0, 3.0):
+        close(jax.jit(total)(f), f * want)
+        close(jax.grad(total)(f), want)

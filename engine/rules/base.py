@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from treesurgeon.engine.axes import Axis, Fixed, Reason, Size, pin
+from treesurgeon.engine.axes import Axis, Fixed, Reason, Size, pin, resolve, unify
 from treesurgeon.engine.jaxprs import Eqn
 
 Axes: TypeAlias = tuple[Axis, ...]
@@ -28,6 +28,12 @@ class Site:
     def why(self, text: str) -> Reason:
         """A reason for pinning that names this equation's source line."""
         return Reason(text, self.eqn.where)
+
+    def unify(self, a: Axis, b: Axis, text: str) -> None:
+        """State that two axes keep the same positions; the reason is only made where that is news."""
+        a, b = resolve(a), resolve(b)
+        if a is not b and not (isinstance(a, Fixed) and isinstance(b, Fixed)):
+            unify(a, b, self.why(text))
 
 
 class Mix(NamedTuple):

@@ -13,9 +13,8 @@ def dot_axes(site: Site) -> list[Axes]:
     """Paired axes are the same axes; the result has batch axes, then the left operand's, then the right's."""
     (lc, rc), (lb, rb) = site.params["dimension_numbers"]
     lhs, rhs = site.ins
-    why = site.why("the two sides of a contraction split this axis differently")
     for i, j in [*zip(lc, rc, strict=True), *zip(lb, rb, strict=True)]:
-        unify(lhs[i], rhs[j], why)
+        site.unify(lhs[i], rhs[j], "the two sides of a contraction split this axis differently")
     return [
         tuple(
             [lhs[i] for i in lb]

@@ -5,7 +5,7 @@ Operands broadcast implicitly: a scalar or a size-1 axis says nothing about the 
 
 from __future__ import annotations
 
-from treesurgeon.engine.axes import Fixed, pin, unify
+from treesurgeon.engine.axes import WHOLE, Fixed, pin
 from treesurgeon.engine.rules.base import Axes, Rule, Site, fixed_axes, register
 
 NAMES = """
@@ -30,8 +30,8 @@ def axes(site: Site) -> list[Axes]:
             if shape and not (isinstance(shape[d], int) and shape[d] == 1)
         ]
         for other in met[1:]:
-            unify(met[0], other, site.why(f"the two sides of `{site.eqn.name}` split this axis differently"))
-        out.append(met[0] if met else Fixed(size, site.why("a single position")))
+            site.unify(met[0], other, f"the two sides of `{site.eqn.name}` split this axis differently")
+        out.append(met[0] if met else Fixed(size, WHOLE))
     return [tuple(out)] * len(site.out_shapes)
 
 
