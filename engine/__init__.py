@@ -3,12 +3,14 @@
 from treesurgeon.engine.checkpoint import Model, ModelSpec, load, save
 from treesurgeon.engine.cost import Cost, cost
 from treesurgeon.engine.coupling import trace
+from treesurgeon.engine.criteria import CRITERIA
 from treesurgeon.engine.errors import ArtifactError, NarrowError, PlanError, StructureError, TreesurgeonError
 from treesurgeon.engine.flax import from_linen, from_nnx
 from treesurgeon.engine.gating import gate
 from treesurgeon.engine.graph import Block, Graph, Group, Leaf, Member, Plan, Tie
-from treesurgeon.engine.importance import CRITERIA, activation_energy, importance
+from treesurgeon.engine.importance import activation_energy, importance, normalise
 from treesurgeon.engine.narrowing import cut, narrow
+from treesurgeon.engine.readings import fisher_energy, gram_matrices, zero_share
 from treesurgeon.engine.rules import Rule, register
 
 __all__ = [
@@ -32,13 +34,17 @@ __all__ = [
     "activation_energy",
     "cost",
     "cut",
+    "fisher_energy",
     "from_linen",
     "from_nnx",
     "gate",
+    "gram_matrices",
     "importance",
     "load",
     "narrow",
+    "normalise",
     "register",
     "save",
     "trace",
+    "zero_share",
 ]

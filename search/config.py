@@ -13,7 +13,9 @@ import tyro
 
 from treesurgeon.engine import TreesurgeonError
 
-Criterion = Literal["l1", "l2", "norm_scale", "taylor", "activation"]
+Criterion = Literal[
+    "l1", "l2", "fpgm", "lamp", "norm_scale", "taylor", "fisher", "activation", "apoz", "reconstruction", "random"
+]
 
 
 class RunError(TreesurgeonError, ValueError):
