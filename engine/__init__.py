@@ -1,7 +1,7 @@
 """Pruning as JAX function transformations."""
 
 from treesurgeon.engine.checkpoint import Model, ModelSpec, load, save
-from treesurgeon.engine.cost import Cost, cost
+from treesurgeon.engine.cost import Cost, contractions, cost
 from treesurgeon.engine.coupling import trace
 from treesurgeon.engine.criteria import CRITERIA
 from treesurgeon.engine.errors import ArtifactError, NarrowError, PlanError, StructureError, TreesurgeonError
@@ -32,6 +32,7 @@ __all__ = [
     "Tie",
     "TreesurgeonError",
     "activation_energy",
+    "contractions",
     "cost",
     "cut",
     "fisher_energy",

@@ -58,6 +58,13 @@ def cost(graph: Graph, plan: Plan | Mapping[str, Any]) -> Cost:
     )
 
 
+def contractions(graph: Graph, plan: Plan | Mapping[str, Any]) -> Any:
+    """How many contractions of the traced call are left, those in the body of a loop once; as `cost` counts."""
+    masks = graph.masks(plan) if isinstance(plan, Plan) else plan
+    concrete = not any(isinstance(mask, jax.Array) for mask in masks["blocks"].values())
+    return _count([Term(1, (), term.contexts) for term in graph.macs], {}, masks["blocks"], concrete)
+
+
 def _count(terms: Sequence[Term], units: Mapping[str, Any], blocks: Mapping[str, Any], concrete: bool) -> Any:
     dense = sum(term.scale * math.prod(axis.size for axis in term.axes) for term in terms)
     if concrete:
