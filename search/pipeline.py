@@ -27,6 +27,8 @@ from treesurgeon.search.state import States
 
 Say = Callable[[str], None]
 
+FISHER_IMAGES = 64  # each takes a backward pass of its own
+
 
 def run(config: Config, say: Say = print) -> Outcome:
     """Run or resume a search; see `Config`.
@@ -75,7 +77,7 @@ def rank(setting: Setting, criterion: str | None = None) -> dict[str, np.ndarray
 
     measures: dict[str, Callable[[], Any]] = {
         "grads": lambda: jax.jit(jax.grad(loss, allow_int=True))(variables, x, y),
-        "fisher": lambda: jax.jit(engine.fisher_energy(loss, graph))(variables, x, y),
+        "fisher": lambda: jax.jit(engine.fisher_energy(loss, graph))(variables, x[:FISHER_IMAGES], y[:FISHER_IMAGES]),
         "energy": lambda: jax.jit(engine.activation_energy(subject.infer, graph))(variables, x),
         "zeros": lambda: jax.jit(engine.zero_share(subject.infer, graph))(variables, x),
         "grams": lambda: jax.jit(engine.gram_matrices(subject.infer, graph))(variables, x),
@@ -104,8 +106,8 @@ def build_space(setting: Setting, scores: Mapping[str, np.ndarray]) -> Space:
     for name, limit in setting.budget.items():
         if least[name] > limit:
             raise RunError(
-                f"--{name}: the budget of {limit:,.0f} cannot be met, the smallest variant of the space has "
-                f"{least[name]:,}; raise it, or protect less (--protect none)"
+                f"--{name.replace('_', '-')}: the budget of {limit:,.0f} cannot be met, the smallest variant of the "
+                f"space has {least[name]:,}; raise it, or protect less (--protect none)"
             )
     return space
 
