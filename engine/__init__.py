@@ -1,14 +1,16 @@
 """Pruning as JAX function transformations."""
 
 from treesurgeon.engine.checkpoint import Model, ModelSpec, load, save
-from treesurgeon.engine.cost import Cost, cost
+from treesurgeon.engine.cost import Cost, contractions, cost
 from treesurgeon.engine.coupling import trace
+from treesurgeon.engine.criteria import CRITERIA
 from treesurgeon.engine.errors import ArtifactError, NarrowError, PlanError, StructureError, TreesurgeonError
 from treesurgeon.engine.flax import from_linen, from_nnx
 from treesurgeon.engine.gating import gate
 from treesurgeon.engine.graph import Block, Graph, Group, Leaf, Member, Plan, Tie
-from treesurgeon.engine.importance import CRITERIA, activation_energy, importance
+from treesurgeon.engine.importance import activation_energy, importance, normalise
 from treesurgeon.engine.narrowing import cut, narrow
+from treesurgeon.engine.readings import fisher_energy, gram_matrices, zero_share
 from treesurgeon.engine.reconstruction import Reconstruction, fold, reconstruct
 from treesurgeon.engine.refit import Refit, refit
 from treesurgeon.engine.rules import Rule, register
@@ -36,19 +38,24 @@ __all__ = [
     "Tie",
     "TreesurgeonError",
     "activation_energy",
+    "contractions",
     "cost",
     "cut",
+    "fisher_energy",
     "fold",
     "from_linen",
     "from_nnx",
     "gate",
+    "gram_matrices",
     "importance",
     "load",
     "narrow",
+    "normalise",
     "reconstruct",
     "refit",
     "register",
     "save",
     "split",
     "trace",
+    "zero_share",
 ]

@@ -60,6 +60,21 @@ def cost(graph: Graph, plan: Plan | Mapping[str, Any]) -> Cost:
     )
 
 
+def contractions(graph: Graph, plan: Plan | Mapping[str, Any]) -> Any:
+    """How many contractions of the traced call are left, those in the body of a loop once; as `cost` counts."""
+    masks = graph.masks(plan) if isinstance(plan, Plan) else plan
+    concrete = not any(isinstance(mask, jax.Array) for mask in masks["blocks"].values())
+    return _count(_ones(graph.macs), {}, masks["blocks"], concrete)
+
+
+def _ones(work: Sequence[Work]) -> tuple[Work, ...]:
+    """Work that counts each of its terms once."""
+    return tuple(
+        Branches(tuple(map(_ones, item.options))) if isinstance(item, Branches) else Term(1, (), item.contexts)
+        for item in work
+    )
+
+
 def _count(work: Sequence[Work], units: Mapping[str, Any], blocks: Mapping[str, Any], concrete: bool) -> Any:
     dense = _dense(work)
     if concrete:

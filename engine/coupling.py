@@ -24,6 +24,7 @@ from treesurgeon.engine.jaxprs import (
 )
 from treesurgeon.engine.masks import labels, unit_index
 from treesurgeon.engine.naming import name_blocks, name_groups, stacks_of
+from treesurgeon.engine.producers import made_axes
 from treesurgeon.engine.rules import lookup
 from treesurgeon.engine.rules.base import Axes
 from treesurgeon.engine.solve import Solution
@@ -128,10 +129,11 @@ def _build(
     frozen = [tuple(resolve(axis) for axis in axes) for axes in leaf_axes]
     frozen_inputs = {name: tuple(map(resolve, axes)) for name, axes in inputs.items()}
     members: dict[str, list[Member]] = {name: [] for name in names.values()}
-    for path, axes in zip(paths, frozen, strict=True):
+    made = made_axes(analysis, leaf_axes)
+    for leaf, (path, axes) in enumerate(zip(paths, frozen, strict=True)):
         for d, axis in enumerate(axes):
             for name in labels(axis) & members.keys():
-                members[name].append(Member(path, d, unit_index(axis, name)))
+                members[name].append(Member(path, d, unit_index(axis, name), (leaf, d) in made))
     groups = {name: Group(name, atom.size, tuple(members[name])) for atom, name in names.items()}
     blocks, ties, number = name_blocks(analysis, paths, list(stacks.values()))
     contexts = [_rename(analysis.uses.values[v], number) for v in program.inputs[: len(paths)]]

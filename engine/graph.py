@@ -22,11 +22,13 @@ class Member(NamedTuple):
     """One axis of one parameter leaf that holds units of a group.
 
     `units[i]` is the unit at position i of that axis, -1 where the position belongs to another group or to none.
+    `makes` says whether the leaf is a kernel that makes the units along this axis, not one that reads them.
     """
 
     path: str
     axis: int
     units: np.ndarray
+    makes: bool = False
 
 
 @dataclass(frozen=True)

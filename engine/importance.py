@@ -1,107 +1,105 @@
 """Which units matter: scores for the units of each group, larger = keep longer.
 
-Every criterion gives `{group: float[size]}`. Scores rank the units of one group; they are not comparable across groups
-or criteria until normalised.
+Every criterion gives `{group: float[size]}`, none below 0. Scores rank the units of one group; `normalise` makes those
+of several groups comparable. The criteria themselves stand in criteria.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from treesurgeon.engine.calls import rebuild
+from treesurgeon.engine.criteria import CRITERIA, Scores, spread
 from treesurgeon.engine.errors import TreesurgeonError
 from treesurgeon.engine.flow import Kinds
-from treesurgeon.engine.graph import Graph, Member
+from treesurgeon.engine.graph import Graph
 from treesurgeon.engine.jaxprs import Literal, Operand, bind, named_leaves, standing_at
 from treesurgeon.engine.masks import labels, unit_index
 from treesurgeon.engine.retrace import Retracer
 from treesurgeon.engine.rules import lookup
 from treesurgeon.engine.solve import Solution
 
-Scores = dict[str, jax.Array]
-
-CRITERIA = ("l1", "l2", "norm_scale", "taylor", "activation")
+Within: TypeAlias = typing.Literal["mean", "max", "sum", "rank", "none"]
 
 
-def importance(
-    criterion: str,
-    graph: Graph,
-    params: Any,
-    *,
-    grads: Any = None,
-    energy: Mapping[str, Any] | None = None,
-) -> Scores:
+def importance(criterion: str, graph: Graph, params: Any, **measured: Any) -> Scores:
     """Score the units of every group.
 
+        importance("l2", graph, params)
+        importance("taylor", graph, params, grads=jax.grad(loss)(params, x, y))
+        importance("apoz", graph, params, zeros=zero_share(fn, graph)(params, x))
+
     Args:
-        criterion: one of
-            `l1`, `l2`: magnitude of the kernels' weights that go with the unit, producers and consumers alike (Li et
-                al., ICLR 2017; over all coupled layers as in DepGraph, Fang et al., CVPR 2023);
-            `norm_scale`: |scale| of the norms on the unit (Network Slimming, Liu et al., ICCV 2017); `l2` for groups
-                without a norm;
-            `taylor`: squared first-order change of the loss, (Σ w ∂L/∂w)² per leaf (Molchanov et al., CVPR 2019);
-            `activation`: mean square of what the unit feeds its readers.
+        criterion: a name in `CRITERIA`, whose rows say what each needs; the papers are named in criteria.py.
+            Of weights alone: `l1`, `l2`, `fpgm`, `lamp`, `norm_scale`. Of weights and gradients: `taylor`, `fisher`. Of
+            what kernels read: `activation`, `apoz`, `reconstruction`. `random` takes a key.
         graph: the traced graph.
         params: the dense parameters.
-        grads: for `taylor`, the gradient of the loss, a pytree like `params`.
-        energy: for `activation`, what `activation_energy(fn, graph)(params, …)` returned.
+        measured: what the criterion needs: `grads`, `fisher`, `energy`, `zeros`, `grams` or `key`. What only others
+            need is not looked at.
 
     Raises:
         TreesurgeonError: the criterion is not known, or what it needs is missing.
     """
+    if criterion not in CRITERIA:
+        raise TreesurgeonError(f"unknown criterion {criterion!r}; choose one of {', '.join(CRITERIA)}")
+    known = {row.needs for row in CRITERIA.values() if row.needs}
+    if unknown := sorted(measured.keys() - known):
+        raise TreesurgeonError(f"importance: no criterion takes {unknown[0]!r}; they take {', '.join(sorted(known))}")
+    row = CRITERIA[criterion]
     leaves = named_leaves(params)
-    if criterion in ("l1", "l2"):
-        power = 1 if criterion == "l1" else 2
-        return {
-            name: sum((_per_unit(jnp.abs(leaves[m.path]) ** power, m, size) for m in kernels), jnp.zeros(size))
-            for name, size, kernels in _members(graph, lambda m: _is_kernel(graph, m))
-        }
-    if criterion == "norm_scale":
-        plain = importance("l2", graph, params)
-        out = {}
-        for name, size, scales in _members(graph, lambda m: m.path.rpartition("/")[2] == "scale"):
-            found = [_per_unit(jnp.abs(leaves[m.path]), m, size) for m in scales]
-            out[name] = sum(found, jnp.zeros(size)) if found else plain[name]
-        return out
-    if criterion == "taylor":
-        if grads is None:
-            raise TreesurgeonError("importance('taylor', …) needs grads: the gradient of the loss at params")
-        slopes = named_leaves(grads)
-        return {
-            name: sum((_per_unit(leaves[m.path] * slopes[m.path], m, size) ** 2 for m in members), jnp.zeros(size))
-            for name, size, members in _members(graph, lambda m: graph.leaves[m.path].trainable)
-        }
-    if criterion == "activation":
-        if energy is None:
-            raise TreesurgeonError("importance('activation', …) needs energy: activation_energy(fn, graph)(params, x)")
-        return {name: jnp.asarray(energy[name]) for name in graph.groups}
-    raise TreesurgeonError(f"unknown criterion {criterion!r}; choose one of {', '.join(CRITERIA)}")
+    if not row.needs:
+        return row.score(graph, leaves)
+    given = measured.get(row.needs)
+    if given is None:
+        raise TreesurgeonError(f"importance({criterion!r}, …) needs {row.needs}: {row.source}")
+    return row.score(graph, leaves, named_leaves(given) if row.needs == "grads" else given)
 
 
-def _members(graph: Graph, wanted: Callable[[Member], bool]) -> Iterator[tuple[str, int, list[Member]]]:
-    for name, group in graph.groups.items():
-        yield name, group.size, [m for m in group.members if wanted(m)]
+def normalise(scores: Mapping[str, Any], within: Within = "mean") -> Scores:
+    """Scores that compare across groups.
+
+    Args:
+        scores: of each group's units, none below 0.
+        within: divide the scores of each group by their `mean`, `max` or `sum`; or replace them by their `rank`, from
+            1/size for the worst to 1 for the best (of equals the first is the better one); or leave them (`none`).
+            Groups whose scores are all 0 stay so, except under `rank`.
+
+    Raises:
+        TreesurgeonError: `within` is none of these.
+    """
+    if within not in _WITHIN:
+        raise TreesurgeonError(f"normalise: within={within!r}; choose one of {', '.join(_WITHIN)}")
+    return {name: _WITHIN[within](jnp.asarray(score)) for name, score in scores.items()}
 
 
-def _is_kernel(graph: Graph, member: Member) -> bool:
-    leaf = graph.leaves[member.path]
-    return leaf.trainable and len(leaf.shape) > 1
+def _share(of: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    def share(score: jax.Array) -> jax.Array:
+        score = score.astype(jnp.promote_types(score.dtype, jnp.float32))
+        unit = of(score)
+        return score / jnp.where(unit > 0, unit, 1)
+
+    return share
 
 
-def _per_unit(values: Any, member: Member, size: int) -> jax.Array:
-    """Sum an array over all but the member's axis, then over the positions of each unit: [size]."""
-    rest = tuple(d for d in range(values.ndim) if d != member.axis)
-    return _spread(values.sum(rest), member.units, size)
+def _rank(score: jax.Array) -> jax.Array:
+    size = len(score)
+    place = jnp.zeros(size, jnp.int32).at[jnp.argsort(-score, stable=True)].set(jnp.arange(size, dtype=jnp.int32))
+    return (size - place) / size
 
 
-def _spread(along: Any, index: np.ndarray, size: int) -> jax.Array:
-    there = np.flatnonzero(index >= 0)
-    return jnp.zeros(size, along.dtype).at[index[there]].add(along[there])
+_WITHIN: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "mean": _share(jnp.mean),
+    "max": _share(jnp.max),
+    "sum": _share(jnp.sum),
+    "rank": _rank,
+    "none": lambda score: score,
+}
 
 
 def activation_energy(fn: Callable, graph: Graph) -> Callable:
@@ -161,7 +159,7 @@ def _measured(
                     if name in labels(axis):
                         index = unit_index(axis, name)
                         repeats = max(1, int((index >= 0).sum()) // group.size)
-                        energy[n] = energy[n] + _spread(along, index, group.size) / repeats
+                        energy[n] = energy[n] + spread(along, index, group.size) / repeats
     return [read(v) for v in program.outputs], energy
 
 

@@ -439,19 +439,6 @@ def trace_call(fn: Callable, params: Any, call: Call) -> Traced:
     return traced
 
 
-def trace_flat(fn: Callable, args: Any) -> tuple[Program, Any]:
-    """Trace `fn(args)` at the shapes of a pytree of arrays: the program and the structure of the result."""
-    result: list[Any] = []
-
-    def flat(args: Any) -> list[Any]:
-        leaves, tree = tree_flatten(fn(args))
-        result[:] = [tree]
-        return leaves
-
-    closed = jax.make_jaxpr(flat)(jax.tree.map(lambda x: struct(x if is_array(x) else np.asarray(x)), args))
-    return flatten_program(closed), result[0]
-
-
 def concrete(program: Program) -> bool:
     """Whether the program can be kept: nothing in it belongs to a trace that is under way."""
     return not any(isinstance(c, Tracer) for c in program.consts.values()) and all(

@@ -83,7 +83,7 @@ def find_sites(analysis: Analysis, paths: Sequence[str]) -> dict[int, list[Site]
         data = 0 if eqn.ins[1] == kernel else 1
         pairs = list(zip(contraction.lhs, contraction.rhs, strict=True))
         for dim, kernel_dim in pairs if data == 0 else [(b, a) for a, b in pairs]:
-            axis = _leaf_axis(solution, kernel, program.inputs[leaf], kernel_dim)
+            axis = leaf_axis(solution, kernel, program.inputs[leaf], kernel_dim)
             if site.in_shapes[data][dim] != site.in_shapes[1 - data][kernel_dim] or axis is None:
                 continue  # the groups of a grouped convolution are not mixed
             if places := places_of(site.ins[data][dim]):
@@ -92,7 +92,7 @@ def find_sites(analysis: Analysis, paths: Sequence[str]) -> dict[int, list[Site]
     return out
 
 
-def _leaf_axis(solution: Solution, v: int, leaf: int, dim: int) -> int | None:
+def leaf_axis(solution: Solution, v: int, leaf: int, dim: int) -> int | None:
     """The axis of a leaf that is axis `dim` of a value made from it by moves alone."""
     chain = []
     while v != leaf:

@@ -16,9 +16,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+import numpy as np
 from jax.tree_util import tree_flatten, tree_leaves, tree_unflatten
 
-from treesurgeon.engine.jaxprs import Literal, Operand, Program, bind, live, standing_at, trace_flat
+from treesurgeon.engine.jaxprs import (
+    Literal,
+    Operand,
+    Program,
+    bind,
+    flatten_program,
+    is_array,
+    live,
+    standing_at,
+    struct,
+)
 
 CONSTANT, ONCE, EARLY, LATE = range(4)
 
@@ -75,7 +87,7 @@ class Split:
 def split(fn: Callable, params: Any, data: Any, late: Any) -> Split:
     """Split `fn(params, data, late)`, a function of three pytrees of arrays, at the shapes of these."""
     trees = [tree_flatten(tree) for tree in (params, data, late)]
-    program, out_tree = trace_flat(
+    program, out_tree = _trace(
         lambda groups: fn(*(tree_unflatten(tree, leaves) for (_, tree), leaves in zip(trees, groups, strict=True))),
         [leaves for leaves, _ in trees],
     )
@@ -100,6 +112,19 @@ def split(fn: Callable, params: Any, data: Any, late: Any) -> Split:
     first = tuple(sorted(v for v in read[EARLY] | read[LATE] if stage[v] == ONCE))
     second = tuple(sorted(v for v in read[LATE] if stage[v] == EARLY))
     return Split(program, stage, inputs, out_tree, (first, second))
+
+
+def _trace(fn: Callable, args: Any) -> tuple[Program, Any]:
+    """Trace `fn(args)` at the shapes of a pytree of arrays: the program and the structure of the result."""
+    result: list[Any] = []
+
+    def flat(args: Any) -> list[Any]:
+        leaves, tree = tree_flatten(fn(args))
+        result[:] = [tree]
+        return leaves
+
+    closed = jax.make_jaxpr(flat)(jax.tree.map(lambda x: struct(x if is_array(x) else np.asarray(x)), args))
+    return flatten_program(closed), result[0]
 
 
 def _needed(program: Program, wanted: Sequence[int], have: set[int]) -> set[int]:

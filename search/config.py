@@ -13,7 +13,9 @@ import tyro
 
 from treesurgeon.engine import TreesurgeonError
 
-Criterion = Literal["l1", "l2", "norm_scale", "taylor", "activation"]
+Criterion = Literal[
+    "l1", "l2", "fpgm", "lamp", "norm_scale", "taylor", "fisher", "activation", "apoz", "reconstruction", "random"
+]
 
 
 class RunError(TreesurgeonError, ValueError):
@@ -40,6 +42,12 @@ class Config:
     """Budget on multiply-accumulates: a share of the dense model's (up to 1), or a number for one image."""
     params: float | None = None
     """Budget on trainable parameters: a share of the dense model's (up to 1), or a number."""
+    activation_bytes: float | None = None
+    """Budget on the bytes that convolutions and dense layers write: a share of the dense model's, or for one image."""
+    latency: float | None = None
+    """Budget on the measured time of a batch on the device: a share of the dense model's, or (above 1) milliseconds."""
+    memory: float | None = None
+    """Budget on the peak memory of a batch on the device: a share of the dense model's, or (above 1) bytes."""
     epsilon: float = 0.01
     """By how much the selected variant's error on `search` may exceed the dense model's."""
     eta: float = 0.02
@@ -99,8 +107,13 @@ class Config:
 
     @property
     def budget(self) -> dict[str, float]:
-        """The budgets that were given."""
-        return {k: v for k, v in (("macs", self.macs), ("params", self.params)) if v is not None}
+        """The budgets that were given on what follows exactly from a variant's widths and blocks."""
+        return {k: v for k in ("macs", "params", "activation_bytes") if (v := getattr(self, k)) is not None}
+
+    @property
+    def measured_budget(self) -> dict[str, float]:
+        """The budgets that were given on what is measured on the device."""
+        return {k: v for k in ("latency", "memory") if (v := getattr(self, k)) is not None}
 
     @property
     def fitted(self) -> tuple[str, ...] | None:
@@ -119,9 +132,12 @@ class Config:
                 raise RunError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least {bound}")
         if not self.learning_rate > 0 or not 0 <= self.distill <= 1:
             raise RunError("--learning-rate must be above 0, and --distill from 0 to 1")
-        for name, value in self.budget.items():
+        for name, value in {**self.budget, **self.measured_budget}.items():
             if not value > 0:
-                raise RunError(f"--{name} {value}: expected a share of the dense model's (up to 1) or a number above 1")
+                raise RunError(
+                    f"--{name.replace('_', '-')} {value}: expected a share of the dense model's (up to 1) or a number "
+                    f"above 1"
+                )
 
 
 def identity(config: Config, extra: Mapping[str, Any]) -> dict[str, Any]:

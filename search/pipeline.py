@@ -30,6 +30,8 @@ from treesurgeon.search.state import States
 
 Say = Callable[[str], None]
 
+FISHER_IMAGES = 64  # each takes a backward pass of its own
+
 
 def run(config: Config, say: Say = print) -> Outcome:
     """Run or resume a search; see `Config`.
@@ -61,24 +63,34 @@ def run(config: Config, say: Say = print) -> Outcome:
     return conclude(setting, space, genomes, tuned, say)
 
 
-def rank(setting: Setting) -> dict[str, np.ndarray]:
-    """Score the units of every group by the configured criterion, on calibration images where it needs data."""
+def rank(setting: Setting, criterion: str | None = None) -> dict[str, np.ndarray]:
+    """Score the units of every group, on calibration images where that needs data.
+
+    Args:
+        setting: the run's.
+        criterion: a name in `engine.CRITERIA`; if None, the configured one.
+    """
     subject, config = setting.subject, setting.config
     graph, variables = subject.graph, subject.variables
     data = batches(setting.roles.train, 256, 256)
     x, y = data.images[0], data.labels[0]
-    grads = energy = None
-    if config.criterion == "taylor":
 
-        def loss(variables: Any) -> Array:
-            logits = subject.infer(variables, x)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+    def loss(variables: Any, x: Array, y: Array) -> Array:
+        return optax.softmax_cross_entropy_with_integer_labels(subject.infer(variables, x), y).mean()
 
-        grads = jax.jit(jax.grad(loss, allow_int=True))(variables)
-    elif config.criterion == "activation":
-        energy = jax.jit(engine.activation_energy(subject.infer, graph))(variables, x)
-    scores = engine.importance(config.criterion, graph, variables, grads=grads, energy=energy)
-    return {name: np.asarray(score) for name, score in scores.items()}
+    measures: dict[str, Callable[[], Any]] = {
+        "grads": lambda: jax.jit(jax.grad(loss, allow_int=True))(variables, x, y),
+        "fisher": lambda: jax.jit(engine.fisher_energy(loss, graph))(variables, x[:FISHER_IMAGES], y[:FISHER_IMAGES]),
+        "energy": lambda: jax.jit(engine.activation_energy(subject.infer, graph))(variables, x),
+        "zeros": lambda: jax.jit(engine.zero_share(subject.infer, graph))(variables, x),
+        "grams": lambda: jax.jit(engine.gram_matrices(subject.infer, graph))(variables, x),
+        "key": lambda: jax.random.key(config.seed),
+    }
+    name = criterion or config.criterion
+    needs = engine.CRITERIA[name].needs if name in engine.CRITERIA else ""  # `importance` refuses other names
+    measured = {needs: measures[needs]()} if needs else {}
+    scores = engine.importance(name, graph, variables, **measured)
+    return {group: np.asarray(score) for group, score in scores.items()}
 
 
 def build_space(setting: Setting, scores: Mapping[str, np.ndarray]) -> Space:
@@ -96,8 +108,8 @@ def build_space(setting: Setting, scores: Mapping[str, np.ndarray]) -> Space:
     for name, limit in setting.budget.items():
         if least[name] > limit:
             raise RunError(
-                f"--{name}: the budget of {limit:,.0f} cannot be met, the smallest variant of the space has "
-                f"{least[name]:,}; raise it, or protect less (--protect none)"
+                f"--{name.replace('_', '-')}: the budget of {limit:,.0f} cannot be met, the smallest variant of the "
+                f"space has {least[name]:,}; raise it, or protect less (--protect none)"
             )
     return space
 

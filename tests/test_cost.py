@@ -71,6 +71,17 @@ def test_stacks_of_masks(name):
     assert (np.stack(mapped, -1) == one_by_one).all()
 
 
+@pytest.mark.parametrize("name", STACKED)
+def test_contractions(name):
+    graph = traced(name)
+    plans = [Plan(), *(random_plan(graph, seed) for seed in range(5))]
+    left = [sum(any(not c & p.drop for c in term.contexts) for term in graph.macs) for p in plans]
+    assert [engine.contractions(graph, p) for p in plans] == left
+    stack = jax.tree.map(lambda *m: np.stack(m), *(graph.masks(p) for p in plans))
+    for found in (engine.contractions(graph, stack), jax.jit(lambda m: engine.contractions(graph, m))(stack)):
+        assert (np.broadcast_to(found, len(plans)) == left).all()
+
+
 def test_counts_beyond_int32():
     fn = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]
     s = lambda *shape: jax.ShapeDtypeStruct(shape, "float32")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,8 @@ from treesurgeon import engine, models
 from treesurgeon.engine import TreesurgeonError
 from treesurgeon.models import ModelError
 from treesurgeon.search import Config, RunError, open_source, run, split_roles
-from treesurgeon.search.pipeline import starting_points
+from treesurgeon.search.config import Criterion
+from treesurgeon.search.pipeline import rank, starting_points
 from treesurgeon.search.setting import fingerprint, prepare
 from treesurgeon.search.space import build
 
@@ -200,6 +202,9 @@ def zoo(place):
         ({"fitted_split": ("training",)}, "--fitted-split"),
         ({"macs": 1e-9}, "cannot be met"),
         ({"macs": -1.0}, "--macs"),
+        ({"activation_bytes": 1e-9, "out": "too-tight"}, "--activation-bytes: .* cannot be met"),
+        ({"memory": 0.0}, "--memory"),
+        ({"latency": 0.5}, "--latency: the search does not keep measured budgets yet"),
         ({"population": 1}, "--population"),
         ({"protect": ("layer9",)}, "layer9"),
         ({"criterion": "l3"}, "l3"),
@@ -249,6 +254,25 @@ def test_reestimated_statistics_are_those_of_the_batch(zoo):
     np.testing.assert_allclose(stats["mean"], first.mean((0, 1, 2)), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(stats["var"], first.var((0, 1, 2)), rtol=1e-4, atol=1e-5)
     assert found["params"] == subject.variables["params"]
+
+
+def test_the_command_line_offers_every_criterion():
+    assert get_args(Criterion) == tuple(engine.CRITERIA)
+
+
+@pytest.mark.slow
+def test_every_criterion_ranks_the_units(zoo):
+    setting = prepare(config(zoo))
+    sizes = {name: (group.size,) for name, group in setting.subject.graph.groups.items()}
+    found = {}
+    for criterion in engine.CRITERIA:
+        found[criterion] = rank(setting, criterion)
+        assert {name: score.shape for name, score in found[criterion].items()} == sizes
+        assert all(np.isfinite(score).all() for score in found[criterion].values())
+        if criterion != "norm_scale":  # the scales of an untrained net are all 1
+            assert all(np.ptp(score) > 0 for score in found[criterion].values())
+    orders = {name: np.argsort(np.concatenate(list(scores.values()))).tolist() for name, scores in found.items()}
+    assert len(set(map(tuple, orders.values()))) == len(orders)
 
 
 def test_starting_points_within_the_budget_come_first(zoo):

@@ -1,0 +1,151 @@
+"""How good is a small model before any gradient step? Criteria and ways to choose widths, rung by rung, at one budget.
+
+    python benchmarks/front.py --checkpoint resnet56.safetensors --data tfds-dir:PATH --macs 0.474
+    python benchmarks/front.py ... --run runs/resnet56        # the plan that a search has found, beside them
+
+Rungs: as it is; norm statistics re-estimated; removed units reconstructed as well; kernels refitted as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from harness import publish
+
+from treesurgeon import engine
+from treesurgeon.search import baselines, pipeline
+from treesurgeon.search.config import Config
+from treesurgeon.search.evaluate import batches, calibrate, loss_and_error, measurer, with_leaves
+from treesurgeon.search.finalists import prepared
+from treesurgeon.search.setting import Setting, prepare
+
+CRITERIA = (
+    "random",
+    "l1",
+    "l2",
+    "fpgm",
+    "lamp",
+    "norm_scale",
+    "taylor",
+    "fisher",
+    "activation",
+    "apoz",
+    "reconstruction",
+)
+
+
+@dataclass
+class Options:
+    """The command line."""
+
+    model: str
+    checkpoint: str
+    data: str
+    macs: float
+    run: Path | None
+    refit: bool
+
+
+def main() -> None:
+    """Print and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet56")
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--macs", type=float, default=1 / 2.11, help="share of the dense model's (default 1/2.11)")
+    parser.add_argument("--run", type=Path, help="a run's directory: its selected plan is measured too")
+    parser.add_argument("--refit", action="store_true", help="refit every plan, not only the run's and l2's")
+    options = Options(**vars(parser.parse_args()))
+    config = Config(options.model, options.checkpoint, options.data, out="unused", epochs=0)
+    setting = prepare(config)
+    graph, test = setting.subject.graph, setting.roles.test
+    dense = engine.cost(graph, engine.Plan()).macs
+    rungs = Rungs(setting)
+    plans = plans_of(setting, options)
+    rows = []
+    for name, plan in plans.items():
+        start = time.perf_counter()
+        found = rungs(plan)
+        if options.refit or "l2" in name or name == "search":
+            found.append(refitted(setting, plan))
+        cells = [interval(error, len(test)) for error in found] + [""] * (4 - len(found))
+        rows.append([name, f"{dense / engine.cost(graph, plan).macs:.2f}×", *cells])
+        print(rows[-1], f"{time.perf_counter() - start:.0f} s", flush=True)
+    publish(
+        f"front-{options.model}-{options.macs:.3f}",
+        f"{options.model} at {options.macs:.1%} of its multiply-accumulates, no gradient step",
+        ("plan", "fewer MACs", "as it is", "+ statistics", "+ reconstruction", "+ refit"),
+        rows,
+        f"Accuracy on {len(test):,} test images that no step has seen, with its 95 % interval (Wilson). Statistics and "
+        f"maps from {config.calibration_images} training images, kernels from {config.refit_images}.",
+    )
+
+
+def plans_of(setting: Setting, options: Options) -> dict[str, engine.Plan]:
+    """The plans by name: dense, each criterion at uniform widths and ranked globally, and the search's."""
+    graph = setting.subject.graph
+    out = {"dense": engine.Plan()}
+    inner = [g for g in graph.groups if sum(len(graph.leaves[m.path].shape) > 1 for m in graph.groups[g].members) == 2]
+    limit = options.macs
+    for criterion in engine.CRITERIA:
+        scores = pipeline.rank(setting, criterion)
+        every = lambda share, s=scores: baselines.uniform_plan(graph, s, share)  # noqa: E731
+        within = lambda share, s=scores: baselines.uniform_plan(graph, s, share, inner)  # noqa: E731
+        out[f"{criterion}, uniform"] = baselines.to_budget(every, graph, "macs", limit)
+        out[f"{criterion}, uniform within layers"] = baselines.to_budget(within, graph, "macs", limit)
+        comparable = engine.normalise(scores)
+        out[f"{criterion}, global"] = baselines.global_plan(graph, comparable, {"macs": limit}, least=0.1)
+    if options.run:
+        out["search"] = engine.load(options.run / "selected", module=setting.subject.module).plan
+    return out
+
+
+class Rungs:
+    """The error on test without any step, with statistics, and with reconstruction; compiled once for all plans."""
+
+    def __init__(self, setting: Setting):
+        self.setting, subject = setting, setting.subject
+        self.x = jnp.asarray(setting.roles.train.images[: setting.config.calibration_images])
+        self.data = batches(setting.roles.test, 250)
+
+        def error(variables: Any, masks: Any, data: Any) -> Any:
+            gated = engine.gate(subject.infer, subject.graph)
+            return loss_and_error(lambda x: gated(variables, masks, x), data)[1]
+
+        self.error = jax.jit(error)
+        self.find = jax.jit(lambda m, v, x, maps: calibrate(subject, m, v, x, maps), static_argnums=3)
+
+    def __call__(self, plan: engine.Plan) -> list[float]:
+        """The errors of one plan."""
+        variables, masks = self.setting.subject.variables, self.setting.subject.graph.masks(plan)
+        out = [float(self.error(variables, masks, self.data))]
+        for reconstruct in (False, True):
+            stats, maps = self.find(masks, variables, self.x, reconstruct)
+            given = {**masks, "maps": maps} if reconstruct else masks
+            out.append(float(self.error(with_leaves(variables, stats), given, self.data)))
+        return out
+
+
+def refitted(setting: Setting, plan: engine.Plan) -> float:
+    """The error on test of the cut model with refitted kernels."""
+    infer = engine.narrow(setting.subject.infer, setting.subject.graph, plan)
+    return measurer(infer, setting.roles.test)(prepared(setting, plan))[1]
+
+
+def interval(error: float, count: int, z: float = 1.96) -> str:
+    """Accuracy in percent with Wilson's interval."""
+    p = 1 - error
+    middle = (p + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * math.sqrt(p * error / count + z**2 / (4 * count**2))
+    return f"{100 * p:.1f} ({100 * (middle - half):.1f} to {100 * (middle + half):.1f})"
+
+
+if __name__ == "__main__":
+    main()

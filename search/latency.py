@@ -1,0 +1,228 @@
+"""Latency and peak memory on the device at hand: measured on compiled models, predicted inside the search.
+
+What counts is what was measured: `profile` times a narrowed model, and `pick_measured` lets finalists pass by that. A
+search cannot compile every candidate, so inside it `Fit.predict` stands in: a sum of costs with weights that are not
+negative, fitted to some random plans, whose error on plans it has not seen is part of the result. How wrong it is
+depends on the device: read `Fit.errors` before trusting it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.optimize import nnls
+
+from treesurgeon import engine
+from treesurgeon.engine import Graph, Plan
+
+REPEATS = 20
+WARM_UP = 3
+MEASURES = ("latency", "memory")
+
+T = TypeVar("T")
+
+
+class Profile(NamedTuple):
+    """What one compiled model takes on this device.
+
+    Attributes:
+        latency: milliseconds a call, the median.
+        memory: peak bytes of the program: arguments, results and temporaries; 0 where the device does not tell.
+    """
+
+    latency: float
+    memory: float
+
+
+def profile(fn: Callable[..., Any], params: Any, x: Any, repeats: int = REPEATS) -> Profile:
+    """Compile `fn(params, x)` and measure it on the default device."""
+    params, x = jax.device_put((params, x))
+    compiled = jax.jit(fn).lower(params, x).compile()
+    return Profile(_time(lambda: compiled(params, x), repeats), _peak(compiled))
+
+
+def measure(fn: Callable[..., Any], params: Any, x: Any, repeats: int = REPEATS) -> float:
+    """Milliseconds of one call of the compiled `fn(params, x)` on the default device: the median of `repeats`."""
+    return profile(fn, params, x, repeats).latency
+
+
+def _time(call: Callable[[], Any], repeats: int) -> float:
+    for _ in range(WARM_UP):
+        jax.block_until_ready(call())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times)
+
+
+def _peak(compiled: Any) -> float:
+    """Arguments that the program overwrites with results count once."""
+    found = compiled.memory_analysis()
+    if found is None:
+        return 0.0
+    return float(
+        found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes - found.alias_size_in_bytes
+    )
+
+
+def profile_plan(
+    fn: Callable[..., Any], graph: Graph, params: Any, plan: Plan, x: Any, repeats: int = REPEATS
+) -> Profile:
+    """The `Profile` of the narrowed model; `params` are the dense ones."""
+    return profile(engine.narrow(fn, graph, plan), engine.cut(params, graph, plan), x, repeats)
+
+
+def features(graph: Graph, masks: Plan | Mapping[str, Any]) -> jax.Array:
+    """What predictions are made from, `float32[…, 4]`: MACs, activation bytes, live contractions, parameters.
+
+    Each is a share of the dense model's. Works inside jit and on stacks of masks, as `engine.cost` does.
+    """
+    dense = _amounts(graph, Plan())
+    found = _amounts(graph, masks)
+    shape = jnp.broadcast_shapes(*(jnp.shape(n) for n in found))
+    shares = [jnp.asarray(n / float(max(d, 1)), jnp.float32) for n, d in zip(found, dense, strict=True)]
+    return jnp.stack([jnp.broadcast_to(share, shape) for share in shares], -1)
+
+
+def _amounts(graph: Graph, masks: Plan | Mapping[str, Any]) -> tuple[Any, Any, Any, Any]:
+    cost = engine.cost(graph, masks)
+    return cost.macs, cost.activation_bytes, engine.contractions(graph, masks), cost.params
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """A prediction of one measure from features, and how far off it was.
+
+    Attributes:
+        measure: `latency` or `memory`.
+        weights: of the constant, then of the four features; none negative.
+        values: what was measured, one for each plan.
+        held_out: what was predicted for each plan by a fit to all others.
+    """
+
+    measure: str
+    weights: np.ndarray
+    values: np.ndarray
+    held_out: np.ndarray
+
+    def predict(self, features: Any) -> Any:
+        """The measure for features `[…, 4]`: milliseconds or bytes; works inside jit."""
+        weights = jnp.asarray(self.weights, jnp.float32)
+        return weights[0] + (features * weights[1:]).sum(-1)
+
+    @property
+    def errors(self) -> np.ndarray:
+        """Relative errors on held-out plans, one for each plan."""
+        return np.abs(self.held_out / self.values - 1)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.measure} predicted from {len(self.values)} measured plans: on plans not fitted it is off by "
+            f"{np.median(self.errors):.1%} (median), {self.errors.max():.1%} (worst)"
+        )
+
+
+def fit(measure: str, rows: Any, values: Sequence[float]) -> Fit:
+    """Fit a measure by non-negative least squares of the relative error.
+
+    C. L. Lawson, R. J. Hanson: "Solving least squares problems", 1974.
+
+    Args:
+        measure: what it is, for the report.
+        rows: the features of each plan, `[plans, 4]`.
+        values: what was measured, above 0.
+    """
+    rows = np.asarray(rows, np.float64)
+    target = np.asarray(values, np.float64)
+    design = np.concatenate([np.ones((len(rows), 1)), rows], 1)
+
+    def weights(used: np.ndarray) -> np.ndarray:
+        return nnls(design[used] / target[used, None], np.ones(used.sum()))[0]
+
+    every = np.ones(len(rows), bool)
+    held_out = [design[i] @ weights(np.arange(len(rows)) != i) for i in range(len(rows))]
+    return Fit(measure, weights(every), target, np.array(held_out))
+
+
+def calibrate(
+    fn: Callable[..., Any], graph: Graph, params: Any, plans: Sequence[Plan], x: Any, repeats: int = REPEATS
+) -> dict[str, Fit]:
+    """Measure plans on this device and fit a prediction of each measure that the device tells.
+
+    Args:
+        fn: the dense model, `fn(params, x)`.
+        graph: the traced graph.
+        params: the dense parameters.
+        plans: what to measure: some twenty, as different as the candidates will be (`random_plans`).
+        x: a batch of inputs of the size that counts.
+        repeats: calls that are timed for each plan.
+    """
+    rows = np.stack([np.asarray(features(graph, plan)) for plan in plans])
+    profiles = [profile_plan(fn, graph, params, plan, x, repeats) for plan in plans]
+    found = {name: [getattr(p, name) for p in profiles] for name in MEASURES}
+    return {name: fit(name, rows, values) for name, values in found.items() if min(values) > 0}
+
+
+def random_plans(
+    graph: Graph, count: int, seed: int, groups: Iterable[str] | None = None, blocks: Iterable[str] | None = None
+) -> list[Plan]:
+    """The dense plan and random ones: a share of units around a common one, and as much of the blocks dropped.
+
+    Args:
+        graph: the traced graph.
+        count: how many.
+        seed: of the draws.
+        groups: those that shrink; if None, all.
+        blocks: those that may go; if None, those that no other encloses.
+    """
+    rng = np.random.default_rng(seed)
+    groups = list(graph.groups if groups is None else groups)
+    blocks = [b for b in graph.blocks if graph.blocks[b].parent is None] if blocks is None else list(blocks)
+    plans = [Plan()]
+    while len(plans) < count:
+        common, chance = rng.uniform(0.15, 1), rng.uniform(0, 0.6)
+        drop = frozenset(b for b in blocks if rng.random() < chance)
+        order: dict[int, np.ndarray] = {}
+        keep = {}
+        for g in groups:
+            size = graph.groups[g].size
+            order.setdefault(size, rng.permutation(size))  # groups of one size keep alike units: drops tie them
+            share = np.clip(common + rng.normal(0, 0.15), 0.1, 1)
+            keep[g] = np.sort(order[size][: max(1, round(share * size))])
+        plans.append(Plan(keep, drop))
+    return plans
+
+
+def pick_measured(
+    candidates: Iterable[T], profile: Callable[[T], Profile], limits: Mapping[str, float], enough: int
+) -> tuple[list[tuple[T, Profile]], list[tuple[T, Profile]]]:
+    """Measure candidates in order of merit until enough are within the limits.
+
+    Args:
+        candidates: the best first.
+        profile: measures one.
+        limits: on `latency` (milliseconds) and `memory` (bytes).
+        enough: how many that pass are wanted.
+
+    Returns:
+        Those that passed and those that failed, with what was measured; candidates behind the last needed one are in
+        neither.
+    """
+    passed: list[tuple[T, Profile]] = []
+    failed: list[tuple[T, Profile]] = []
+    for candidate in candidates:
+        if len(passed) >= enough:
+            break
+        found = profile(candidate)
+        within = all(getattr(found, name) <= limit for name, limit in limits.items())
+        (passed if within else failed).append((candidate, found))
+    return passed, failed
