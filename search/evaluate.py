@@ -64,6 +64,13 @@ def loss_and_wrong(logits: Array, labels: Array) -> tuple[Array, Array]:
     return losses, logits.argmax(-1) != labels
 
 
+def divergence(dense: Array, logits: Array) -> Array:
+    """Kullback-Leibler divergence of the answers from the dense model's, for each image, in nats."""
+    ours = jax.nn.log_softmax(logits.astype(jnp.float32))
+    theirs = jax.nn.log_softmax(dense.astype(jnp.float32))
+    return (jnp.exp(theirs) * (theirs - ours)).sum(-1)
+
+
 def loss_and_error(infer: Callable[[Array], Array], data: Batches) -> tuple[Array, Array]:
     """Mean cross-entropy and share of wrong answers of `infer: images -> logits`."""
 
@@ -186,12 +193,15 @@ class Evaluator:
         self.cached = self.frontier_bytes * len(data.images) <= limit
         self._known: dict[int, Any] = {0: known} if self.cached else {}
 
-        def chunk_score(fixed: Any, known: Any, labels: Array, late: Any) -> tuple[Array, Array]:
+        def chunk_score(fixed: Any, known: Any, labels: Array, dense: Array, late: Any) -> tuple[Array, Array, Array]:
             self.compiled += 1  # runs once for each compilation
             logits = jax.vmap(parts.late, (None, None, 0))(fixed, known, late)
-            return jax.vmap(loss_and_wrong, (0, None))(logits, labels)
+            losses, wrong = jax.vmap(loss_and_wrong, (0, None))(logits, labels)
+            return losses, wrong, jax.vmap(divergence, (None, 0))(dense, logits)
 
         self._score = jax.jit(chunk_score)
+        infer = jax.jit(subject.infer)
+        self._dense = [infer(subject.variables, x) for x in data.images]
 
     def _prepare_calibration(self, masks: Any, calibration: Array, reconstruct: bool) -> None:
         subject = self.subject
@@ -233,8 +243,10 @@ class Evaluator:
             found.append(self._calibrate(*self._calibration, _rows(masks, rows)))
         return jax.tree.map(lambda *parts: jnp.concatenate(parts)[:total], *found)
 
-    def __call__(self, masks: Any, keep: Callable[[np.ndarray], np.ndarray] | None = None, limit: int | None = None):
-        """Losses and errors of stacked masks on each image, `float32[P, N]` and `bool[P, N]`; NaN, True where unseen.
+    def __call__(
+        self, masks: Any, keep: Callable[[np.ndarray], np.ndarray] | None = None, limit: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Loss, wrong or not, and divergence from the dense model, each `[P, N]`; NaN and True for images not seen.
 
         Args:
             masks: `{"units": {group: bool[P, size]}, "blocks": {block: bool[P]}}`.
@@ -246,21 +258,22 @@ class Evaluator:
         weights = np.asarray(self.data.weights) > 0
         losses = np.full((total, weights.size), np.nan, np.float32)
         wrong = np.ones((total, weights.size), bool)
+        apart = np.full_like(losses, np.nan)
         alive = np.arange(total)
         size = weights.shape[1]
         for b in range(min(len(weights), limit or len(weights))):
             known = self._frontier(b)
             for rows in _chunks(alive, self.chunk):
-                found = self._score(self._fixed, known, self.data.labels[b], _rows(late, rows))
+                found = self._score(self._fixed, known, self.data.labels[b], self._dense[b], _rows(late, rows))
                 at = slice(b * size, (b + 1) * size)
-                losses[rows, at], wrong[rows, at] = (np.asarray(part) for part in found)
+                losses[rows, at], wrong[rows, at], apart[rows, at] = (np.asarray(part) for part in found)
             if keep is not None:
                 going = keep(losses[:, : (b + 1) * size])
                 alive = alive[going[alive]]
                 if not len(alive):
                     break
         real = weights.reshape(-1)
-        return losses[:, real], wrong[:, real]
+        return losses[:, real], wrong[:, real], apart[:, real]
 
     def _frontier(self, b: int) -> Any:
         if b in self._known:

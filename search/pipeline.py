@@ -144,13 +144,14 @@ def search(setting: Setting, space: Space, states: States, say: Say) -> evolve.S
     def sizes(genomes: np.ndarray) -> np.ndarray:
         return np.asarray(masks_and_costs(genomes)[1][measure]) / dense[measure]
 
-    rise = states.arrays("sensitivity", lambda: {"rise": sweep(space, evaluator, masks_and_costs, say)})["rise"]
-    report.write_sensitivity(config.directory / "sensitivity.csv", sensitivity.table(space, rise))
+    target = setting.budget[measure] / dense[measure] if setting.budget else 0.0
+    walked = states.arrays("descent", lambda: walk(space, evaluator, sizes, target, say))
+    report.write_sensitivity(config.directory / "sensitivity.csv", sensitivity.table(space, walked["rise"]))
     state = evolve.init(
         jax.random.key(config.seed),
         space.cardinality,
         population=config.population,
-        seeds=starting_points(setting, space, rise, sizes)[: config.population],
+        seeds=starting_points(setting, space, walked["path"])[: config.population],
     )
     references = racing.References.empty(config.population, evaluator.count)
     progress = states.latest(Progress(state, references))
@@ -172,7 +173,7 @@ def search(setting: Setting, space: Space, states: States, say: Say) -> evolve.S
         if len(within):
             chosen = jax.tree.map(lambda leaf, rows=within: leaf[rows], masks)
             judge = partial(racing.judge, size[within], references=references, looks=len(evaluator.data.images))
-            losses, wrong = evaluator(chosen, judge)
+            losses, wrong, _ = evaluator(chosen, judge)
             loss[within] = racing.estimates(losses, references)
             error[within] = wrong.sum(1, where=~np.isnan(losses)) / np.maximum((~np.isnan(losses)).sum(1), 1)
             references = references.joined(size[within], losses)
@@ -204,39 +205,59 @@ def make_evaluator(setting: Setting, space: Space) -> Evaluator:
     )
 
 
-def sweep(space: Space, evaluator: Evaluator, masks_and_costs: Any, say: Say) -> np.ndarray:
-    """What each change costs by itself, on the first batch of images: see sensitivity.py."""
+def walk(
+    space: Space, evaluator: Evaluator, sizes: Callable[[np.ndarray], np.ndarray], target: float, say: Say
+) -> dict[str, np.ndarray]:
+    """From the dense model down to the target in a few stages, sensitivities measured anew before each.
+
+    Returns:
+        `rise`, the sensitivities of the dense model, and `path`, the genomes on the way (see sensitivity.py).
+    """
     start = time.perf_counter()
-    probed = sensitivity.probes(space)
-    genomes = np.concatenate([space.dense_genome()[None], probed])
-    losses, _ = evaluator(jax.jit(jax.vmap(space.decode))(genomes), limit=1)
-    mean = np.nanmean(losses, 1)
-    say(f"{len(probed)} single changes tried in {time.perf_counter() - start:.0f} s")
-    return sensitivity.rises(space, probed, mean[1:] - mean[0])
+    smallest = sensitivity.smallest(space)
+    target = max(target, float(sizes(repeated(smallest))[0]))
+    at, first = space.dense_genome(), None
+    path = [at]
+    decode = jax.jit(jax.vmap(space.decode))
+    for stage in np.geomspace(1, target, sensitivity.STAGES + 1)[1:]:
+        probed = sensitivity.probes(space, at)
+        if not len(probed):
+            break
+        _, _, apart = evaluator(decode(np.concatenate([at[None], probed])), limit=1)
+        mean = np.nanmean(apart, 1)
+        rise = sensitivity.rises(space, at, probed, mean[1:] - mean[0])
+        first = rise if first is None else first
+        path += list(sensitivity.descend(space, rise, sizes, stage, at)[1:])
+        at = path[-1]
+        seconds = time.perf_counter() - start
+        say(f"{len(probed)} single changes tried, down to {sizes(repeated(at))[0]:.0%} of the size; {seconds:.0f} s")
+    assert first is not None
+    return {"rise": first, "path": np.array(path, np.int32)}
 
 
-def starting_points(
-    setting: Setting, space: Space, rise: np.ndarray, sizes: Callable[[np.ndarray], np.ndarray]
-) -> np.ndarray:
-    """Genomes to start from: on the way down that sensitivities suggest, and uniform ones.
+def repeated(genome: np.ndarray) -> np.ndarray:
+    """A genome as often as it has genes: what `sizes` is compiled for."""
+    return np.repeat(genome[None], len(genome), 0)
+
+
+def starting_points(setting: Setting, space: Space, path: np.ndarray) -> np.ndarray:
+    """Genomes to start from: half of them on the way down that sensitivities suggest, the others uniform.
 
     With a budget the largest within it come first; without one, sizes spread evenly.
     """
-    floor = sensitivity.smallest(space)
-    path = sensitivity.descend(space, rise, sizes, float(sizes(np.repeat(floor[None], len(floor), 0))[0]))
-    costs = [engine.cost(setting.subject.graph, space.to_plan(genome))._asdict() for genome in path]
-    fits = np.array([all(cost[name] <= limit for name, limit in setting.budget.items()) for cost in costs])
-    if setting.budget:
-        within = np.flatnonzero(fits)
-        chosen = [path[i] for i in within[: setting.config.population // 2]]
+    graph, budget, half = setting.subject.graph, setting.budget, max(setting.config.population // 2, 2)
+
+    def fitting(genomes: np.ndarray) -> np.ndarray:
+        costs = [engine.cost(graph, space.to_plan(genome))._asdict() for genome in genomes]
+        fits = [all(cost[name] <= limit for name, limit in budget.items()) for cost in costs]
+        order = sorted(range(len(genomes)), key=lambda i: (not fits[i], -costs[i]["macs"]))
+        return genomes[order]
+
+    if budget:
+        chosen = fitting(path)[:half]
     else:
-        ends = np.linspace(0, len(path) - 1, max(setting.config.population // 2, 2)).round().astype(int)
-        chosen = [path[i] for i in dict.fromkeys(ends)]
-    uniform = space.seeds()
-    cost = [engine.cost(setting.subject.graph, space.to_plan(genome))._asdict() for genome in uniform]
-    fit = [all(c[name] <= limit for name, limit in setting.budget.items()) for c in cost]
-    order = sorted(range(len(uniform)), key=lambda i: (not fit[i], -cost[i]["macs"]))
-    return np.array(list(dict.fromkeys(map(tuple, [*chosen, *uniform[order]]))), np.int32)
+        chosen = path[np.unique(np.linspace(0, len(path) - 1, half).round().astype(int))]
+    return np.array(list(dict.fromkeys(map(tuple, [*chosen, *fitting(space.seeds())]))), np.int32)
 
 
 def _progress(front: evolve.Scored, done: int, config: Config, measure: str, took: float) -> str:

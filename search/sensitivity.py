@@ -1,9 +1,10 @@
-"""What each change costs by itself, and the way from the dense model down that these numbers suggest.
+"""What each change does by itself, and the way from the dense model down that these numbers suggest.
 
-One candidate for each group at a few widths, and one for each block: the rise of the loss over the dense model's. In
-between widths are interpolated. `descend` then takes, step by step, the change that costs the least loss for what it
-saves (greedy for the knapsack that adding up the rises would be): good starting points, since what the sum leaves
-out, how changes act together, is what the search is for.
+One candidate for each group at a few widths, and one for each block: how far it moves the answers from the dense
+model's (the divergence, which has far less noise than the loss has). In between widths are interpolated. `descend` then
+takes, step by step, the change that costs least for what it saves: greedy for the knapsack that adding up the costs
+would be. Since changes do not add up (each block can be missed, all of them cannot), the way is gone in stages, and
+before each the changes that are left are tried again.
 """
 
 from __future__ import annotations
@@ -14,22 +15,24 @@ import numpy as np
 
 from treesurgeon.search.space import Space
 
-SHARES = (0.625, 0.25)
+SHARES = (0.625, 0.25)  # of the units that are left
+STAGES = 3
 LEAST = 1e-4  # nats: no change is taken to be free
 
 
-def probes(space: Space) -> np.ndarray:
-    """Genomes that differ from the dense one in one gene, `int32[K, G]`."""
-    dense, out = space.dense_genome(), []
+def probes(space: Space, start: np.ndarray) -> np.ndarray:
+    """Genomes that differ from `start` in one gene and keep less, `int32[K, G]`."""
+    out = []
     for i, g in enumerate(space.groups):
         widths = space.widths[g]
-        for value in sorted({int(np.abs(widths - share * space.sizes[g]).argmin()) for share in SHARES} - {0}):
-            out.append(dense.copy())
+        wanted = {int(np.abs(widths - share * widths[start[i]]).argmin()) for share in SHARES}
+        for value in sorted(value for value in wanted if value > start[i]):
+            out.append(start.copy())
             out[-1][i] = value
-    for k in range(len(space.blocks)):
-        out.append(dense.copy())
+    for k in np.flatnonzero(start[len(space.groups) :]):
+        out.append(start.copy())
         out[-1][len(space.groups) + k] = 0
-    return np.array(out, np.int32)
+    return np.array(out, np.int32).reshape(-1, len(start))
 
 
 def smallest(space: Space) -> np.ndarray:
@@ -39,43 +42,54 @@ def smallest(space: Space) -> np.ndarray:
     return genome
 
 
-def rises(space: Space, probed: np.ndarray, rise: np.ndarray) -> np.ndarray:
-    """The rise of the loss for every value of every gene, `float[G, values]`, from those of the probes.
+def rises(space: Space, start: np.ndarray, probed: np.ndarray, rise: np.ndarray) -> np.ndarray:
+    """The cost of every value of every gene over that of `start`, `float[G, values]`, from those of the probes.
 
-    Between the widths that were probed it is linear in the width, beyond the smallest it goes on as steeply.
+    Between the widths that were probed it is linear in the width, beyond the smallest it goes on as steeply; what was
+    not probed costs inf.
     """
-    cards, dense = space.cardinality, space.dense_genome()
-    out = np.zeros((len(cards), cards.max()))
-    changed = (probed != dense).argmax(1)
-    for i in range(len(cards)):
+    cards = space.cardinality
+    out = np.full((len(cards), cards.max()), np.inf)
+    changed = (probed != start).argmax(1)
+    for i, here in enumerate(start):
+        out[i, here] = 0
         mine = np.flatnonzero(changed == i)
         if i >= len(space.groups):
-            out[i, 0] = max(rise[mine[0]], LEAST)
+            if here:
+                out[i, 0] = max(rise[mine[0]], LEAST)
             continue
-        widths = space.widths[space.groups[i]].astype(float)
-        points = [*sorted((widths[probed[m, i]], float(rise[m])) for m in mine), (widths[0], 0.0)]
+        if not len(mine):
+            continue
+        widths = space.widths[space.groups[i]][here:].astype(float)
+        points = [*sorted((widths[probed[m, i] - here], float(rise[m])) for m in mine), (widths[0], 0.0)]
         (w0, r0), (w1, r1) = points[:2]
-        low = r0 + (w0 - 0.0) * max(r0 - r1, 0.0) / (w1 - w0)
+        low = r0 + w0 * max(r0 - r1, 0.0) / (w1 - w0)
         x, y = zip(*[(0.0, low), *points], strict=True)
-        found = np.interp(widths, x, y)
-        out[i, : len(widths)] = np.maximum.accumulate(np.maximum(found, LEAST * (1 - widths / widths[0])))
+        found = np.maximum(np.interp(widths, x, y), LEAST * (1 - widths / widths[0]))
+        out[i, here : len(widths) + here] = np.maximum.accumulate(found)
     return out
 
 
 def descend(
-    space: Space, rise: np.ndarray, size_of: Callable[[np.ndarray], np.ndarray], least: float, most: int = 1000
+    space: Space,
+    rise: np.ndarray,
+    size_of: Callable[[np.ndarray], np.ndarray],
+    least: float,
+    start: np.ndarray,
+    most: int = 1000,
 ) -> np.ndarray:
-    """Genomes from the dense one down to size `least`, `int32[S, G]`.
+    """Genomes from `start` down to size `least`, `int32[S, G]`.
 
     Args:
         space: the space.
         rise: what `rises` returned.
         size_of: genomes `[K, G]` -> sizes `[K]`; called with one K.
         least: where to stop.
+        start: where to begin.
         most: steps at most.
     """
     cards, groups = space.cardinality, len(space.groups)
-    genome = space.dense_genome()
+    genome = start
     path = [genome]
     size = float(size_of(np.repeat(genome[None], len(cards), 0))[0])
     while size > least and len(path) < most:
@@ -96,7 +110,7 @@ def descend(
 
 
 def table(space: Space, rise: np.ndarray) -> list[Mapping[str, object]]:
-    """The rises as rows, for people."""
+    """The dense model's rises as rows, for people."""
     out: list[Mapping[str, object]] = []
     for i, name in enumerate(space.groups):
         for value, width in enumerate(space.widths[name]):

@@ -279,12 +279,8 @@ def test_starting_points_within_the_budget_come_first(zoo):
     setting = prepare(config(zoo, macs=0.5))
     graph = setting.subject.graph
     space = build(graph, {name: np.ones(group.size) for name, group in graph.groups.items()})
-    rise = np.ones((len(space.cardinality), space.cardinality.max())).cumsum(1)
-
-    def sizes(genomes):
-        return np.array([engine.cost(graph, space.to_plan(g)).macs for g in genomes])
-
-    costs = [engine.cost(graph, space.to_plan(s)).macs for s in starting_points(setting, space, rise, sizes)]
+    path = space.seeds()[::-1]
+    costs = [engine.cost(graph, space.to_plan(s)).macs for s in starting_points(setting, space, path)]
     fits = [cost <= setting.budget["macs"] for cost in costs]
     assert any(fits)
     assert fits == sorted(fits, reverse=True)

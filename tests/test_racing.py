@@ -80,10 +80,11 @@ def cost(genomes):
 
 def test_probes_change_one_thing_and_rises_go_through_them():
     space = Toy()
-    probed = sensitivity.probes(space)
+    dense = space.dense_genome()
+    probed = sensitivity.probes(space, dense)
     assert ((probed != space.dense_genome()).sum(1) == 1).all()
     rise = np.array([0.1, 1.0, 0.2, 1.5, 0.3])
-    found = sensitivity.rises(space, probed, rise)
+    found = sensitivity.rises(space, dense, probed, rise)
     np.testing.assert_allclose(found[0], [0, 0.1, 0.55, 1.0], atol=1e-3)
     np.testing.assert_allclose(found[1], [0, 0.2, 0.85, 1.5], atol=1e-3)
     np.testing.assert_allclose(found[2, :2], [0.3, 0])
@@ -93,7 +94,7 @@ def test_probes_change_one_thing_and_rises_go_through_them():
 def test_the_descent_gets_smaller_and_ends_near_the_best_sum():
     space = Toy()
     rise = np.array([[0, 0.1, 0.4, 1.0], [0, 0.2, 0.5, 1.5], [0.3, 0, 0, 0]])
-    path = sensitivity.descend(space, rise, cost, 0.5)
+    path = sensitivity.descend(space, rise, cost, 0.5, space.dense_genome())
     sizes = cost(path)
     assert (np.diff(sizes) < 0).all()
     assert sizes[-1] <= 0.5 < sizes[-2]
@@ -107,5 +108,15 @@ def test_the_descent_gets_smaller_and_ends_near_the_best_sum():
 
 
 def test_the_descent_stops_where_nothing_is_left():
-    path = sensitivity.descend(Toy(), np.zeros((3, 4)), cost, 0.0)
+    path = sensitivity.descend(Toy(), np.zeros((3, 4)), cost, 0.0, np.array([0, 0, 1]))
     assert path[-1].tolist() == [3, 3, 0]
+
+
+def test_a_later_stage_tries_what_is_left():
+    space, start = Toy(), np.array([1, 3, 0])
+    probed = sensitivity.probes(space, start)
+    assert probed.tolist() == [[2, 3, 0], [3, 3, 0]]
+    found = sensitivity.rises(space, start, probed, np.array([0.5, 2.0]))
+    np.testing.assert_allclose(found[0], [np.inf, 0, 0.5, 2.0])
+    assert found[1, 3] == found[2, 0] == 0
+    assert sensitivity.descend(space, found, cost, 0.0, start)[-1].tolist() == [3, 3, 0]
