@@ -1,90 +1,118 @@
-"""How fast are candidates evaluated? The gated population beside the dense model and beside cutting each candidate."""
+"""How fast are candidates evaluated? Populations beside the dense model, and beside cutting and compiling each one.
+
+Candidate-images a second of the search's own evaluator (without calibration), on random candidates: with every layer
+searched, and with the last stage searched, whose frontier is kept in memory. The measured limit of the second is what
+the dense model gains when only the layers behind that frontier are run.
+"""
 
 from __future__ import annotations
 
 import argparse
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from harness import publish, seconds, spread
 
-from treesurgeon import engine, models
-
-REPEATS = 5
+from treesurgeon import engine
+from treesurgeon.search.data import Split
+from treesurgeon.search.evaluate import Evaluator, batches, with_leaves
+from treesurgeon.search.space import Space, build
+from treesurgeon.search.subject import Subject, random_subject
 
 
 def main() -> None:
     """Print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="resnet20")
+    parser.add_argument("--model", default="resnet56")
+    parser.add_argument("--last", default="layer3", help="the first part of the names of the last stage's layers")
     parser.add_argument("--candidates", type=int, default=8)
-    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--serial", type=int, default=3, help="candidates that are cut, compiled and run one by one")
     options = parser.parse_args()
-    module = models.resolve(options.model)
-    shape = models.get(options.model).input_shape
-    x = jax.random.normal(jax.random.key(0), (options.images, *shape))
-    fn, params = engine.from_linen(module, module.init(jax.random.key(1), x[:1]))
-    graph = engine.trace(fn, params, x[:1])
-    plans = random_plans(graph, options.candidates)
-    stack = jax.tree.map(lambda *m: np.stack(m), *(graph.masks(plan) for plan in plans))
-    deep = {kind: {name: m for name, m in masks.items() if name.startswith("layer3")} for kind, masks in stack.items()}
-    gated = engine.gate(fn, graph)
-    dense = jax.jit(fn)
-    compiled: list[int] = []
-
-    def population(params, masks, x):
-        compiled.append(1)  # runs once for each compilation
-        return jax.vmap(gated, (None, 0, None))(params, masks, x)
-
-    everything = jax.jit(population)
-    last_stage = jax.jit(jax.vmap(gated, (None, 0, None)))
-    cases = {
-        "dense model": lambda: dense(params, x),
-        "population, everything gated": lambda: everything(params, stack, x),
-        "population, last stage gated": lambda: last_stage(params, deep, x),
+    subject = random_subject(options.model)
+    graph, variables = subject.graph, subject.variables
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(options.images, *subject.spec.input_shape)).astype(np.float32)
+    split = Split(images, np.zeros(len(images), np.int32), np.arange(len(images)), ("random",), "")
+    data = batches(split, 125)
+    scores = {name: rng.random(group.size) for name, group in graph.groups.items()}
+    everything = build(graph, scores)
+    others = [name for name in (*graph.groups, *graph.blocks) if not name.startswith(options.last)]
+    last = build(graph, scores, protected=others)
+    dense = jax.jit(subject.infer)
+    suffix = dense_suffix(subject, data.images, options.last)
+    evaluators = [population(subject, data, space, options.candidates, rng) for space in (everything, last)]
+    cases: dict[str, Callable[[], Any]] = {
+        "dense model": lambda: [dense(variables, x) for x in data.images],
+        "dense model, last stage alone": suffix,
+        "population, everything searched": evaluators[0][1],
+        "population, last stage searched": evaluators[1][1],
     }
-    times = seconds(cases, REPEATS)
-    images = {name: options.images * (1 if name == "dense model" else options.candidates) for name in cases}
+    times = seconds(cases, options.repeats)
+    count = {name: options.images * (options.candidates if "population" in name else 1) for name in cases}
     base = statistics.median(times["dense model"]) / options.images
     rows = [
         [
             name,
-            spread([images[name] / t for t in values], 0),
-            f"{base / (statistics.median(values) / images[name]):.2f}",
+            spread([count[name] / t for t in values], 0),
+            f"{base / (statistics.median(values) / count[name]):.2f}",
         ]
         for name, values in times.items()
     ]
-    serial = []
-    for plan in plans:
-        start = time.perf_counter()
-        small = engine.cut(params, graph, plan)
-        jax.block_until_ready(jax.jit(engine.narrow(fn, graph, plan))(small, x))
-        serial.append(options.images / (time.perf_counter() - start))
-    rate = statistics.median(serial)
-    rows.append(["one by one: cut, compile, run", spread(serial, 0), f"{base * rate:.2f}"])
+    serial = [one_by_one(subject, everything, data.images, rng) for _ in range(options.serial)]
+    rates = [options.images / t for t in serial]
+    rows.append(["one by one: cut, compile, run", spread(rates, 0), f"{base * statistics.median(rates):.2f}"])
+    compiled = [evaluator.compiled for evaluator, _ in evaluators]
     publish(
         "throughput",
-        f"Evaluations of {options.model}: {options.candidates} candidates × {options.images} images",
+        f"Evaluations of {options.model}: {options.candidates} candidates × {options.images:,} images",
         ("what", "candidate-images/s: median (range)", "against dense"),
         rows,
-        f"Random plans (half to all units of each group kept, a fifth of the blocks dropped). {REPEATS} repeats "
-        f"in turns. Compilations: population {len(compiled)}, one by one {len(plans)}.",
+        f"Random candidates. {options.repeats} repeats in turns. Compilations: population {compiled[0]}, with the last "
+        f"stage {compiled[1]}, one by one {options.serial}.",
     )
 
 
-def random_plans(graph: engine.Graph, count: int) -> list[engine.Plan]:
-    """Plans that keep half to all of every group."""
-    rng = np.random.default_rng(0)
-    plans: list[engine.Plan] = []
-    while len(plans) < count:
-        keep = {
-            name: np.sort(rng.choice(group.size, rng.integers(group.size // 2, group.size) + 1, replace=False))
-            for name, group in graph.groups.items()
-        }
-        plans.append(engine.Plan(keep, frozenset(name for name in graph.blocks if rng.random() < 0.2)))
-    return plans
+def population(subject: Subject, data: Any, space: Space, count: int, rng: Any) -> tuple[Evaluator, Callable[[], Any]]:
+    """The search's evaluator on random candidates of a space."""
+    genomes = np.stack([rng.integers(0, space.cardinality) for _ in range(count)]).astype(np.int32)
+    masks = jax.jit(jax.vmap(space.decode))(genomes)
+    one = jax.tree.map(lambda mask: mask[0], masks)
+    evaluator = Evaluator(subject, one, None, data)
+    return evaluator, lambda: evaluator(masks)
+
+
+def dense_suffix(subject: Subject, images: Any, last: str) -> Callable[[], Any]:
+    """The dense model from where the last stage's parameters come in, the values before it being at hand."""
+    flat = jax.tree_util.tree_leaves_with_path(subject.variables)
+    leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+    late = {path: leaf for path, leaf in leaves.items() if any(part.startswith(last) for part in path.split("/"))}
+
+    def fn(variables: Any, x: Any, late: Any) -> Any:
+        return subject.infer(with_leaves(variables, late), x)
+
+    parts = engine.split(fn, subject.variables, images[0], late)
+    fixed = jax.jit(parts.once)(subject.variables)
+    early = jax.jit(parts.early)
+    known = [early(fixed, x) for x in images]
+    run = jax.jit(parts.late)
+    return lambda: [run(fixed, frontier, late) for frontier in known]
+
+
+def one_by_one(subject: Subject, space: Space, images: Any, rng: Any) -> float:
+    """Seconds to cut, compile and run one random candidate."""
+    plan = space.to_plan(rng.integers(0, space.cardinality).astype(np.int32))
+    start = time.perf_counter()
+    small = engine.cut(subject.variables, subject.graph, plan)
+    fast = jax.jit(engine.narrow(subject.infer, subject.graph, plan))
+    jax.block_until_ready([jnp.argmax(fast(small, x), -1) for x in images])
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

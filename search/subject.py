@@ -140,6 +140,17 @@ def open_subject(
     return with_fields(subject, momenta=find_momenta(subject))
 
 
+def random_subject(model: str) -> Subject:
+    """A model of the zoo with random variables: for measuring speed, and for tests."""
+    preset = models.get(model)
+    spec = engine.ModelSpec(model, tuple(preset.input_shape), {})
+    module = spec.build(allow_import=False)
+    variables = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, *preset.input_shape)))
+    classes = jax.eval_shape(lambda v, x: module.apply(v, x), variables, jnp.zeros((1, *preset.input_shape)))
+    subject = Subject(spec, module, variables, classes.shape[-1])
+    return with_fields(subject, momenta=find_momenta(subject))
+
+
 def find_momenta(subject: Subject) -> dict[str, float]:
     """The momentum of every running average of a model, by path.
 
