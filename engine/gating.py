@@ -51,6 +51,8 @@ def gate(fn: Callable, graph: Graph) -> Callable:
     `jax.vmap` over stacked masks evaluates a population: kernels stay shared, and what no mask touches is computed
     once. Groups and blocks that `masks` leaves out are kept and cost nothing.
 
+    Under `masks["maps"]` (see `reconstruct`) contractions read combinations of kept units in place of removed ones.
+
     Masks that are not closed over the ties of dropped blocks are allowed: the exit of a dropped block then holds zeros
     where its entry was removed.
 

@@ -133,6 +133,11 @@ def calibrate(subject: Subject, masks: Any, variables: Any, x: Array, reconstruc
     return {path: leaves[path] for path in subject.momenta}, maps
 
 
+def in_precision(tree: Any, dtype: Any) -> Any:
+    """The pytree with its floating-point leaves cast."""
+    return jax.tree.map(lambda v: v.astype(dtype) if jnp.issubdtype(v.dtype, jnp.floating) else v, tree)
+
+
 def with_leaves(variables: Any, leaves: dict[str, Any]) -> Any:
     """The variables with the leaves at these paths replaced."""
 
@@ -177,10 +182,7 @@ class Evaluator:
 
         def score(variables: Any, x: Array, late: Any) -> Array:
             masks, (stats, maps) = late
-            cast = jax.tree.map(
-                lambda v: v.astype(dtype) if jnp.issubdtype(v.dtype, jnp.floating) else v, (variables, stats)
-            )
-            variables, stats = cast
+            variables, stats = in_precision((variables, stats), dtype)
             gated = engine.gate(subject.infer, subject.graph)
             return gated(with_leaves(variables, stats), {**masks, "maps": maps}, x.astype(dtype))
 
@@ -268,7 +270,7 @@ class Evaluator:
                 at = slice(b * size, (b + 1) * size)
                 losses[rows, at], wrong[rows, at], apart[rows, at] = (np.asarray(part) for part in found)
             if keep is not None:
-                going = keep(losses[:, : (b + 1) * size])
+                going = keep(losses[:, : min((b + 1) * size, self.count)])
                 alive = alive[going[alive]]
                 if not len(alive):
                     break

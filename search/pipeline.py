@@ -22,7 +22,7 @@ from jax import Array
 from treesurgeon import engine
 from treesurgeon.search import evolve, racing, report, sensitivity
 from treesurgeon.search.config import Config, RunError, claim, identity
-from treesurgeon.search.evaluate import Evaluator, batches
+from treesurgeon.search.evaluate import Batches, Evaluator, batches, in_precision, loss_and_error
 from treesurgeon.search.finalists import Outcome, conclude, finish, pick, recall
 from treesurgeon.search.setting import Setting, fingerprint, prepare
 from treesurgeon.search.space import Space, build, first_stage
@@ -136,6 +136,10 @@ def search(setting: Setting, space: Space, states: States, say: Say) -> evolve.S
         f"first change is {where} ({evaluator.frontier_bytes / 2**20:.1f} MB a batch)"
     )
 
+    if config.precision != "float32":
+        exact, ours = (answer_loss(setting, evaluator.data, dtype) for dtype in ("float32", config.precision))
+        say(f"in {config.precision} the dense model's loss reads {ours:.4f} instead of {exact:.4f}")
+
     @jax.jit
     def masks_and_costs(genomes: Array) -> Any:
         masks = jax.vmap(space.decode)(genomes)
@@ -203,6 +207,14 @@ def make_evaluator(setting: Setting, space: Space) -> Evaluator:
         reconstruct=config.reconstruct,
         precision=config.precision,
     )
+
+
+def answer_loss(setting: Setting, data: Batches, precision: str) -> float:
+    """The dense model's loss on the scoring images, computed in this precision."""
+    infer = setting.subject.infer
+    variables = in_precision(setting.subject.variables, precision)
+    scored = jax.jit(lambda v, d: loss_and_error(lambda x: infer(v, x.astype(precision)), d)[0])
+    return float(scored(variables, data))
 
 
 def walk(
