@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from harness import publish
 from treesurgeon import engine
 from treesurgeon.search import baselines, pipeline
 from treesurgeon.search.config import Config
+from treesurgeon.search.data import Split
 from treesurgeon.search.evaluate import batches, calibrate, loss_and_error, measurer, with_leaves
 from treesurgeon.search.finalists import prepared
 from treesurgeon.search.setting import Setting, prepare
@@ -51,6 +52,8 @@ class Options:
     macs: float
     run: Path | None
     refit: bool
+    criteria: tuple[str, ...]
+    images: int
 
 
 def main() -> None:
@@ -62,10 +65,14 @@ def main() -> None:
     parser.add_argument("--macs", type=float, default=1 / 2.11, help="share of the dense model's (default 1/2.11)")
     parser.add_argument("--run", type=Path, help="a run's directory: its selected plan is measured too")
     parser.add_argument("--refit", action="store_true", help="refit every plan, not only the run's and l2's")
+    parser.add_argument("--criteria", nargs="+", default=tuple(engine.CRITERIA))
+    parser.add_argument("--images", type=int, default=2000, help="images of test, at most")
     options = Options(**vars(parser.parse_args()))
     config = Config(options.model, options.checkpoint, options.data, out="unused", epochs=0)
     setting = prepare(config)
-    graph, test = setting.subject.graph, setting.roles.test
+    roles = replace(setting.roles, test=first(setting.roles.test, options.images))
+    setting = replace(setting, roles=roles)
+    graph, test = setting.subject.graph, roles.test
     dense = engine.cost(graph, engine.Plan()).macs
     rungs = Rungs(setting)
     plans = plans_of(setting, options)
@@ -94,7 +101,7 @@ def plans_of(setting: Setting, options: Options) -> dict[str, engine.Plan]:
     out = {"dense": engine.Plan()}
     inner = [g for g in graph.groups if sum(len(graph.leaves[m.path].shape) > 1 for m in graph.groups[g].members) == 2]
     limit = options.macs
-    for criterion in engine.CRITERIA:
+    for criterion in options.criteria:
         scores = pipeline.rank(setting, criterion)
         every = lambda share, s=scores: baselines.uniform_plan(graph, s, share)  # noqa: E731
         within = lambda share, s=scores: baselines.uniform_plan(graph, s, share, inner)  # noqa: E731
@@ -105,6 +112,11 @@ def plans_of(setting: Setting, options: Options) -> dict[str, engine.Plan]:
     if options.run:
         out["search"] = engine.load(options.run / "selected", module=setting.subject.module).plan
     return out
+
+
+def first(split: Split, count: int) -> Split:
+    """The first images of a split: a random sample of it."""
+    return replace(split, images=split.images[:count], labels=split.labels[:count], indices=split.indices[:count])
 
 
 class Rungs:
