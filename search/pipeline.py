@@ -149,13 +149,14 @@ def search(setting: Setting, space: Space, states: States, say: Say) -> evolve.S
         return np.asarray(masks_and_costs(genomes)[1][measure]) / dense[measure]
 
     target = setting.budget[measure] / dense[measure] if setting.budget else 0.0
-    walked = states.arrays("descent", lambda: walk(space, evaluator, sizes, target, say))
+    rng = np.random.default_rng(config.seed)
+    walked = states.arrays("descent", lambda: walk(space, evaluator, sizes, target, config.population, rng, say))
     report.write_sensitivity(config.directory / "sensitivity.csv", sensitivity.table(space, walked["rise"]))
     state = evolve.init(
         jax.random.key(config.seed),
         space.cardinality,
         population=config.population,
-        seeds=starting_points(setting, space, walked["path"])[: config.population],
+        seeds=starting_points(setting, space, walked["path"], walked["near"])[: config.population],
     )
     references = racing.References.empty(config.population, evaluator.count)
     progress = states.latest(Progress(state, references))
@@ -218,17 +219,24 @@ def answer_loss(setting: Setting, data: Batches, precision: str) -> float:
 
 
 def walk(
-    space: Space, evaluator: Evaluator, sizes: Callable[[np.ndarray], np.ndarray], target: float, say: Say
+    space: Space,
+    evaluator: Evaluator,
+    sizes: Callable[[np.ndarray], np.ndarray],
+    target: float,
+    count: int,
+    rng: np.random.Generator,
+    say: Say,
 ) -> dict[str, np.ndarray]:
     """From the dense model down to the target in a few stages, sensitivities measured anew before each.
 
     Returns:
-        `rise`, the sensitivities of the dense model, and `path`, the genomes on the way (see sensitivity.py).
+        `rise`, the sensitivities of the dense model, `path`, the genomes on the way, and `near`, `count` genomes near
+        its end (see sensitivity.py).
     """
     start = time.perf_counter()
     smallest = sensitivity.smallest(space)
     target = max(target, float(sizes(repeated(smallest))[0]))
-    at, first = space.dense_genome(), None
+    at, first, rise = space.dense_genome(), None, None
     path = [at]
     decode = jax.jit(jax.vmap(space.decode))
     for stage in np.geomspace(1, target, sensitivity.STAGES + 1)[1:]:
@@ -244,7 +252,9 @@ def walk(
         seconds = time.perf_counter() - start
         say(f"{len(probed)} single changes tried, down to {sizes(repeated(at))[0]:.0%} of the size; {seconds:.0f} s")
     assert first is not None
-    return {"rise": first, "path": np.array(path, np.int32)}
+    assert rise is not None
+    near = sensitivity.neighbours(space, rise, sizes, target, at, count, rng)
+    return {"rise": first, "path": np.array(path, np.int32), "near": near}
 
 
 def repeated(genome: np.ndarray) -> np.ndarray:
@@ -252,10 +262,10 @@ def repeated(genome: np.ndarray) -> np.ndarray:
     return np.repeat(genome[None], len(genome), 0)
 
 
-def starting_points(setting: Setting, space: Space, path: np.ndarray) -> np.ndarray:
-    """Genomes to start from: half of them on the way down that sensitivities suggest, the others uniform.
+def starting_points(setting: Setting, space: Space, path: np.ndarray, near: np.ndarray) -> np.ndarray:
+    """Genomes to start from, those on the way down that sensitivities suggest first.
 
-    With a budget the largest within it come first; without one, sizes spread evenly.
+    With a budget these are the ones within it and their neighbours, else sizes spread evenly; then uniform ones.
     """
     graph, budget, half = setting.subject.graph, setting.budget, max(setting.config.population // 2, 2)
 
@@ -266,7 +276,7 @@ def starting_points(setting: Setting, space: Space, path: np.ndarray) -> np.ndar
         return genomes[order]
 
     if budget:
-        chosen = fitting(path)[:half]
+        chosen = [*fitting(path)[:1], *fitting(near)]
     else:
         chosen = path[np.unique(np.linspace(0, len(path) - 1, half).round().astype(int))]
     return np.array(list(dict.fromkeys(map(tuple, [*chosen, *fitting(space.seeds())]))), np.int32)

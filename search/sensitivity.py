@@ -98,8 +98,10 @@ def descend(
         step = np.where(at < groups, np.minimum(genome + 1, cards - 1), 0)
         moved[at, at] = step
         saved = size - np.asarray(size_of(moved), float)
-        price = rise[at, step] - rise[at, genome]
-        price = np.where((step != genome) & (saved > 0), np.maximum(price, LEAST) / np.maximum(saved, 1e-12), np.inf)
+        known = np.isfinite(rise[at, step]) & np.isfinite(rise[at, genome])
+        price = np.where(known, rise[at, step], np.inf) - np.where(known, rise[at, genome], 0)
+        open_ = (step != genome) & (saved > 0) & np.isfinite(price)
+        price = np.where(open_, np.maximum(price, LEAST) / np.maximum(saved, 1e-12), np.inf)
         best = int(price.argmin())
         if not np.isfinite(price[best]):
             break
@@ -107,6 +109,29 @@ def descend(
         size -= float(saved[best])
         path.append(genome)
     return np.array(path, np.int32)
+
+
+def neighbours(
+    space: Space,
+    rise: np.ndarray,
+    size_of: Callable[[np.ndarray], np.ndarray],
+    least: float,
+    start: np.ndarray,
+    count: int,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Genomes near `start`, `int32[count, G]`: up to three changes taken back at random, made up for by the cheapest
+    others until the size is `least`.
+    """
+    dense, groups = space.dense_genome(), len(space.groups)
+    out = []
+    for _ in range(count):
+        genome = start.copy()
+        reduced = np.flatnonzero(genome != dense)
+        for i in rng.choice(reduced, min(len(reduced), int(rng.integers(1, 4))), replace=False):
+            genome[i] = rng.integers(0, genome[i]) if i < groups else 1
+        out.append(descend(space, rise, size_of, least, genome)[-1])
+    return np.array(out, np.int32).reshape(-1, len(start))
 
 
 def table(space: Space, rise: np.ndarray) -> list[Mapping[str, object]]:

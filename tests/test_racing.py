@@ -120,3 +120,12 @@ def test_a_later_stage_tries_what_is_left():
     np.testing.assert_allclose(found[0], [np.inf, 0, 0.5, 2.0])
     assert found[1, 3] == found[2, 0] == 0
     assert sensitivity.descend(space, found, cost, 0.0, start)[-1].tolist() == [3, 3, 0]
+
+
+def test_neighbours_are_near_and_small_enough():
+    space, start = Toy(), np.array([2, 1, 0])
+    rise = np.array([[np.inf, np.inf, 0, 0.3], [np.inf, 0, 0.2, 0.7], [0, np.inf, 0, 0]])
+    found = sensitivity.neighbours(space, rise, cost, 0.5, start, 20, np.random.default_rng(0))
+    assert (cost(found) <= 0.5).any()
+    assert len(np.unique(found, axis=0)) > 2
+    assert not (found == start).all(1).any()
