@@ -28,7 +28,7 @@ from treesurgeon import engine
 from treesurgeon.search.data import Split
 from treesurgeon.search.subject import Subject
 
-SHARE_OF_MEMORY = 0.25  # of what is free, for cached frontiers and for a chunk's activations each
+SHARE_OF_MEMORY = 0.2  # for cached frontiers and for a chunk's activations each
 MOST_CHUNK = 8
 
 
@@ -191,7 +191,7 @@ class Evaluator:
         self._early = jax.jit(parts.early)
         known = self._early(self._fixed, data.images[0])
         self.frontier_bytes = sum(leaf.nbytes for leaf in known)
-        limit = free_memory() * SHARE_OF_MEMORY if cache_bytes is None else cache_bytes
+        limit = memory() * SHARE_OF_MEMORY if cache_bytes is None else cache_bytes
         self.cached = self.frontier_bytes * len(data.images) <= limit
         self._known: dict[int, Any] = {0: known} if self.cached else {}
 
@@ -304,12 +304,12 @@ def _chunks(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
 def fitting_chunk(subject: Subject, images: int) -> int:
     """How many candidates may run as one batch of so many images each, for the memory there is."""
     wide = 3 * images * engine.cost(subject.graph, engine.Plan()).activation_bytes  # values between contractions too
-    return int(np.clip(SHARE_OF_MEMORY * free_memory() / max(wide, 1), 1, MOST_CHUNK))
+    return int(np.clip(SHARE_OF_MEMORY * memory() / max(wide, 1), 1, MOST_CHUNK))
 
 
-def free_memory() -> int:
-    """Bytes of memory that are free on the device, as far as it says."""
+def memory() -> int:
+    """Bytes of memory that the device has: not what is free now, so that a run that is resumed is cut up alike."""
     stats = jax.devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
