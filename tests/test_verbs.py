@@ -265,7 +265,7 @@ def test_masks_may_leave_groups_and_blocks_out():
 @pytest.mark.parametrize(
     ("masks", "message"),
     [
-        ({"group": {}}, r"expected the keys 'units' and 'blocks', got also \['group'\]"),
+        ({"group": {}}, r"expected the keys 'units', 'blocks' and 'maps', got also \['group'\]"),
         ({"units": {"zz": np.ones(6, bool)}}, "names 'zz', which is not in the graph"),
         ({"blocks": {"zz": True}}, "names 'zz', which is not in the graph"),
         ({"units": {"s": np.ones(5, bool)}}, r"expected shape \(6,\), got \(5,\)"),
