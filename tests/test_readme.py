@@ -6,10 +6,12 @@ from pathlib import Path
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_engine_example_runs():
+def test_engine_examples_run():
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
-    example = next(block for block in blocks if "engine.trace" in block)
-    exec(compile(example, str(README), "exec"), {})
+    names: dict = {}
+    for example in [block for block in blocks if "engine." in block and "load" not in block]:
+        exec(compile(example, str(README), "exec"), names)
+    assert names["better"].shape == (1, 10)
 
 
 def test_make_targets_exist():
