@@ -21,6 +21,7 @@ from treesurgeon.engine.axes import Atom, Axis, Prod, Sum, resolve
 from treesurgeon.engine.flow import kernel_leaves, kernel_operand, shared_kernels
 from treesurgeon.engine.jaxprs import bind
 from treesurgeon.engine.rules import lookup
+from treesurgeon.engine.rules.shape import SHAPE_ONLY
 from treesurgeon.engine.solve import Solution
 
 MOVES = ("reshape", "squeeze", "expand_dims", "transpose")  # of what a kernel passes through, what moves its axes
@@ -93,14 +94,15 @@ def find_sites(analysis: Analysis, paths: Sequence[str]) -> dict[int, list[Site]
 
 
 def leaf_axis(solution: Solution, v: int, leaf: int, dim: int) -> int | None:
-    """The axis of a leaf that is axis `dim` of a value made from it by moves alone."""
+    """The axis of a leaf that is axis `dim` of a value, None where the value is not the leaf, moved."""
     chain = []
     while v != leaf:
-        eqn = solution.program.eqns[solution.makers[v]]
+        eqn = solution.program.eqns[solution.makers[v]] if v in solution.makers else None
+        if eqn is None or eqn.name not in SHAPE_ONLY or not isinstance(eqn.ins[0], int):
+            return None
         if eqn.name in MOVES:
             chain.append(eqn)
-        (source,) = [w for w in eqn.ins if isinstance(w, int)]
-        v = source
+        v = eqn.ins[0]
     shape = solution.program.avals[leaf].shape
     if not chain:
         return dim
