@@ -145,8 +145,15 @@ def search(setting: Setting, space: Space, states: States, say: Say) -> evolve.S
         masks = jax.vmap(space.decode)(genomes)
         return masks, engine.cost(graph, masks)._asdict()
 
+    def costs_of(genomes: np.ndarray) -> dict[str, np.ndarray]:
+        """In groups of one size, so that this is compiled once."""
+        size = len(space.cardinality)
+        filled = np.resize(genomes, (-(-len(genomes) // size) * size, size))
+        parts = [masks_and_costs(filled[i : i + size])[1] for i in range(0, len(filled), size)]
+        return {name: np.concatenate([part[name] for part in parts])[: len(genomes)] for name in dense}
+
     def sizes(genomes: np.ndarray) -> np.ndarray:
-        return np.asarray(masks_and_costs(genomes)[1][measure]) / dense[measure]
+        return costs_of(genomes)[measure] / dense[measure]
 
     target = setting.budget[measure] / dense[measure] if setting.budget else 0.0
     rng = np.random.default_rng(config.seed)
@@ -156,7 +163,7 @@ def search(setting: Setting, space: Space, states: States, say: Say) -> evolve.S
         jax.random.key(config.seed),
         space.cardinality,
         population=config.population,
-        seeds=starting_points(setting, space, walked["path"], walked["near"])[: config.population],
+        seeds=starting_points(setting, space, walked["path"], walked["near"], costs_of)[: config.population],
     )
     references = racing.References.empty(config.population, evaluator.count)
     progress = states.latest(Progress(state, references))
@@ -235,7 +242,7 @@ def walk(
     """
     start = time.perf_counter()
     smallest = sensitivity.smallest(space)
-    target = max(target, float(sizes(repeated(smallest))[0]))
+    target = max(target, float(sizes(smallest[None])[0]))
     at, first, rise = space.dense_genome(), None, None
     path = [at]
     decode = jax.jit(jax.vmap(space.decode))
@@ -250,30 +257,30 @@ def walk(
         path += list(sensitivity.descend(space, rise, sizes, stage, at)[1:])
         at = path[-1]
         seconds = time.perf_counter() - start
-        say(f"{len(probed)} single changes tried, down to {sizes(repeated(at))[0]:.0%} of the size; {seconds:.0f} s")
+        say(f"{len(probed)} single changes tried, down to {sizes(at[None])[0]:.0%} of the size; {seconds:.0f} s")
     assert first is not None
     assert rise is not None
     near = sensitivity.neighbours(space, rise, sizes, target, at, count, rng)
     return {"rise": first, "path": np.array(path, np.int32), "near": near}
 
 
-def repeated(genome: np.ndarray) -> np.ndarray:
-    """A genome as often as it has genes: what `sizes` is compiled for."""
-    return np.repeat(genome[None], len(genome), 0)
-
-
-def starting_points(setting: Setting, space: Space, path: np.ndarray, near: np.ndarray) -> np.ndarray:
+def starting_points(
+    setting: Setting,
+    space: Space,
+    path: np.ndarray,
+    near: np.ndarray,
+    costs_of: Callable[[np.ndarray], Mapping[str, np.ndarray]],
+) -> np.ndarray:
     """Genomes to start from, those on the way down that sensitivities suggest first.
 
     With a budget these are the ones within it and their neighbours, else sizes spread evenly; then uniform ones.
     """
-    graph, budget, half = setting.subject.graph, setting.budget, max(setting.config.population // 2, 2)
+    budget, half = setting.budget, max(setting.config.population // 2, 2)
 
     def fitting(genomes: np.ndarray) -> np.ndarray:
-        costs = [engine.cost(graph, space.to_plan(genome))._asdict() for genome in genomes]
-        fits = [all(cost[name] <= limit for name, limit in budget.items()) for cost in costs]
-        order = sorted(range(len(genomes)), key=lambda i: (not fits[i], -costs[i]["macs"]))
-        return genomes[order]
+        costs = costs_of(genomes)
+        over = np.any([costs[name] > limit for name, limit in budget.items()] or [np.zeros(len(genomes), bool)], axis=0)
+        return genomes[np.lexsort((-costs["macs"], over))]
 
     if budget:
         chosen = [*fitting(path)[:1], *fitting(near)]
