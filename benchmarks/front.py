@@ -12,6 +12,7 @@ import argparse
 import math
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,8 @@ def plans_of(setting: Setting, options: Options) -> dict[str, engine.Plan]:
     limit = options.macs
     for criterion in options.criteria:
         scores = pipeline.rank(setting, criterion)
-        every = lambda share, s=scores: baselines.uniform_plan(graph, s, share)  # noqa: E731
-        within = lambda share, s=scores: baselines.uniform_plan(graph, s, share, inner)  # noqa: E731
+        every = partial(baselines.uniform_plan, graph, scores)
+        within = partial(baselines.uniform_plan, graph, scores, groups=inner)
         out[f"{criterion}, uniform"] = baselines.to_budget(every, graph, "macs", limit)
         out[f"{criterion}, uniform within layers"] = baselines.to_budget(within, graph, "macs", limit)
         comparable = engine.normalise(scores)

@@ -27,7 +27,7 @@ from treesurgeon.engine.gating import run_gated
 from treesurgeon.engine.graph import Graph
 from treesurgeon.engine.jaxprs import path_name
 from treesurgeon.engine.retrace import Retracer
-from treesurgeon.engine.sites import Place, Site, apply_map, places_of, rows
+from treesurgeon.engine.sites import Place, Site, apply_map, places_of, rows, sampled
 
 Maps: TypeAlias = Mapping[str, Mapping[str, Any]]
 SAMPLES = 4096
@@ -74,9 +74,7 @@ class Reconstruction:
 
     def _sample(self, x: Any, dim: int, place: Place) -> jax.Array:
         every = rows(x, dim, place)
-        if len(every) > self.samples:
-            every = every[np.sort(np.random.default_rng(0).choice(len(every), self.samples, replace=False))]
-        return every.astype(jnp.float32)
+        return every[sampled(len(every), self.samples)].astype(jnp.float32)
 
 
 def reconstruct(fn: Callable, graph: Graph, *, samples: int = SAMPLES, ridge: float = RIDGE) -> Reconstruction:

@@ -11,7 +11,6 @@ TPAMI 2016.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,13 +21,14 @@ import numpy as np
 from jax.tree_util import tree_map_with_path, tree_unflatten
 
 from treesurgeon.engine.analysis import Analysis
-from treesurgeon.engine.flow import kernel_leaves, kernel_operand
+from treesurgeon.engine.flow import kernel_operand
 from treesurgeon.engine.graph import Graph, Plan
 from treesurgeon.engine.jaxprs import bind, path_name
 from treesurgeon.engine.linear import linear
 from treesurgeon.engine.masks import axis_mask
 from treesurgeon.engine.narrowing import GONE, Narrowed, check_leaves, without_gone
 from treesurgeon.engine.retrace import Retracer
+from treesurgeon.engine.sites import kernel_uses, live_eqns, sampled
 
 SAMPLES = 16384
 RIDGE = 1e-3
@@ -102,9 +102,7 @@ class Refit:
         return out, tree_map_with_path(lambda path, _: new[path_name(path)], params)
 
     def _chosen(self, count: int) -> np.ndarray:
-        if count <= self.samples:
-            return np.arange(count)
-        return np.sort(np.random.default_rng(0).choice(count, self.samples, replace=False))
+        return sampled(count, self.samples)
 
 
 def refit(fn: Callable, graph: Graph, plan: Plan, *, samples: int = SAMPLES, ridge: float = RIDGE) -> Refit:
@@ -138,11 +136,10 @@ def ridge_fit(x: Any, old: Any, y: Any, ridge: float) -> Any:
 def fitted_kernels(analysis: Analysis) -> dict[int, tuple[int, int]]:
     """The contractions whose kernel is a leaf as it stands: their number -> the leaf's and the operand's number."""
     program, kinds = analysis.program, analysis.kinds
-    used = [i for i, contexts in enumerate(analysis.uses.eqns) if contexts is not None]
-    uses = Counter(leaf for i in used for leaf in kernel_leaves(program, i, kinds))
+    uses = kernel_uses(analysis)
     number = {v: leaf for leaf, v in enumerate(program.inputs[: len(analysis.modules)])}
     out = {}
-    for i in used:
+    for i in live_eqns(analysis):
         kernel = kernel_operand(program.eqns[i], kinds)
         if kernel is not None and kernel in number and uses[number[kernel]] == 1:
             out[i] = (number[kernel], program.eqns[i].ins.index(kernel))

@@ -66,10 +66,9 @@ def find_sites(analysis: Analysis, paths: Sequence[str]) -> dict[int, list[Site]
     """The sites of a solved function, by contraction."""
     program, solution, kinds = analysis.program, analysis.solution, analysis.kinds
     shared = shared_kernels(program, kinds)
-    used = [i for i, contexts in enumerate(analysis.uses.eqns) if contexts is not None]
-    uses = Counter(leaf for i in used for leaf in kernel_leaves(program, i, kinds))
+    uses = kernel_uses(analysis)
     out: dict[int, list[Site]] = {}
-    for i in used:
+    for i in live_eqns(analysis):
         eqn = program.eqns[i]
         kernel = kernel_operand(eqn, kinds)
         if kernel is None or not shared.values[kernel]:
@@ -91,6 +90,24 @@ def find_sites(analysis: Analysis, paths: Sequence[str]) -> dict[int, list[Site]
                 found = Site(f"{paths[leaf]}[{axis}]", i, data, dim, kernel_dim, places)
                 out.setdefault(i, []).append(found)
     return out
+
+
+def live_eqns(analysis: Analysis) -> list[int]:
+    """The equations that something needs."""
+    return [i for i, contexts in enumerate(analysis.uses.eqns) if contexts is not None]
+
+
+def kernel_uses(analysis: Analysis) -> Counter[int]:
+    """In how many equations each leaf is a kernel, by leaf number."""
+    program, kinds = analysis.program, analysis.kinds
+    return Counter(leaf for i in live_eqns(analysis) for leaf in kernel_leaves(program, i, kinds))
+
+
+def sampled(count: int, most: int) -> np.ndarray:
+    """Numbers of the rows that a fit looks at: all, or `most` of them at random, always the same."""
+    if count <= most:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(0).choice(count, most, replace=False))
 
 
 def leaf_axis(solution: Solution, v: int, leaf: int, dim: int) -> int | None:

@@ -44,10 +44,6 @@ class Config:
     """Budget on trainable parameters: a share of the dense model's (up to 1), or a number."""
     activation_bytes: float | None = None
     """Budget on the bytes that convolutions and dense layers write: a share of the dense model's, or for one image."""
-    latency: float | None = None
-    """Budget on the measured time of a batch on the device: a share of the dense model's, or (above 1) milliseconds."""
-    memory: float | None = None
-    """Budget on the peak memory of a batch on the device: a share of the dense model's, or (above 1) bytes."""
     epsilon: float = 0.01
     """By how much the selected variant's error on `search` may exceed the dense model's."""
     eta: float = 0.02
@@ -111,11 +107,6 @@ class Config:
         return {k: v for k in ("macs", "params", "activation_bytes") if (v := getattr(self, k)) is not None}
 
     @property
-    def measured_budget(self) -> dict[str, float]:
-        """The budgets that were given on what is measured on the device."""
-        return {k: v for k in ("latency", "memory") if (v := getattr(self, k)) is not None}
-
-    @property
     def fitted(self) -> tuple[str, ...] | None:
         """The declared splits: None where nothing was said, () where the checkpoint has seen none."""
         return () if self.fitted_split == ("none",) else self.fitted_split or None
@@ -132,7 +123,7 @@ class Config:
                 raise RunError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least {bound}")
         if not self.learning_rate > 0 or not 0 <= self.distill <= 1:
             raise RunError("--learning-rate must be above 0, and --distill from 0 to 1")
-        for name, value in {**self.budget, **self.measured_budget}.items():
+        for name, value in self.budget.items():
             if not value > 0:
                 raise RunError(
                     f"--{name.replace('_', '-')} {value}: expected a share of the dense model's (up to 1) or a number "

@@ -14,7 +14,7 @@ images, and kept for the whole search where it fits into memory.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,13 +171,14 @@ class Evaluator:
     ):
         """`masks` are those of any one candidate: they say what is searched."""
         self.data, self.count = data, int(np.asarray(data.weights).sum())
-        self.subject, self.compiled = subject, 0
-        self._variables, self._calibration = subject.variables, calibration
+        self.compiled = 0
+        self._variables: Any = subject.variables
+        self._calibration: Any = None
         self._extra: Any = ({}, {})
         size = data.images.shape[1]
         self.chunk = chunk or fitting_chunk(subject, size)
         if calibration is not None:
-            self._prepare_calibration(masks, calibration, reconstruct)
+            self._prepare_calibration(subject, masks, calibration, reconstruct)
         dtype = jnp.dtype(precision)
 
         def score(variables: Any, x: Array, late: Any) -> Array:
@@ -205,9 +206,7 @@ class Evaluator:
         infer = jax.jit(subject.infer)
         self._dense = [infer(subject.variables, x) for x in data.images]
 
-    def _prepare_calibration(self, masks: Any, calibration: Array, reconstruct: bool) -> None:
-        subject = self.subject
-
+    def _prepare_calibration(self, subject: Subject, masks: Any, calibration: Array, reconstruct: bool) -> None:
         def find(variables: Any, x: Array, masks: Any) -> Any:
             return calibrate(subject, masks, variables, x, reconstruct)
 
@@ -226,14 +225,8 @@ class Evaluator:
 
         self._calibrate = jax.jit(chunk_calibrate)
         self._calibration = (fixed, known)
-        chunked = jax.eval_shape(lambda m: jax.vmap(lambda m: parts.late(fixed, known, m))(m), _stack([masks]))
-        one = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), chunked)
-        self._extra = ({p: v for p, v in one[0].items() if varies[p]}, one[1])
-
-    @property
-    def dense(self) -> Any:
-        """The dense variables with the statistics that all candidates share."""
-        return self._variables
+        stats, maps = jax.eval_shape(parts.late, fixed, known, masks)
+        self._extra = ({p: v for p, v in stats.items() if varies[p]}, maps)
 
     def calibrated(self, masks: Any) -> Any:
         """What the candidates need besides their masks, stacked like them."""
@@ -284,10 +277,6 @@ class Evaluator:
         if self.cached:
             self._known[b] = known
         return known
-
-
-def _stack(items: Sequence[Any]) -> Any:
-    return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *items)
 
 
 def _rows(tree: Any, rows: np.ndarray) -> Any:

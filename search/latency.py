@@ -48,11 +48,6 @@ def profile(fn: Callable[..., Any], params: Any, x: Any, repeats: int = REPEATS)
     return Profile(_time(lambda: compiled(params, x), repeats), _peak(compiled))
 
 
-def measure(fn: Callable[..., Any], params: Any, x: Any, repeats: int = REPEATS) -> float:
-    """Milliseconds of one call of the compiled `fn(params, x)` on the default device: the median of `repeats`."""
-    return profile(fn, params, x, repeats).latency
-
-
 def _time(call: Callable[[], Any], repeats: int) -> float:
     for _ in range(WARM_UP):
         jax.block_until_ready(call())

@@ -203,8 +203,6 @@ def zoo(place):
         ({"macs": 1e-9}, "cannot be met"),
         ({"macs": -1.0}, "--macs"),
         ({"activation_bytes": 1e-9, "out": "too-tight"}, "--activation-bytes: .* cannot be met"),
-        ({"memory": 0.0}, "--memory"),
-        ({"latency": 0.5}, "--latency: the search does not keep measured budgets yet"),
         ({"population": 1}, "--population"),
         ({"protect": ("layer9",)}, "layer9"),
         ({"criterion": "l3"}, "l3"),
