@@ -25,6 +25,10 @@ class Linear(Protocol):
         """The kernel's axes that the result has, in the result's order."""
         ...
 
+    def places(self, rank: int) -> tuple[int, ...]:
+        """The axes of a result of this rank that are `outputs`."""
+        ...
+
     def features(self, x: Any, kernel: Any, choose: Choose) -> Any:
         """Rows of what is multiplied with the kernel: `[groups, rows, inputs]`."""
         ...
@@ -64,6 +68,11 @@ class Dot:
         """The kernel's axes that the result has."""
         return tuple(d for d in range(self.rank) if d not in self.summed[self.kernel_at])
 
+    def places(self, rank: int) -> tuple[int, ...]:
+        """The last ones, or the first where the kernel is the left operand."""
+        n = len(self.outputs)
+        return tuple(range(n)) if self.kernel_at == 0 else tuple(range(rank - n, rank))
+
     def features(self, x: Any, kernel: Any, choose: Choose) -> Any:
         """The data's other axes as rows."""
         summed = self.summed[1 - self.kernel_at]
@@ -100,6 +109,10 @@ class Convolution:
     def outputs(self) -> tuple[int, ...]:
         """The kernel's output features."""
         return (self.params["dimension_numbers"].rhs_spec[0],)
+
+    def places(self, rank: int) -> tuple[int, ...]:
+        """The axis of features."""
+        return (self.params["dimension_numbers"].out_spec[1],)
 
     def features(self, x: Any, kernel: Any, choose: Choose) -> Any:
         """The windows of the input."""

@@ -39,6 +39,7 @@ class Reconstruction:
     """`learn = reconstruct(fn, graph)`; see there."""
 
     retracer: Retracer
+    teacher: Retracer
     samples: int
     ridge: float
 
@@ -49,7 +50,7 @@ class Reconstruction:
         def note(site: Site, x: Any) -> None:
             found[site.name] = {name: self._sample(x, site.dim, place) for name, place in site.places.items()}
 
-        run_gated(self.retracer, params, {}, args, kwargs, note)
+        run_gated(self.teacher, params, {}, args, kwargs, note)
         return found
 
     def __call__(self, params: Any, masks: Mapping[str, Any], targets: Maps, *args: Any, **kwargs: Any) -> Any:
@@ -77,7 +78,9 @@ class Reconstruction:
         return every[sampled(len(every), self.samples)].astype(jnp.float32)
 
 
-def reconstruct(fn: Callable, graph: Graph, *, samples: int = SAMPLES, ridge: float = RIDGE) -> Reconstruction:
+def reconstruct(
+    fn: Callable, graph: Graph, *, teacher: Callable | None = None, samples: int = SAMPLES, ridge: float = RIDGE
+) -> Reconstruction:
     """Least-squares maps that make up for what masks remove.
 
         learn = reconstruct(fn, graph)
@@ -91,10 +94,13 @@ def reconstruct(fn: Callable, graph: Graph, *, samples: int = SAMPLES, ridge: fl
     Args:
         fn: a function of the graph's parameters: inference, or training mode where norms use the batch's statistics.
         graph: the traced graph.
+        teacher: the function that says what contractions read in the dense model, with the arguments of `fn`; if None,
+            `fn`. Where `fn` is in training mode, inference is the better teacher.
         samples: positions (examples and places) at most that a fit looks at.
         ridge: pull towards the kept units themselves, relative to their mean energy.
     """
-    return Reconstruction(Retracer(fn, graph), samples, ridge)
+    own = Retracer(fn, graph)
+    return Reconstruction(own, own if teacher is None else Retracer(teacher, graph), samples, ridge)
 
 
 def solve_map(have: Any, want: Any, kept: Any, ridge: float) -> jax.Array:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from treesurgeon.engine.rules import lookup
 from treesurgeon.engine.rules.shape import SHAPE_ONLY
 from treesurgeon.engine.solve import Solution
 
-MOVES = ("reshape", "squeeze", "expand_dims", "transpose")  # of what a kernel passes through, what moves its axes
+MOVES = ("reshape", "squeeze", "expand_dims", "transpose", "broadcast_in_dim")  # what moves the axes of a leaf
 
 
 class Place(NamedTuple):
@@ -110,12 +110,12 @@ def sampled(count: int, most: int) -> np.ndarray:
     return np.sort(np.random.default_rng(0).choice(count, most, replace=False))
 
 
-def leaf_axis(solution: Solution, v: int, leaf: int, dim: int) -> int | None:
-    """The axis of a leaf that is axis `dim` of a value, None where the value is not the leaf, moved."""
+def leaf_axis(solution: Solution, v: int, leaf: int, dim: int, through: Collection[str] = SHAPE_ONLY) -> int | None:
+    """The axis of a leaf that is axis `dim` of a value, None where more than `through` lies between them."""
     chain = []
     while v != leaf:
         eqn = solution.program.eqns[solution.makers[v]] if v in solution.makers else None
-        if eqn is None or eqn.name not in SHAPE_ONLY or not isinstance(eqn.ins[0], int):
+        if eqn is None or eqn.name not in through or not isinstance(eqn.ins[0], int):
             return None
         if eqn.name in MOVES:
             chain.append(eqn)

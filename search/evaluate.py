@@ -109,7 +109,7 @@ def calibrate(subject: Subject, masks: Any, variables: Any, x: Array, reconstruc
     graph = subject.graph
     run = subject.train if subject.momenta else subject.still
     if reconstruct:
-        learn = engine.reconstruct(run, graph)
+        learn = engine.reconstruct(run, graph, teacher=subject.still)
         targets = learn.targets(variables, x, key)
 
         def gated(v: Any, x: Array, key: Array) -> Any:

@@ -15,7 +15,7 @@ from jax import Array
 from treesurgeon import engine
 from treesurgeon.search import evolve, report
 from treesurgeon.search.config import RunError
-from treesurgeon.search.evaluate import batches, calibrate, measurer
+from treesurgeon.search.evaluate import batches, measurer
 from treesurgeon.search.finetune import FitResult, Recipe, fit, objective
 from treesurgeon.search.selection import Finalist, Verdict, WithinMargins
 from treesurgeon.search.setting import Setting
@@ -78,22 +78,15 @@ class Tuned:
 def prepared(setting: Setting, plan: engine.Plan) -> Any:
     """The variables of a variant, cut, with all that can be had without a gradient step.
 
-    Removed units are reconstructed, then every kernel is fitted to the dense model's, and norm statistics with them.
+    Every kernel is fitted to the dense model's, and norm statistics with them.
     """
     config, subject, graph = setting.config, setting.subject, setting.subject.graph
-    images = setting.roles.train.images
-    variables = subject.variables
+    small = engine.cut(subject.variables, graph, plan)
     if not config.calibration_images:
-        return engine.cut(variables, graph, plan)
-    x = jnp.asarray(images[: config.calibration_images])
-    if config.reconstruct:
-        masks = graph.masks(plan)
-        _, maps = jax.jit(lambda v, x: calibrate(subject, masks, v, x, True))(variables, x)
-        variables = engine.fold(variables, graph, maps)
-    small = engine.cut(variables, graph, plan)
-    x = jnp.asarray(images[: config.refit_images])
+        return small
+    x = jnp.asarray(setting.roles.train.images[: config.refit_images])
     train = subject.train if subject.momenta else subject.still
-    fit = engine.refit(train, graph, plan)
+    fit = engine.refit(train, graph, plan, teacher=subject.still, heads=False)
     narrow = engine.narrow(train, graph, plan)
 
     @jax.jit
