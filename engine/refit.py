@@ -207,8 +207,8 @@ def find_biases(analysis: Analysis, kernels: Mapping[int, tuple[int, int]]) -> d
         if not isinstance(added, int) or not isinstance(v, int) or v not in numbers or reader(v) is None:
             continue
         dims = as_matrix.places(len(program.aval(eqn.outs[0]).shape))
-        along = [leaf_axis(solution, added, v, d, SPREADING) for d in dims]
-        if along == list(range(len(program.aval(v).shape))):
+        along = [leaf_axis(solution, added, v, d, SPREADING) for d in dims] == list(range(len(dims)))
+        if along and program.aval(v).shape == tuple(program.aval(eqn.outs[0]).shape[d] for d in dims):
             out[i] = Bias(add, at, numbers[v], dims)
     return out
 
