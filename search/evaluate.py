@@ -5,7 +5,8 @@ large batch through shared kernels:
 
 1. *calibrate*: on a few training images, the maps that make up for removed units (`engine.reconstruct`) and the norms'
    running averages are found in one forward pass in training mode;
-2. *score*: the loss and the error on each image of `search`.
+2. *score*: the loss and the error on each image of `search`, at the temperature that suits the candidate best on the
+   first batch.
 
 Both are split where the masks begin to act (`engine.split`): what comes before is computed once for each batch of
 images, and kept for the whole search where it fits into memory.
@@ -21,10 +22,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array
 
 from treesurgeon import engine
+from treesurgeon.search.answers import divergence, loss_and_wrong, sharpness
 from treesurgeon.search.data import Split
 from treesurgeon.search.subject import Subject
 
@@ -56,19 +57,6 @@ def batches(split: Split, size: int, limit: int | None = None) -> Batches:
         jnp.asarray(split.labels[at].reshape(shape)),
         jnp.asarray(weights.reshape(shape)),
     )
-
-
-def loss_and_wrong(logits: Array, labels: Array) -> tuple[Array, Array]:
-    """Cross-entropy and whether the answer is wrong, for each image."""
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
-    return losses, logits.argmax(-1) != labels
-
-
-def divergence(dense: Array, logits: Array) -> Array:
-    """Kullback-Leibler divergence of the answers from the dense model's, for each image, in nats."""
-    ours = jax.nn.log_softmax(logits.astype(jnp.float32))
-    theirs = jax.nn.log_softmax(dense.astype(jnp.float32))
-    return (jnp.exp(theirs) * (theirs - ours)).sum(-1)
 
 
 def loss_and_error(infer: Callable[[Array], Array], data: Batches) -> tuple[Array, Array]:
@@ -196,15 +184,21 @@ class Evaluator:
         self.cached = self.frontier_bytes * len(data.images) <= limit
         self._known: dict[int, Any] = {0: known} if self.cached else {}
 
-        def chunk_score(fixed: Any, known: Any, labels: Array, dense: Array, late: Any) -> tuple[Array, Array, Array]:
+        def chunk_score(fixed: Any, known: Any, batch: Any, dense: Array, late: Any, factor: Array) -> Any:
             self.compiled += 1  # runs once for each compilation
+            labels, weights = batch
             logits = jax.vmap(parts.late, (None, None, 0))(fixed, known, late)
+            fitted = jax.vmap(sharpness, (0, None, None))(logits, labels, weights)
+            factor = jnp.where(jnp.isnan(factor), fitted, factor)
+            logits = logits.astype(jnp.float32) * factor[:, None, None]
             losses, wrong = jax.vmap(loss_and_wrong, (0, None))(logits, labels)
-            return losses, wrong, jax.vmap(divergence, (None, 0))(dense, logits)
+            return losses, wrong, jax.vmap(divergence, (None, 0))(dense, logits), factor
 
         self._score = jax.jit(chunk_score)
         infer = jax.jit(subject.infer)
-        self._dense = [infer(subject.variables, x) for x in data.images]
+        dense = jnp.stack([infer(subject.variables, x) for x in data.images])
+        every = dense.reshape(-1, dense.shape[-1]), data.labels.reshape(-1), data.weights.reshape(-1)
+        self._dense = dense * jax.jit(sharpness)(*every)
 
     def _prepare_calibration(self, subject: Subject, masks: Any, calibration: Array, reconstruct: bool) -> None:
         def find(variables: Any, x: Array, masks: Any) -> Any:
@@ -243,6 +237,8 @@ class Evaluator:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Loss, wrong or not, and divergence from the dense model, each `[P, N]`; NaN and True for images not seen.
 
+        Loss and divergence are at the best temperature of every model (see answers.py).
+
         Args:
             masks: `{"units": {group: bool[P, size]}, "blocks": {block: bool[P]}}`.
             keep: called after each batch with the losses so far, `[P, n]`: which candidates go on, `bool[P]`.
@@ -254,14 +250,16 @@ class Evaluator:
         losses = np.full((total, weights.size), np.nan, np.float32)
         wrong = np.ones((total, weights.size), bool)
         apart = np.full_like(losses, np.nan)
+        factors = np.full(total, np.nan, np.float32)
         alive = np.arange(total)
         size = weights.shape[1]
         for b in range(min(len(weights), limit or len(weights))):
             known = self._frontier(b)
             for rows in _chunks(alive, self.chunk):
-                found = self._score(self._fixed, known, self.data.labels[b], self._dense[b], _rows(late, rows))
+                batch = self.data.labels[b], self.data.weights[b]
+                found = self._score(self._fixed, known, batch, self._dense[b], _rows(late, rows), factors[rows])
                 at = slice(b * size, (b + 1) * size)
-                losses[rows, at], wrong[rows, at], apart[rows, at] = (np.asarray(part) for part in found)
+                losses[rows, at], wrong[rows, at], apart[rows, at], factors[rows] = (np.asarray(part) for part in found)
             if keep is not None:
                 going = keep(losses[:, : min((b + 1) * size, self.count)])
                 alive = alive[going[alive]]
