@@ -12,7 +12,7 @@ from treesurgeon.engine.importance import activation_energy, importance, normali
 from treesurgeon.engine.narrowing import cut, narrow
 from treesurgeon.engine.readings import fisher_energy, gram_matrices, zero_share
 from treesurgeon.engine.reconstruction import Reconstruction, fold, reconstruct
-from treesurgeon.engine.refit import Refit, refit
+from treesurgeon.engine.refit import MaskedRefit, Refit, refit, refit_masked
 from treesurgeon.engine.rules import Rule, register
 from treesurgeon.engine.splitting import Split, split
 
@@ -24,6 +24,7 @@ __all__ = [
     "Graph",
     "Group",
     "Leaf",
+    "MaskedRefit",
     "Member",
     "Model",
     "ModelSpec",
@@ -53,6 +54,7 @@ __all__ = [
     "normalise",
     "reconstruct",
     "refit",
+    "refit_masked",
     "register",
     "save",
     "split",

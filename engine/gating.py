@@ -42,6 +42,7 @@ from treesurgeon.engine.sites import Site, apply_map
 from treesurgeon.engine.solve import Solution
 
 Mend: TypeAlias = Callable[[Site, Any], Any | None]
+Adapt: TypeAlias = Callable[[int, Mapping[str, Any], list[Any]], list[Any]]
 
 
 def gate(fn: Callable, graph: Graph) -> Callable:
@@ -80,9 +81,21 @@ def gate(fn: Callable, graph: Graph) -> Callable:
 
 
 def run_gated(
-    retracer: Retracer, params: Any, masks: Mapping[str, Any], args: tuple, kwargs: dict, mend: Mend | None
+    retracer: Retracer,
+    params: Any,
+    masks: Mapping[str, Any],
+    args: tuple,
+    kwargs: dict,
+    mend: Mend | None = None,
+    adapt: Callable[[Retraced], Adapt] | None = None,
 ) -> Any:
-    """Run a function under masks; `mend` may replace what a contraction reads, its removed units being zero."""
+    """Run a function under masks.
+
+    Args:
+        retracer, params, masks, args, kwargs: the function and what it is called with.
+        mend: may replace what a contraction reads at a site, its removed units being zero.
+        adapt: of the function as it was traced again, what may replace the operands of each equation.
+    """
     graph = retracer.graph
     leaves = check_leaves(params, {path: leaf.shape for path, leaf in graph.leaves.items()}, "gate")
     units, blocks = _check_masks(graph, masks)
@@ -97,7 +110,7 @@ def run_gated(
     found.require(graph, blocks)
     sites = found.sites if mend is not None else {}
     _check_maps(masks.get("maps", {}), sites)
-    gate = _Gate(units, mend=mend, sites=sites)
+    gate = _Gate(units, mend=mend, sites=sites, adapt=adapt(found) if adapt else None)
     outs = gate.main(found, graph, [*(leaves[path] for path in graph.leaves), *call.arrays], blocks)
     return jax.tree.unflatten(found.analysis.traced.out_tree, outs)
 
@@ -147,8 +160,10 @@ class _Gate:
         shared: dict[Program, list[bool]] | None = None,
         mend: Mend | None = None,
         sites: Mapping[int, Sequence[Site]] | None = None,
+        adapt: Adapt | None = None,
     ):
         self.units = units
+        self.adapt = adapt
         self.mend, self.sites = mend, sites or {}
         self.shared = {} if shared is None else shared
         self.selects = Selects(units)
@@ -228,7 +243,7 @@ class _Gate:
         """One equation under the masks."""
         eqn = solution.program.eqns[i]
         if solution.fixed(i):
-            return bind(eqn, eqn.params, values)
+            return self._bind(i, eqn, values)
         if eqn.bodies:
             return self._call(i, solution, values)
         shared = self.shared.get(solution.program)
@@ -236,18 +251,18 @@ class _Gate:
         constant = [not isinstance(v, int) or solution.constant[v] for v in eqn.ins]
         rule = lookup(eqn.name)
         if rule is None:
-            return bind(eqn, eqn.params, values)
+            return self._bind(i, eqn, values)
         site = solution.site(i)
         if rule.contraction is not None:
             sites = self.sites.get(i, ())
-            return [self._contract(eqn, site, rule.contraction(site), values, kernel, sites)]
+            return [self._contract(i, eqn, site, rule.contraction(site), values, kernel, sites)]
         for operand, dims, kind in rule.mixes(site) if rule.mixes else ():
             x = values[operand]
             values[operand] = self.selects.clear(x, {d: site.ins[operand][d] for d in dims}, identity(kind, x.dtype))
         if i in solution.divisors:
             values[solution.divisors[i].operand] = self._divisor(solution, i)
         if rule.spreads is not None:
-            outs = bind(eqn, eqn.params, values)
+            outs = self._bind(i, eqn, values)
             if constant[0] or not is_float(outs[0]):
                 return outs
             return [self.selects.clear(outs[0], {d: site.outs[0][d] for d in rule.spreads(site)}, 0)]
@@ -255,7 +270,10 @@ class _Gate:
             for k, x in enumerate(values):
                 if not constant[k]:
                     values[k] = self._stretch(site, k, x)
-        return bind(eqn, eqn.params, values)
+        return self._bind(i, eqn, values)
+
+    def _bind(self, i: int, eqn: Eqn, values: list[Any]) -> list[Any]:
+        return bind(eqn, eqn.params, values if self.adapt is None else self.adapt(i, eqn.params, values))
 
     def _call(self, i: int, solution: Solution, values: list[Any]) -> list[Any]:
         """An equation that holds programs."""
@@ -337,6 +355,7 @@ class _Gate:
 
     def _contract(
         self,
+        i: int,
         eqn: Eqn,
         site: rules.Site,
         contraction: Contraction,
@@ -348,7 +367,7 @@ class _Gate:
         free = {out: site.outs[0][out] for m in (contraction.lhs_out, contraction.rhs_out) for out in m.values()}
         masked = self.selects.masked([*(site.ins[k][d] for k, dims in summed for d in dims), *free.values()])
         if not masked and self.on is None and not sites:
-            return bind(eqn, eqn.params, values)[0]
+            return self._bind(i, eqn, values)[0]
         mended = self._mend(site, sites, values)
         bad, bad_dims = None, ()
         for k, dims in summed:
@@ -360,7 +379,7 @@ class _Gate:
                 out_of = contraction.rhs_out if k else contraction.lhs_out
                 values[k], bad = self.selects.finite(values[k], axes, out_of)
                 bad_dims = tuple(sorted(out_of.values()))
-        out = bind(eqn, eqn.params, values)[0]
+        out = self._bind(i, eqn, values)[0]
         if bad is not None:
             return self.selects.settle(out, free, self.on, bad, bad_dims)
         return self.selects.clear(out, free, 0, self.on)

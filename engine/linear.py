@@ -125,12 +125,17 @@ class Convolution:
         strides = p["window_strides"]
         counts = [(n - r - 1) // s + 1 for n, r, s in zip(x.shape[1:-1], reach, strides, strict=True)]
         chosen = choose(x.shape[0] * math.prod(counts))
+        number, *place = np.unravel_index(chosen, (x.shape[0], *counts))
+        first = number  # of each window, in the input's places counted through
+        for at, stride, size in zip(place, strides, x.shape[1:-1], strict=True):
+            first = first * size + at * stride
+        flat = x.reshape(-1, x.shape[-1])
         taps = []
         for tap in itertools.product(*map(range, window)):
-            start = [t * d for t, d in zip(tap, p["rhs_dilation"], strict=True)]
-            stop = [a + (n - 1) * s + 1 for a, n, s in zip(start, counts, strides, strict=True)]
-            part = lax.slice(x, [0, *start, 0], [x.shape[0], *stop, x.shape[-1]], [1, *strides, 1])
-            taps.append(part.reshape(-1, x.shape[-1])[chosen])
+            offset = 0
+            for t, d, size in zip(tap, p["rhs_dilation"], x.shape[1:-1], strict=True):
+                offset = offset * size + t * d
+            taps.append(flat[first + offset])
         groups = p["feature_group_count"]
         rows = jnp.stack(taps, 1).reshape(len(chosen), len(taps), groups, -1)
         return rows.transpose(2, 0, 1, 3).reshape(groups, len(chosen), -1)

@@ -22,12 +22,13 @@ from jax.tree_util import tree_map_with_path, tree_unflatten
 
 from treesurgeon.engine.analysis import Analysis
 from treesurgeon.engine.flow import kernel_operand
+from treesurgeon.engine.gating import run_gated
 from treesurgeon.engine.graph import Graph, Plan
 from treesurgeon.engine.jaxprs import bind, path_name
 from treesurgeon.engine.linear import linear
 from treesurgeon.engine.masks import axis_mask
 from treesurgeon.engine.narrowing import GONE, Narrowed, check_leaves, without_gone
-from treesurgeon.engine.retrace import Retracer
+from treesurgeon.engine.retrace import Retraced, Retracer
 from treesurgeon.engine.rules.shape import SHAPE_ONLY
 from treesurgeon.engine.sites import kernel_uses, leaf_axis, live_eqns, sampled
 
@@ -82,43 +83,12 @@ class Refit:
         masks = graph.masks(plan)
         leaves = check_leaves(params, graph.shapes(masks), "narrow")
         found, call = self.retracer(leaves, args, kwargs)
-        kernels, program = fitted_kernels(found.analysis, self.heads), found.analysis.program
-        biases = find_biases(found.analysis, kernels)
-        sums = {bias.eqn: i for i, bias in biases.items()}
-        shifts: dict[int, jax.Array] = {}
-        new = dict(leaves)
-
-        def adapt(i: int, params: Mapping[str, Any], values: list[Any]) -> list[Any]:
-            if sums.get(i) in shifts:
-                bias, shift = biases[sums[i]], shifts[sums[i]]
-                leaf = new[found.paths[bias.leaf]]
-                new[found.paths[bias.leaf]] = (leaf + shift.reshape(leaf.shape)).astype(leaf.dtype)
-                y = values[1 - bias.at]
-                shape = [y.shape[d] if d in bias.dims else 1 for d in range(y.ndim)]
-                return [v if k == bias.at else v + shift.reshape(shape).astype(v.dtype) for k, v in enumerate(values)]
-            if i not in kernels or found.paths[kernels[i][0]] not in targets:
-                return values
-            path, at = found.paths[kernels[i][0]], kernels[i][1]
-            old = values[at]
-            as_matrix = linear(program.eqns[i], at, params, old.shape)
-            assert as_matrix is not None
-            x = as_matrix.features(values[1 - at], old, self._chosen).astype(jnp.float32)
-            matrices = as_matrix.matrices(old.astype(jnp.float32))
-            y = targets[path].reshape(x.shape[1], len(matrices), -1).transpose(1, 0, 2)
-            means = x.mean(1, keepdims=True), y.mean(1, keepdims=True)
-            if i in biases:
-                x, y = x - means[0], y - means[1]
-            fitted = jax.vmap(lambda x, w, y: ridge_fit(x, w, y, self.ridge))(x, matrices, y)
-            if i in biases:
-                shifts[i] = (means[1] - means[0] @ fitted).reshape(-1)
-            new[path] = as_matrix.kernel(fitted, old).astype(old.dtype)
-            return [new[path] if k == at else value for k, value in enumerate(values)]
-
+        fitting = Fitting(found, leaves, targets, self.heads, self.samples, self.ridge)
         inputs = [leaves.get(path, GONE) for path in graph.leaves]
         narrowed = Narrowed(graph.positions(masks))
-        outs = narrowed.main(found, [*inputs, *call.arrays], masks["blocks"], adapt)
+        outs = narrowed.main(found, [*inputs, *call.arrays], masks["blocks"], fitting)
         out = without_gone(tree_unflatten(found.analysis.traced.out_tree, outs))
-        return out, tree_map_with_path(lambda path, _: new[path_name(path)], params)
+        return out, tree_map_with_path(lambda path, leaf: fitting.new.get(path_name(path), leaf), params)
 
     def _chosen(self, count: int) -> np.ndarray:
         return sampled(count, self.samples)
@@ -158,13 +128,120 @@ def refit(
     return Refit(own, own if teacher is None else Retracer(teacher, graph), plan, heads, samples, ridge)
 
 
+@dataclass(frozen=True, eq=False)
+class MaskedRefit:
+    """`learn = refit_masked(fn, graph)`; see there."""
+
+    retracer: Retracer
+    whole: Refit
+
+    def targets(self, params: Any, *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
+        """What the dense model's contractions return, `[samples, outputs]`."""
+        return self.whole.targets(params, *args, **kwargs)
+
+    def __call__(
+        self, params: Any, masks: Mapping[str, Any], targets: Mapping[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[Any, dict[str, jax.Array]]:
+        """What the function returns under masks with the new kernels and biases, and these by path."""
+        leaves = check_leaves(params, {p: leaf.shape for p, leaf in self.retracer.graph.leaves.items()}, "gate")
+        made: list[Fitting] = []
+
+        def adapt(found: Retraced) -> Fitting:
+            made.append(Fitting(found, leaves, targets, self.whole.heads, self.whole.samples, self.whole.ridge))
+            return made[0]
+
+        out = run_gated(self.retracer, params, masks, args, kwargs, adapt=adapt)
+        return out, made[0].new
+
+
+def refit_masked(
+    fn: Callable,
+    graph: Graph,
+    *,
+    teacher: Callable | None = None,
+    heads: bool = True,
+    samples: int = SAMPLES,
+    ridge: float = RIDGE,
+) -> MaskedRefit:
+    """`refit` at dense shapes, under masks: one program for all plans.
+
+        learn = refit_masked(train, graph)
+        targets = learn.targets(params, x)                     # once
+        out, leaves = learn(params, masks, targets, x)         # for each candidate
+
+    `leaves` are the new kernels and biases by path, at dense shapes; what belongs to removed units means nothing. Cut,
+    they are what `refit` finds. Each candidate has kernels of its own: a population costs as much as its candidates
+    one by one.
+
+    Args:
+        fn, graph, teacher, heads, samples, ridge: as `refit` takes them.
+    """
+    return MaskedRefit(
+        Retracer(fn, graph), refit(fn, graph, Plan(), teacher=teacher, heads=heads, samples=samples, ridge=ridge)
+    )
+
+
+class Fitting:
+    """Replaces kernels by fitted ones while a function runs, equation by equation; `new` are the leaves so far."""
+
+    def __init__(
+        self,
+        found: Retraced,
+        leaves: Mapping[str, Any],
+        targets: Mapping[str, Any],
+        heads: bool,
+        samples: int,
+        ridge: float,
+    ):
+        self.program, self.paths = found.analysis.program, found.paths
+        self.kernels = fitted_kernels(found.analysis, heads)
+        self.biases = find_biases(found.analysis, self.kernels)
+        self.sums = {bias.eqn: i for i, bias in self.biases.items()}
+        self.shifts: dict[int, jax.Array] = {}
+        self.leaves, self.targets, self.samples, self.ridge = leaves, targets, samples, ridge
+        self.new: dict[str, jax.Array] = {}
+
+    def __call__(self, i: int, params: Mapping[str, Any], values: list[Any]) -> list[Any]:
+        """The operands of equation `i`, a kernel among them being fitted, or a bias moved."""
+        if self.sums.get(i) in self.shifts:
+            return self._moved(self.biases[self.sums[i]], self.shifts[self.sums[i]], values)
+        if i in self.kernels and self.paths[self.kernels[i][0]] in self.targets:
+            return self._fitted(i, params, values)
+        return values
+
+    def _moved(self, bias: Bias, shift: jax.Array, values: list[Any]) -> list[Any]:
+        path = self.paths[bias.leaf]
+        leaf = self.leaves[path]
+        self.new[path] = (leaf + shift.reshape(leaf.shape)).astype(leaf.dtype)
+        y = values[1 - bias.at]
+        shape = [y.shape[d] if d in bias.dims else 1 for d in range(y.ndim)]
+        return [v if k == bias.at else v + shift.reshape(shape).astype(v.dtype) for k, v in enumerate(values)]
+
+    def _fitted(self, i: int, params: Mapping[str, Any], values: list[Any]) -> list[Any]:
+        path, at = self.paths[self.kernels[i][0]], self.kernels[i][1]
+        old = values[at]
+        as_matrix = linear(self.program.eqns[i], at, params, old.shape)
+        assert as_matrix is not None
+        x = as_matrix.features(values[1 - at], old, lambda count: sampled(count, self.samples)).astype(jnp.float32)
+        matrices = as_matrix.matrices(old.astype(jnp.float32))
+        y = self.targets[path].reshape(x.shape[1], len(matrices), -1).transpose(1, 0, 2)
+        means = x.mean(1, keepdims=True), y.mean(1, keepdims=True)
+        if i in self.biases:
+            x, y = x - means[0], y - means[1]
+        fitted = jax.vmap(lambda x, w, y: ridge_fit(x, w, y, self.ridge))(x, matrices, y)
+        if i in self.biases:
+            self.shifts[i] = (means[1] - means[0] @ fitted).reshape(-1)
+        self.new[path] = as_matrix.kernel(fitted, old).astype(old.dtype)
+        return [self.new[path] if k == at else value for k, value in enumerate(values)]
+
+
 def ridge_fit(x: Any, old: Any, y: Any, ridge: float) -> Any:
     """The W that minimises |x W - y|² + λ |W - old|², λ relative to the mean energy of the columns of x."""
     gram = x.T @ x
-    size = gram.shape[0]
-    weight = ridge * jnp.trace(gram) / size + jnp.finfo(jnp.float32).tiny ** 0.5
+    there = jnp.maximum((jnp.diagonal(gram) > 0).sum(), 1)  # removed units are zero, and do not count
+    weight = ridge * jnp.trace(gram) / there + jnp.finfo(jnp.float32).tiny ** 0.5
     change = x.T @ (y - x @ old)
-    return old + jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(gram + weight * jnp.eye(size)), change)
+    return old + jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(gram + weight * jnp.eye(len(gram))), change)
 
 
 class Bias(NamedTuple):

@@ -15,6 +15,7 @@ from treesurgeon.engine import Plan, PlanError
 from treesurgeon.engine.linear import linear
 from treesurgeon.engine.reconstruction import solve_map
 from treesurgeon.engine.refit import ridge_fit
+from treesurgeon.search.evaluate import with_leaves
 
 RNG = np.random.default_rng(0)
 
@@ -139,6 +140,21 @@ def test_a_bias_takes_what_the_kernel_cannot(use):
     if use != "bias":
         expected = expected + np.asarray(fn(params, x)) - wanted
     close(out, expected, 1e-3)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_refit_under_masks_is_refit_cut(name):
+    fn, params, graph, x = build(name)
+    plan = random_plan(graph, 1)
+    fit, learn = engine.refit(fn, graph, plan), engine.refit_masked(fn, graph)
+    out, small = jax.jit(lambda p: fit(engine.cut(p, graph, plan), fit.targets(p, x), x))(params)
+    masked, leaves = jax.jit(lambda p, m: learn(p, m, learn.targets(p, x), x))(params, graph.masks(plan))
+    close(masked, out, 2e-3)
+    new = with_leaves(params, leaves)
+    close(jax.jit(engine.gate(fn, graph))(new, graph.masks(plan), x), masked)
+    close(jax.jit(engine.narrow(fn, graph, plan))(engine.cut(new, graph, plan), x), out, 2e-3)
+    for a, b in zip(jax.tree.leaves(engine.cut(new, graph, plan)), jax.tree.leaves(small), strict=True):
+        np.testing.assert_allclose(a, b, atol=5e-3 * (1 + float(abs(b).max())))
 
 
 def test_heads_are_left_alone_where_asked():
