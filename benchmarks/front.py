@@ -139,9 +139,9 @@ class Rungs:
         """The errors of one plan."""
         variables, masks = self.setting.subject.variables, self.setting.subject.graph.masks(plan)
         out = [float(self.error(variables, masks, self.data))]
-        for reconstruct in (False, True):
+        for reconstruct in ("none", "maps"):
             stats, maps = self.find(masks, variables, self.x, reconstruct)
-            given = {**masks, "maps": maps} if reconstruct else masks
+            given = {**masks, "maps": maps}
             out.append(float(self.error(with_leaves(variables, stats), given, self.data)))
         return out
 

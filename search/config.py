@@ -67,13 +67,14 @@ class Config:
     search_images: int = 512
     """Images of `search` that score a candidate; the finalists are measured on all of them."""
     calibration_images: int = 128
-    """Images of `train` on which each candidate's norm statistics are re-estimated; 0 keeps the checkpoint's."""
-    reconstruct: bool = True
-    """Make up for removed units by least squares: kept units in their place while searching, refitted kernels after."""
-    refit_images: int = 1024
+    """Images of `train` to which each candidate's norm statistics and kernels are fitted; 0 keeps the checkpoint's."""
+    reconstruct: Literal["kernels", "maps", "none"] = "maps"
+    """How candidates make up for removed units, by least squares: with kept units in their place, so that a population
+    shares its kernels, or each with kernels of its own, as finalists do (slower, and nearer to what they will be)."""
+    refit_images: int = 2048
     """Images of `train` to which the finalists' kernels and norm statistics are fitted before any fine-tuning."""
     chunk: int | None = None
-    """Candidates that are evaluated as one batch. Default: by the memory there is."""
+    """Candidates that are evaluated as one batch. Default: by the memory there is, 1 for `kernels`."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """In what candidates are scored; finalists are always measured in the checkpoint's own precision."""
     criterion: Criterion = "l2"

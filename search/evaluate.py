@@ -1,10 +1,10 @@
 """Scoring: populations of masks through one model, and one model on a whole split.
 
-A candidate is scored in two steps, each compiled once and vmapped over a chunk of candidates, so that a chunk is one
-large batch through shared kernels:
+A candidate is scored in two steps, each compiled once and vmapped over a chunk of candidates. Unless kernels are fitted
+for each, a chunk is one large batch through shared kernels:
 
-1. *calibrate*: on a few training images, the maps that make up for removed units (`engine.reconstruct`) and the norms'
-   running averages are found in one forward pass in training mode;
+1. *calibrate*: on a few training images, what makes up for removed units (fitted kernels, `engine.refit_masked`, or
+   maps, `engine.reconstruct`) and the norms' running averages are found in one forward pass in training mode;
 2. *score*: the loss and the error on each image of `search`, at the temperature that suits the candidate best on the
    first batch.
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,9 @@ from treesurgeon.search.subject import Subject
 
 SHARE_OF_MEMORY = 0.2  # for cached frontiers and for a chunk's activations each
 MOST_CHUNK = 8
+SAMPLES = 4096  # places that a candidate's kernels are fitted to
+
+Reconstruct = Literal["kernels", "maps", "none"]
 
 
 @jax.tree_util.register_dataclass
@@ -83,42 +86,47 @@ def measurer(infer: Callable[[Any, Array], Array], split: Split, batch: int = 25
     return measure
 
 
-def calibrate(subject: Subject, masks: Any, variables: Any, x: Array, reconstruct: bool) -> tuple[Any, Any]:
-    """What one candidate needs besides its masks: its norms' statistics by path, and its maps.
+def calibrate(subject: Subject, masks: Any, variables: Any, x: Array, reconstruct: Reconstruct) -> tuple[Any, Any]:
+    """What one candidate needs besides its masks: its own leaves (norm statistics, kernels) by path, and its maps.
 
     Args:
         subject: the dense model.
         masks: the candidate's.
         variables: the dense ones.
         x: images of `train`, `[N, H, W, C]`.
-        reconstruct: whether removed units are reconstructed.
+        reconstruct: how removed units are made up for.
     """
-    key, maps = jax.random.key(0), {}
+    key = jax.random.key(0)
+    kernels: dict[str, Any] = {}
+    maps: dict[str, Any] = {}
     graph = subject.graph
     run = subject.train if subject.momenta else subject.still
-    if reconstruct:
-        learn = engine.reconstruct(run, graph, teacher=subject.still)
-        targets = learn.targets(variables, x, key)
-
-        def gated(v: Any, x: Array, key: Array) -> Any:
-            out, found = learn(v, masks, targets, x, key)
-            maps.update(found)
-            return out
-    else:
+    if reconstruct == "none":
         inner = engine.gate(run, graph)
 
         def gated(v: Any, x: Array, key: Array) -> Any:
             return inner(v, masks, x, key)
+    else:
+        learn: Any
+        if reconstruct == "maps":
+            learn = engine.reconstruct(run, graph, teacher=subject.still)
+        else:
+            learn = engine.refit_masked(run, graph, teacher=subject.still, heads=False, samples=SAMPLES)
+        targets, found_here = learn.targets(variables, x, key), maps if reconstruct == "maps" else kernels
+
+        def gated(v: Any, x: Array, key: Array) -> Any:
+            out, found = learn(v, masks, targets, x, key)
+            found_here.update(found)
+            return out
 
     if not subject.momenta:
-        if reconstruct:
-            gated(variables, x, key)
-        return {}, maps
+        gated(variables, x, key)
+        return kernels, maps
     new = subject.reestimate(gated, variables, x, key)
     leaves = {
         jax.tree_util.keystr(p, simple=True, separator="/"): v for p, v in jax.tree_util.tree_leaves_with_path(new)
     }
-    return {path: leaves[path] for path in subject.momenta}, maps
+    return {path: leaves[path] for path in subject.momenta} | kernels, maps
 
 
 def in_precision(tree: Any, dtype: Any) -> Any:
@@ -153,7 +161,7 @@ class Evaluator:
         data: Batches,
         *,
         chunk: int | None = None,
-        reconstruct: bool = True,
+        reconstruct: Reconstruct = "maps",
         precision: str = "float32",
         cache_bytes: int | None = None,
     ):
@@ -164,7 +172,7 @@ class Evaluator:
         self._calibration: Any = None
         self._extra: Any = ({}, {})
         size = data.images.shape[1]
-        self.chunk = chunk or fitting_chunk(subject, size)
+        self.chunk = chunk or (1 if reconstruct == "kernels" else fitting_chunk(subject, size))
         if calibration is not None:
             self._prepare_calibration(subject, masks, calibration, reconstruct)
         dtype = jnp.dtype(precision)
@@ -200,7 +208,7 @@ class Evaluator:
         every = dense.reshape(-1, dense.shape[-1]), data.labels.reshape(-1), data.weights.reshape(-1)
         self._dense = dense * jax.jit(sharpness)(*every)
 
-    def _prepare_calibration(self, subject: Subject, masks: Any, calibration: Array, reconstruct: bool) -> None:
+    def _prepare_calibration(self, subject: Subject, masks: Any, calibration: Array, reconstruct: Reconstruct) -> None:
         def find(variables: Any, x: Array, masks: Any) -> Any:
             return calibrate(subject, masks, variables, x, reconstruct)
 
@@ -209,7 +217,7 @@ class Evaluator:
         known = jax.jit(parts.early)(fixed, calibration)
         stats, _ = jax.jit(parts.late)(fixed, known, masks)
         varies, _ = parts.varies
-        # Statistics before the first mask are every candidate's: they go into the variables, and stay unbatched.
+        # What lies before the first mask is every candidate's: it goes into the variables, and stays unbatched.
         self._variables = with_leaves(subject.variables, {p: v for p, v in stats.items() if not varies[p]})
 
         def chunk_calibrate(fixed: Any, known: Any, masks: Any) -> Any:

@@ -95,7 +95,7 @@ def prepared(setting: Setting, plan: engine.Plan) -> Any:
 
         def step(v: Any, x: Array, key: Array) -> Any:
             nonlocal new
-            if not config.reconstruct:
+            if config.reconstruct == "none":
                 return narrow(v, x, key)
             out, new = fit(v, fit.targets(dense, x, key), x, key)
             return out
