@@ -44,10 +44,22 @@ class Config:
     """Budget on trainable parameters: a share of the dense model's (up to 1), or a number."""
     activation_bytes: float | None = None
     """Budget on the bytes that convolutions and dense layers write: a share of the dense model's, or for one image."""
+    latency: float | None = None
+    """Budget on the milliseconds that a batch takes on this device: a share of the dense model's (up to 1), or a
+    number. Finalists are timed."""
+    memory: float | None = None
+    """Budget on the peak bytes of the compiled model: a share of the dense model's (up to 1), or a number."""
+    latency_batch: int = 32
+    """Images in the batch that is timed."""
     epsilon: float = 0.01
     """By how much the selected variant's error on `search` may exceed the dense model's."""
     eta: float = 0.02
     """By how much its gap (error on `search` less error on `train`) may exceed the dense model's."""
+
+    delta: float = 0.05
+    """Chance at most that the certificate makes a false claim."""
+    certify: bool = True
+    """Whether the finalists are tested on `certify`, which can be opened once; otherwise it stays closed."""
 
     fitted_split: tuple[str, ...] = ()
     """Splits that the checkpoint was trained on (`none`: it has seen none of this data). Default: the zoo's."""
@@ -108,6 +120,11 @@ class Config:
         return {k: v for k in ("macs", "params", "activation_bytes") if (v := getattr(self, k)) is not None}
 
     @property
+    def measured(self) -> dict[str, float]:
+        """The budgets that were given on what is measured."""
+        return {k: v for k in ("latency", "memory") if (v := getattr(self, k)) is not None}
+
+    @property
     def fitted(self) -> tuple[str, ...] | None:
         """The declared splits: None where nothing was said, () where the checkpoint has seen none."""
         return () if self.fitted_split == ("none",) else self.fitted_split or None
@@ -117,6 +134,7 @@ class Config:
         least = {
             "population": 2, "generations": 1, "search_images": 1, "calibration_images": 0, "chunk": 1,
             "finalists": 1, "refit_images": 1, "epochs": 0, "batch_size": 1, "max_train": 1, "seed": 0,
+            "latency_batch": 1,
             "epsilon": 0, "eta": 0,
         }  # fmt: skip
         for name, bound in least.items():
@@ -124,7 +142,9 @@ class Config:
                 raise RunError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least {bound}")
         if not self.learning_rate > 0 or not 0 <= self.distill <= 1:
             raise RunError("--learning-rate must be above 0, and --distill from 0 to 1")
-        for name, value in self.budget.items():
+        if not 0 < self.delta < 1:
+            raise RunError(f"--delta {self.delta}: expected a number between 0 and 1, such as 0.05")
+        for name, value in (self.budget | self.measured).items():
             if not value > 0:
                 raise RunError(
                     f"--{name.replace('_', '-')} {value}: expected a share of the dense model's (up to 1) or a number "

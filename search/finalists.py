@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ from jax import Array
 
 from treesurgeon import engine
 from treesurgeon.search import evolve, report
+from treesurgeon.search.budget import Budget, example
+from treesurgeon.search.certificate import Certificate, certify, claim_opening, not_certified, smallest_margin
 from treesurgeon.search.config import RunError
 from treesurgeon.search.evaluate import batches, measurer
 from treesurgeon.search.finetune import FitResult, Recipe, fit, objective
+from treesurgeon.search.latency import pick_measured, profile, profile_plan
 from treesurgeon.search.selection import Finalist, Verdict, WithinMargins
 from treesurgeon.search.setting import Setting
 from treesurgeon.search.space import Space
@@ -39,8 +43,13 @@ class Outcome:
     path: Path
 
 
-def pick(setting: Setting, space: Space, front: evolve.Scored) -> list[Any]:
-    """The genomes that go on: with a budget the best within it, else some spread over the front."""
+def pick(
+    setting: Setting, space: Space, budget: Budget, front: evolve.Scored, say: Callable[[str], None]
+) -> list[tuple[Any, Mapping[str, float]]]:
+    """The genomes that go on: with a budget the best within it, else some spread over the front.
+
+    Each comes with what was measured of it, for the limits that are on measurements.
+    """
     config = setting.config
     usable = front.violation == 0
     genomes, objectives = front.genomes[usable], front.objectives[usable]
@@ -53,14 +62,50 @@ def pick(setting: Setting, space: Space, front: evolve.Scored) -> list[Any]:
     if not len(genomes):
         return []
     order = np.argsort(objectives[:, 1], kind="stable")
-    if setting.budget:
-        return list(genomes[order[: config.finalists]])
+    if budget.measured:
+        return _within_measured(setting, space, budget, list(genomes[order]), say)
+    if budget.limits:
+        return [(genomes[i], {}) for i in order[: config.finalists]]
     # Without a budget sizes fall by equal factors, from a little below dense to the smallest that is not hopeless.
     good = objectives[:, 1] <= objectives[order[0], 1] + HOPELESS
     genomes, sizes = genomes[good], objectives[good, 0]
     targets = np.geomspace(sizes.max(), sizes.min(), config.finalists + 1)[1:]
     nearest = [int(np.abs(np.log(sizes / target)).argmin()) for target in targets]
-    return [genomes[i] for i in dict.fromkeys(nearest)]
+    return [(genomes[i], {}) for i in dict.fromkeys(nearest)]
+
+
+def measured_dense(setting: Setting, budget: Budget) -> dict[str, float]:
+    """What is measured of the dense model, for the limits that are on measurements."""
+    if not budget.measured:
+        return {}
+    found = profile(setting.subject.infer, setting.subject.variables, example(setting))
+    return {name: getattr(found, name) for name in budget.measured}
+
+
+def _within_measured(
+    setting: Setting, space: Space, budget: Budget, genomes: list[Any], say: Callable[[str], None]
+) -> list[tuple[Any, Mapping[str, float]]]:
+    """The first genomes that meet the limits on what is measured: they are cut, compiled and measured."""
+    subject, x = setting.subject, example(setting)
+    passed, failed = pick_measured(
+        genomes,
+        lambda genome: profile_plan(subject.infer, subject.graph, subject.variables, space.to_plan(genome), x),
+        budget.measured,
+        setting.config.finalists,
+    )
+    wanted = ", ".join(f"{name} {limit:,.4g}" for name, limit in budget.measured.items())
+    for _, found in passed:
+        say(f"measured {found.latency:.2f} ms and {found.memory / 2**20:.1f} MB, within the budget ({wanted})")
+    if failed:
+        say(f"{len(failed)} candidates were within the budget as predicted, and not as measured")
+    if not passed:
+        best = {name: min(getattr(found, name) for _, found in failed) for name in budget.measured}
+        nearest = ", ".join(f"{name} {value:,.4g}" for name, value in best.items())
+        raise RunError(
+            f"none of the {len(failed)} candidates on the front met the budget ({wanted}) when measured, the least "
+            f"was {nearest}: lower the budget, so that the search looks further down, or measure on a quiet machine"
+        )
+    return [(genome, {name: getattr(found, name) for name in budget.measured}) for genome, found in passed]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +117,7 @@ class Tuned:
     variables: Any
     infer: Callable[[Any, Any], Any]
     fitted: FitResult | None
-    cost: Mapping[str, int]
+    cost: Mapping[str, float]
 
 
 def prepared(setting: Setting, plan: engine.Plan) -> Any:
@@ -108,14 +153,16 @@ def prepared(setting: Setting, plan: engine.Plan) -> Any:
     return fitted(subject.variables, small, x)
 
 
-def finish(setting: Setting, name: str, plan: engine.Plan, say: Callable[[str], None]) -> Tuned:
+def finish(
+    setting: Setting, name: str, plan: engine.Plan, measured: Mapping[str, float], say: Callable[[str], None]
+) -> Tuned:
     """Cut a variant, re-estimate its statistics and fine-tune it on its small shapes."""
     config, subject, graph, roles = setting.config, setting.subject, setting.subject.graph, setting.roles
     infer = engine.narrow(subject.infer, graph, plan)
     train = engine.narrow(subject.train, graph, plan)
     key = jax.random.key(config.seed)
     small = prepared(setting, plan)
-    cost = {k: int(v) for k, v in engine.cost(graph, plan)._asdict().items()}
+    cost = {k: int(v) for k, v in engine.cost(graph, plan)._asdict().items()} | dict(measured)
     if not config.epochs:
         return Tuned(name, plan, small, infer, None, cost)
     recipe = Recipe(epochs=config.epochs, batch_size=config.batch_size, learning_rate=config.learning_rate)
@@ -137,11 +184,12 @@ def finish(setting: Setting, name: str, plan: engine.Plan, say: Callable[[str], 
 def conclude(
     setting: Setting,
     space: Space,
+    budget: Budget,
     genomes: Sequence[np.ndarray],
     tuned: Sequence[Tuned],
     say: Callable[[str], None],
 ) -> Outcome:
-    """Measure the frozen finalists, select, measure on test once, and save."""
+    """Measure the frozen finalists, select and certify, measure on test once, and save."""
     config, subject, graph, roles = setting.config, setting.subject, setting.subject.graph, setting.roles
     whole = Tuned(
         "dense",
@@ -149,35 +197,40 @@ def conclude(
         subject.variables,
         subject.infer,
         None,
-        {k: int(v) for k, v in engine.cost(graph, engine.Plan())._asdict().items()},
+        {k: int(v) for k, v in engine.cost(graph, engine.Plan())._asdict().items()} | measured_dense(setting, budget),
     )
     measured = {}
     for each in (whole, *tuned):
         on_train, on_search = (measurer(each.infer, split)(each.variables)[1] for split in (roles.train, roles.search))
         measured[each.name] = Finalist(each.name, each.cost, on_train, on_search, each)
     dense, others = measured["dense"], [measured[each.name] for each in tuned]
-    rule = WithinMargins(config.epsilon, config.eta, next(iter(setting.budget), "params"))
-    verdict = rule.select(others, dense, budget=setting.budget, clean=roles.clean)
-    chosen: Tuned = verdict.selected.ref
+    rule = WithinMargins(config.epsilon, config.eta, budget.measure)
+    verdict = rule.select(others, dense, budget=budget.limits, clean=roles.clean)
+    certificate = _certify(setting, budget, others, dense, verdict)
+    selected = verdict.selected
+    if certificate.valid and not budget.limits:
+        selected = measured[certificate.selected]
+    outcome = _outcome(verdict, certificate, bool(budget.limits))
+    chosen: Tuned = selected.ref
     lines = []
     for finalist in (dense, *sorted(others, key=lambda f: -f.cost["params"])):
         each: Tuned = finalist.ref
         lines.append(
             report.Line(
                 each.name,
-                each.cost["params"],
-                each.cost["macs"],
+                int(each.cost["params"]),
+                int(each.cost["macs"]),
                 1 - finalist.train_error,
                 1 - finalist.search_error,
                 1 - measurer(each.infer, roles.test)(each.variables)[1],
-                selected=finalist is verdict.selected,
+                selected=finalist is selected,
             )
         )
     records = [
         {
             "variant": f.name,
-            "selected": f is verdict.selected,
-            **{k: f.cost[k] for k in ("params", "macs", "activation_bytes")},
+            "selected": f is selected,
+            **{k: v for k, v in f.cost.items() if k != "size"},
             "train_error": f.train_error,
             "search_error": f.search_error,
             "gap": f.gap,
@@ -194,14 +247,62 @@ def conclude(
         subject.spec,
         chosen.variables,
         chosen.plan,
-        manifest=_manifest(setting, verdict, lines),
-        card=_card(setting, verdict, lines),
+        manifest=_manifest(setting, selected.name, outcome, lines, certificate),
+        card=_card(setting, outcome, lines),
         module=subject.module,
     )
     report.show(lines)
-    say(verdict.sentence)
+    say(outcome["sentence"])
     say(f"saved {path}")
-    return Outcome(tuple(lines), verdict.sentence, path)
+    return Outcome(tuple(lines), outcome["sentence"], path)
+
+
+def _certify(
+    setting: Setting, budget: Budget, finalists: Sequence[Finalist], dense: Finalist, verdict: Verdict
+) -> Certificate:
+    """The certificate, or why there is none; opens `certify` where it can say something."""
+    config, roles = setting.config, setting.roles
+    count, name = len(roles.certify), verdict.selected.name
+
+    def none(reason: str) -> Certificate:
+        return not_certified(name, reason, config.delta, count)
+
+    if not config.certify:
+        return none("certify was left closed")
+    if not roles.clean:
+        return none("it is unknown what the checkpoint was fitted on")
+    least = smallest_margin(count, config.delta)
+    if least > config.epsilon:
+        return none(f"{count:,} images cannot show ε = {100 * config.epsilon:g} points, only {100 * least:.2g} or more")
+    there = config.directory / "config.json"
+    opened = claim_opening(
+        config.directory.parent / "certify-openings.jsonl",
+        roles.fingerprints["certify"],
+        hashlib.sha256(there.read_bytes()).hexdigest(),
+        str(config.directory),
+    )
+    if opened is not None:
+        return none(f"these images were opened before, by {opened}, so that a claim from them would not hold its level")
+    data = roles.certify
+    margins = {"epsilon": config.epsilon, "eta": config.eta, "delta": config.delta}
+    only = name if budget.limits else None
+
+    def wrong(finalist: Finalist) -> np.ndarray:
+        each: Tuned = finalist.ref
+        answers = [jax.jit(each.infer)(each.variables, x) for x in batches(data, 250).images]
+        return np.concatenate([np.asarray(a).argmax(-1) for a in answers])[:count] != data.labels
+
+    return certify(finalists, dense, wrong, **margins, measure=budget.measure, only=only)
+
+
+def _outcome(verdict: Verdict, certificate: Certificate, limited: bool) -> dict[str, Any]:
+    """What the manifest says of the choice."""
+    alone = certificate.valid and not limited
+    return {
+        "sentence": certificate.sentence if alone else f"{verdict.sentence} {certificate.sentence}",
+        "passed": certificate.passed if alone else verdict.passed,
+        "certified": certificate.valid and certificate.passed,
+    }
 
 
 def recall(setting: Setting, say: Callable[[str], None]) -> Outcome:
@@ -226,7 +327,13 @@ def recall(setting: Setting, say: Callable[[str], None]) -> Outcome:
     return Outcome(tuple(lines), manifest["verdict"]["sentence"], path)
 
 
-def _manifest(setting: Setting, verdict: Verdict, lines: Sequence[report.Line]) -> dict[str, Any]:
+def _manifest(
+    setting: Setting,
+    selected: str,
+    outcome: Mapping[str, Any],
+    lines: Sequence[report.Line],
+    certificate: Certificate,
+) -> dict[str, Any]:
     config, roles = setting.config, setting.roles
     return {
         "metrics": {
@@ -240,8 +347,9 @@ def _manifest(setting: Setting, verdict: Verdict, lines: Sequence[report.Line]) 
             }
             for line in lines
         },
-        "selected": verdict.selected.name,
-        "verdict": {"sentence": verdict.sentence, "passed": verdict.passed, "certified": False},
+        "selected": selected,
+        "verdict": outcome,
+        "certificate": asdict(certificate) | {"epsilon": config.epsilon, "eta": config.eta},
         "normalisation": {"mean": list(setting.mean), "std": list(setting.std)},
         "data": {"spec": config.data, "clean": roles.clean, "fingerprints": roles.fingerprints},
         "labels": list(roles.label_names),
@@ -249,18 +357,17 @@ def _manifest(setting: Setting, verdict: Verdict, lines: Sequence[report.Line]) 
     }
 
 
-def _card(setting: Setting, verdict: Verdict, lines: Sequence[report.Line]) -> str:
+def _card(setting: Setting, outcome: Mapping[str, Any], lines: Sequence[report.Line]) -> str:
     config = setting.config
     shape = ", ".join(map(str, setting.subject.spec.input_shape))
     return f"""# {config.model}, pruned
 
-{verdict.sentence}
+{outcome["sentence"]}
 
 {report.markdown(lines)}
 
 Accuracies are shares of right answers on the roles of `{config.data}`. `test` was never used for a choice: quote
-that column. The gap is the accuracy lost from `train` to `search`, in points. Not certified: the choice was made on
-`search`.
+that column. The gap is the accuracy lost from `train` to `search`, in points.
 
 ```python
 from treesurgeon.engine import load

@@ -111,8 +111,7 @@ class Fit:
 
     def predict(self, features: Any) -> Any:
         """The measure for features `[…, 4]`: milliseconds or bytes; works inside jit."""
-        weights = jnp.asarray(self.weights, jnp.float32)
-        return weights[0] + (features * weights[1:]).sum(-1)
+        return predict(jnp.asarray(self.weights, jnp.float32), features)
 
     @property
     def errors(self) -> np.ndarray:
@@ -124,6 +123,11 @@ class Fit:
             f"{self.measure} predicted from {len(self.values)} measured plans: on plans not fitted it is off by "
             f"{np.median(self.errors):.1%} (median), {self.errors.max():.1%} (worst)"
         )
+
+
+def predict(weights: Any, features: Any) -> Any:
+    """A measure from its weights `[5]` and features `[…, 4]`."""
+    return weights[0] + (features * weights[1:]).sum(-1)
 
 
 def fit(measure: str, rows: Any, values: Sequence[float]) -> Fit:

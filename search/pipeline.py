@@ -21,6 +21,8 @@ from jax import Array
 
 from treesurgeon import engine
 from treesurgeon.search import evolve, racing, report, sensitivity
+from treesurgeon.search.budget import Budget, make_budget
+from treesurgeon.search.certificate import resolution
 from treesurgeon.search.config import Config, RunError, claim, identity
 from treesurgeon.search.evaluate import Batches, Evaluator, batches, in_precision, loss_and_error
 from treesurgeon.search.finalists import Outcome, conclude, finish, pick, recall
@@ -48,6 +50,8 @@ def run(config: Config, say: Say = print) -> Outcome:
     say(
         f"{config.data}: {counts} images" + ("" if roles.clean else "; it is unknown what the checkpoint was fitted on")
     )
+    if config.certify and roles.clean:
+        say(resolution(len(roles.certify), config.epsilon, config.delta))
     claim(config, identity(config, {"data": roles.fingerprints, "checkpoint": fingerprint(subject.variables)}))
     if (config.directory / "selected").exists():
         say("this run is complete; choose another --out to run again")
@@ -57,10 +61,11 @@ def run(config: Config, say: Say = print) -> Outcome:
     space = build_space(setting, scores)
     variants = np.prod(space.cardinality.astype(float))
     say(f"searching {len(space.groups)} groups and {len(space.blocks)} blocks: {variants:.1e} variants")
-    front = search(setting, space, states, say)
-    genomes = pick(setting, space, front)
-    tuned = [finish(setting, f"v{i}", space.to_plan(genome), say) for i, genome in enumerate(genomes, 1)]
-    return conclude(setting, space, genomes, tuned, say)
+    budget = make_budget(setting, space, states, say)
+    front = search(setting, space, budget, states, say)
+    picked = pick(setting, space, budget, front, say)
+    tuned = [finish(setting, f"v{i}", space.to_plan(genome), found, say) for i, (genome, found) in enumerate(picked, 1)]
+    return conclude(setting, space, budget, [genome for genome, _ in picked], tuned, say)
 
 
 def rank(setting: Setting, criterion: str | None = None) -> dict[str, np.ndarray]:
@@ -94,7 +99,7 @@ def rank(setting: Setting, criterion: str | None = None) -> dict[str, np.ndarray
 
 
 def build_space(setting: Setting, scores: Mapping[str, np.ndarray]) -> Space:
-    """The space, and the check that it holds something within the budget."""
+    """The space of variants."""
     graph, config = setting.subject.graph, setting.config
     protected: set[str] = set()
     for name in config.protect:
@@ -102,16 +107,7 @@ def build_space(setting: Setting, scores: Mapping[str, np.ndarray]) -> Space:
             protected |= first_stage(graph)
         elif name != "none":
             protected.add(name)
-    space = build(graph, scores, multiple=config.multiple, protected=protected)
-    smallest = sensitivity.smallest(space)
-    least = engine.cost(graph, space.to_plan(smallest))._asdict()
-    for name, limit in setting.budget.items():
-        if least[name] > limit:
-            raise RunError(
-                f"--{name.replace('_', '-')}: the budget of {limit:,.0f} cannot be met, the smallest variant of the "
-                f"space has {least[name]:,}; raise it, or protect less (--protect none)"
-            )
-    return space
+    return build(graph, scores, multiple=config.multiple, protected=protected)
 
 
 @jax.tree_util.register_dataclass
@@ -123,13 +119,10 @@ class Progress:
     references: racing.References
 
 
-def search(setting: Setting, space: Space, states: States, say: Say) -> evolve.Scored:
+def search(setting: Setting, space: Space, budget: Budget, states: States, say: Say) -> evolve.Scored:
     """Evolve the front, or what is left of it; every generation is saved."""
-    config, graph = setting.config, setting.subject.graph
+    config, measure, dense = setting.config, budget.measure, budget.dense
     evaluator = make_evaluator(setting, space)
-    measure = next(iter(setting.budget), "params")
-    dense = engine.cost(graph, engine.Plan())._asdict()
-    floor = 0.8 * setting.budget[measure] / dense[measure] if setting.budget else 0.0
     where = "kept in memory" if evaluator.cached else "computed for each generation"
     say(
         f"{evaluator.count} images score a candidate, {evaluator.chunk} candidates at a time; what comes before the "
@@ -143,7 +136,7 @@ def search(setting: Setting, space: Space, states: States, say: Say) -> evolve.S
     @jax.jit
     def masks_and_costs(genomes: Array) -> Any:
         masks = jax.vmap(space.decode)(genomes)
-        return masks, engine.cost(graph, masks)._asdict()
+        return masks, budget.costs(masks)
 
     def costs_of(genomes: np.ndarray) -> dict[str, np.ndarray]:
         """In groups of one size, so that this is compiled once."""
@@ -155,15 +148,14 @@ def search(setting: Setting, space: Space, states: States, say: Say) -> evolve.S
     def sizes(genomes: np.ndarray) -> np.ndarray:
         return costs_of(genomes)[measure] / dense[measure]
 
-    target = setting.budget[measure] / dense[measure] if setting.budget else 0.0
     rng = np.random.default_rng(config.seed)
-    walked = states.arrays("descent", lambda: walk(space, evaluator, sizes, target, config.population, rng, say))
+    walked = states.arrays("descent", lambda: walk(space, evaluator, sizes, budget.share, config.population, rng, say))
     report.write_sensitivity(config.directory / "sensitivity.csv", sensitivity.table(space, walked["rise"]))
     state = evolve.init(
         jax.random.key(config.seed),
         space.cardinality,
         population=config.population,
-        seeds=starting_points(setting, space, walked["path"], walked["near"], costs_of)[: config.population],
+        seeds=starting_points(config, space, budget, walked["path"], walked["near"], costs_of)[: config.population],
     )
     references = racing.References.empty(config.population, evaluator.count)
     progress = states.latest(Progress(state, references))
@@ -176,10 +168,9 @@ def search(setting: Setting, space: Space, states: States, say: Say) -> evolve.S
         children = evolve.ask(state, space.cardinality)
         masks, costs = masks_and_costs(children)
         costs = {name: np.asarray(values) for name, values in costs.items()}
-        over = [np.maximum(costs[name] / limit - 1, 0) for name, limit in setting.budget.items()]
-        violation = sum(over, np.zeros(len(children)))
+        violation = budget.over(costs) + np.zeros(len(children))
         # Well below the budget smaller is no longer better, so that the search stays where the answer is.
-        size = np.maximum(costs[measure] / dense[measure], floor)
+        size = np.maximum(costs[measure] / dense[measure], 0.8 * budget.share)
         within = np.flatnonzero(violation == 0)  # the others are ranked by how far they are off alone
         loss, error = np.full(len(children), np.inf), np.ones(len(children))
         if len(within):
@@ -265,8 +256,9 @@ def walk(
 
 
 def starting_points(
-    setting: Setting,
+    config: Config,
     space: Space,
+    budget: Budget,
     path: np.ndarray,
     near: np.ndarray,
     costs_of: Callable[[np.ndarray], Mapping[str, np.ndarray]],
@@ -275,14 +267,14 @@ def starting_points(
 
     With a budget these are the ones within it and their neighbours, else sizes spread evenly; then uniform ones.
     """
-    budget, half = setting.budget, max(setting.config.population // 2, 2)
+    half = max(config.population // 2, 2)
 
     def fitting(genomes: np.ndarray) -> np.ndarray:
         costs = costs_of(genomes)
-        over = np.any([costs[name] > limit for name, limit in budget.items()] or [np.zeros(len(genomes), bool)], axis=0)
+        over = (budget.over(costs) > 0) + np.zeros(len(genomes), bool)
         return genomes[np.lexsort((-costs["macs"], over))]
 
-    if budget:
+    if budget.limits:
         chosen = [*fitting(path)[:1], *fitting(near)]
     else:
         chosen = path[np.unique(np.linspace(0, len(path) - 1, half).round().astype(int))]

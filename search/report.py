@@ -24,6 +24,8 @@ CANDIDATE_COLUMNS = (
     "params",
     "macs",
     "activation_bytes",
+    "latency",
+    "memory",
     "genome",
 )
 SENSITIVITY_COLUMNS = ("kind", "name", "kept", "rise")
@@ -33,6 +35,8 @@ FRONT_COLUMNS = (
     "params",
     "macs",
     "activation_bytes",
+    "latency",
+    "memory",
     "train_error",
     "search_error",
     "gap",

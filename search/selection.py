@@ -160,7 +160,7 @@ class WithinMargins:
         if faults:
             what += f"; it fails: {'; '.join(faults)}"
         claim = (
-            "chosen on search, not certified"
+            "chosen on search"
             if clean
             else "no gap criterion was applied, since the checkpoint may have been fitted on this data"
         )

@@ -21,7 +21,9 @@ from treesurgeon import engine, models
 from treesurgeon.engine import TreesurgeonError
 from treesurgeon.models import ModelError
 from treesurgeon.search import Config, RunError, open_source, run, split_roles
+from treesurgeon.search.budget import Budget
 from treesurgeon.search.config import Criterion
+from treesurgeon.search.latency import profile_plan
 from treesurgeon.search.pipeline import rank, starting_points
 from treesurgeon.search.setting import fingerprint, prepare
 from treesurgeon.search.space import build
@@ -276,13 +278,45 @@ def test_every_criterion_ranks_the_units(zoo):
 def test_starting_points_within_the_budget_come_first(zoo):
     setting = prepare(config(zoo, macs=0.5))
     graph = setting.subject.graph
+    budget = Budget(graph, setting.budget, engine.cost(graph, engine.Plan())._asdict(), {})
     space = build(graph, {name: np.ones(group.size) for name, group in graph.groups.items()})
 
     def costs_of(genomes):
         return {"macs": np.array([engine.cost(graph, space.to_plan(genome)).macs for genome in genomes])}
 
     path = space.seeds()[::-1]
-    costs = costs_of(starting_points(setting, space, path, path[:1], costs_of))["macs"]
+    costs = costs_of(starting_points(setting.config, space, budget, path, path[:1], costs_of))["macs"]
     fits = [cost <= setting.budget["macs"] for cost in costs]
     assert any(fits)
     assert fits == sorted(fits, reverse=True)
+
+
+def test_a_budget_on_what_is_measured(place, monkeypatch):
+    """Peak memory stands in for latency: it is measured and predicted in the same way, and does not depend on load."""
+    margins = "--epsilon", "0.3", "--eta", "0.9"
+    code, out, err = finish(
+        command(place, "memory", "--memory", "0.85", "--epochs", "0", "--protect", "none", *margins)
+    )
+    assert code == 0, err
+    assert "memory predicted from 16 measured plans" in out
+    assert "within the budget (memory" in out
+    monkeypatch.syspath_prepend(str(place))
+    setting = prepare(
+        Config("mine:Tiny", str(place / "checkpoint"), "digits", data_dir=str(place / "tfds"), fitted_split=("train",))
+    )
+    subject, x = setting.subject, setting.roles.train.images[:32]
+    found = engine.load(place / "memory/selected", module=subject.module)
+    whole, cut = (
+        profile_plan(subject.infer, subject.graph, subject.variables, plan, x, 1).memory
+        for plan in (engine.Plan(), found.plan)
+    )
+    assert cut <= 0.85 * whole
+    certificate = found.manifest["certificate"]
+    assert certificate["valid"]
+    assert [step["name"] for step in certificate["steps"]] == [found.manifest["selected"]]  # the best within the budget
+    assert found.manifest["verdict"]["certified"] == certificate["passed"]
+    (record,) = map(json.loads, (place / "certify-openings.jsonl").read_text().splitlines())
+    assert record["certify"] == setting.roles.fingerprints["certify"]
+    code, _, err = finish(command(place, "no-memory", "--memory", "0.01", "--protect", "none"))
+    assert code == 2
+    assert "--memory: the budget of" in err

@@ -64,9 +64,7 @@ def test_only_dense_passes():
     verdict = RULE.select([finalist("half", 500, 0.2), finalist("over", 600, 0.10, train=-0.1)], DENSE)
     assert verdict.selected is DENSE
     assert verdict.passed
-    assert verdict.sentence == (
-        "The dense model stays: none of 2 smaller variants passed (chosen on search, not certified)."
-    )
+    assert verdict.sentence == ("The dense model stays: none of 2 smaller variants passed (chosen on search).")
     assert verdict.reasons == {
         "half": "error on search is 10.00 points above dense, allowed 1.00 points; "
         "gap is 10.00 points wider than dense's, allowed 2.00 points",
@@ -79,7 +77,7 @@ def test_the_sentence_names_size_and_error():
     verdict = RULE.select([finalist("v1", 250, 0.105)], DENSE)
     assert verdict.sentence == (
         "V1 is the smallest that passed: 25.0% of dense's params, error on search 10.50% "
-        "(+0.50 points against dense) (chosen on search, not certified)."
+        "(+0.50 points against dense) (chosen on search)."
     )
 
 

@@ -1,0 +1,121 @@
+"""What variants may cost: limits on exact costs, and on what is measured on the device at hand.
+
+A search cannot compile every candidate, so latency and peak memory are predicted inside it (see latency.py) from some
+variants of the space that are measured first. What counts is the measurement: finalists pass by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from treesurgeon import engine
+from treesurgeon.engine import Graph
+from treesurgeon.search import latency
+from treesurgeon.search.config import RunError
+from treesurgeon.search.selection import limits
+from treesurgeon.search.setting import Setting
+from treesurgeon.search.space import Space
+from treesurgeon.search.state import States
+
+PLANS = 16  # that predictions are fitted to
+
+
+@dataclass(frozen=True, eq=False)
+class Budget:
+    """Limits, and the costs that they are on.
+
+    Attributes:
+        graph: the traced graph.
+        limits: absolute, by the name of the cost.
+        dense: the dense model's costs, those that are predicted as the prediction has them.
+        weights: of the predictions, by the name of what is predicted.
+    """
+
+    graph: Graph
+    limits: Mapping[str, float]
+    dense: Mapping[str, float]
+    weights: Mapping[str, np.ndarray]
+
+    @property
+    def measure(self) -> str:
+        """The cost that the search trades against loss."""
+        return next(iter(self.limits), "params")
+
+    @property
+    def share(self) -> float:
+        """The limit on it, relative to the dense model; 0 without one."""
+        return self.limits[self.measure] / self.dense[self.measure] if self.limits else 0.0
+
+    @property
+    def measured(self) -> dict[str, float]:
+        """The limits that finalists have to meet by measurement."""
+        return {name: limit for name, limit in self.limits.items() if name in self.weights}
+
+    def costs(self, masks: Any) -> dict[str, Array]:
+        """All costs under masks, or stacks of masks; works inside jit."""
+        return _costs(self.graph, self.weights, masks)
+
+    def over(self, costs: Mapping[str, Any]) -> Any:
+        """By how much costs exceed the limits, as the sum of shares; 0 where they are within all."""
+        return sum((np.maximum(np.asarray(costs[name]) / limit - 1, 0) for name, limit in self.limits.items()), 0.0)
+
+
+def make_budget(setting: Setting, space: Space, states: States, say: Callable[[str], None]) -> Budget:
+    """The budget of a run; measures where it has to, once in a run.
+
+    Raises:
+        RunError: the smallest variant of the space does not meet it.
+    """
+    graph, given = setting.subject.graph, dict(setting.budget)
+    weights: dict[str, np.ndarray] = {}
+    if setting.config.measured:
+        found = states.arrays("profile", lambda: measure(setting, space, say))
+        weights = {name: found[name] for name in setting.config.measured}
+        given |= limits(setting.config.measured, {name: float(found[f"dense {name}"]) for name in weights})
+    dense = {name: float(value) for name, value in _costs(graph, weights, engine.Plan()).items()}
+    smallest = space.cardinality - 1
+    smallest[len(space.groups) :] = 0
+    least = {name: float(value) for name, value in _costs(graph, weights, space.to_plan(smallest)).items()}
+    for name, limit in given.items():
+        if least[name] > limit:
+            raise RunError(
+                f"--{name.replace('_', '-')}: the budget of {limit:,.6g} cannot be met, the smallest variant of the "
+                f"space has {least[name]:,.6g}; raise it, or protect less (--protect none)"
+            )
+    return Budget(graph, given, dense, weights)
+
+
+def measure(setting: Setting, space: Space, say: Callable[[str], None]) -> dict[str, np.ndarray]:
+    """The weights of each prediction, and `dense NAME`, what was measured of the dense model."""
+    subject, config = setting.subject, setting.config
+    say(f"measuring {PLANS} variants on {config.latency_batch} images at a time")
+    plans = latency.random_plans(subject.graph, PLANS, config.seed, space.groups, space.blocks)
+    x = example(setting)
+    fits = latency.calibrate(subject.infer, subject.graph, subject.variables, plans, x)
+    out: dict[str, np.ndarray] = {}
+    for name in config.measured:
+        if name not in fits:
+            raise RunError(f"--{name}: this device does not tell")
+        say(str(fits[name]))
+        out |= {name: fits[name].weights, f"dense {name}": fits[name].values[0]}
+    return out
+
+
+def example(setting: Setting) -> np.ndarray:
+    """The batch that is timed: `[N, H, W, C]`."""
+    images = setting.roles.train.images
+    return images[np.arange(setting.config.latency_batch) % len(images)]
+
+
+def _costs(graph: Graph, weights: Mapping[str, np.ndarray], masks: Any) -> dict[str, Any]:
+    found = engine.cost(graph, masks)._asdict()
+    if weights:
+        rows = latency.features(graph, masks)
+        found |= {name: latency.predict(jnp.asarray(w, jnp.float32), rows) for name, w in weights.items()}
+    return found

@@ -1,0 +1,133 @@
+"""The certificate: the test against its definition, its level by simulation, and the walk."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize_scalar
+from scipy.stats import norm
+
+from treesurgeon.search.certificate import certify, claim_opening, images_needed, p_value, smallest_margin
+from treesurgeon.search.selection import Finalist
+
+RNG = np.random.default_rng(0)
+
+
+def by_definition(worse, better, count, margin):
+    """The score statistic at the numerically found constrained maximum of the trinomial likelihood."""
+
+    def loss(q):
+        p, rest = q + margin, 1 - 2 * q - margin
+        return -sum(k * np.log(max(v, 1e-300)) for k, v in ((worse, p), (better, q), (count - worse - better, rest)))
+
+    low = max(0.0, -margin)
+    q = minimize_scalar(loss, bounds=(low, (1 - margin) / 2), method="bounded", options={"xatol": 1e-12}).x
+    deviation = np.sqrt(count * (2 * q + margin - margin**2))
+    return norm.cdf((worse - better - count * margin) / deviation)
+
+
+@pytest.mark.parametrize(
+    ("worse", "better", "count", "margin"),
+    [(5, 3, 100, 0.05), (0, 0, 50, 0.1), (12, 30, 400, 0.01), (9, 4, 200, -0.02), (0, 7, 60, -0.05), (3, 0, 80, 0.2)],
+)
+def test_the_p_value_is_tangos(worse, better, count, margin):
+    assert p_value(worse, better, count, margin) == pytest.approx(by_definition(worse, better, count, margin), abs=1e-4)
+
+
+def test_p_values_fall_with_the_margin_and_rise_with_the_losses():
+    values = [p_value(8, 5, 300, m) for m in np.linspace(-0.5, 0.5, 41)]
+    assert (np.diff(values) <= 1e-12).all()
+    assert (np.diff([p_value(k, 5, 300, 0.02) for k in range(20)]) > 0).all()
+    assert p_value(0, 0, 100, 1.5) == 0
+    assert p_value(0, 0, 100, 0.0) == p_value(0, 0, 100, -2) == 1
+
+
+def test_the_smallest_margin_is_where_no_disagreement_passes():
+    for count in (20, 300, 4000):
+        margin = smallest_margin(count, 0.05)
+        assert p_value(0, 0, count, 1.001 * margin) < 0.05 < p_value(0, 0, count, 0.999 * margin)
+
+
+def test_images_needed_give_the_power_promised():
+    count = images_needed(0.03, 0.05, 0.08)
+    worse, better, _ = RNG.multinomial(count, [0.04, 0.04, 0.92], 4000).T
+    passed = np.mean([p_value(int(b), int(c), count, 0.03) <= 0.05 for b, c in zip(worse, better, strict=True)])
+    assert 0.76 < passed < 0.84
+
+
+def finalist(name, size, train=0.0):
+    return Finalist(name, {"params": size}, train, 0.0)
+
+
+def population(excess, count=100_000):
+    """Which images a dense model and variants get wrong: each variant's error exceeds dense's by its excess."""
+    dense = RNG.random(count) < 0.1
+    out = {"dense": dense}
+    for name, value in excess.items():
+        gained = dense & (RNG.random(count) < 0.3)  # 3 % gained
+        lost = ~dense & (RNG.random(count) < (0.03 + value) / 0.9)
+        out[name] = (dense & ~gained) | lost
+    return out
+
+
+@pytest.mark.parametrize("delta", [0.05, 0.1])
+def test_false_claims_are_no_more_than_the_level(delta):
+    """The null is tight: the smallest variants are worse by a hair more than ε, the larger ones are fine."""
+    everyone = population({"large": -0.01, "middle": 0.021, "small": 0.021})
+    truth = {name: everyone[name].mean() - everyone["dense"].mean() for name in everyone}
+    epsilon = min(truth["middle"], truth["small"])
+    models = [finalist("small", 1), finalist("large", 3), finalist("middle", 2)]
+    false = naive = 0
+    rounds = 1500
+    for _ in range(rounds):
+        drawn = RNG.integers(0, 100_000, 400)
+        seen = {name: wrong[drawn] for name, wrong in everyone.items()}
+        found = certify(
+            models, finalist("dense", 4), lambda f, seen=seen: seen[f.name],
+            epsilon=epsilon, eta=1, delta=delta, measure="params",
+        )  # fmt: skip
+        false += found.selected in ("middle", "small")
+        naive += any(seen[name].mean() - seen["dense"].mean() <= epsilon for name in ("middle", "small"))
+    assert false / rounds < delta + 3 * np.sqrt(delta * (1 - delta) / rounds)
+    assert naive / rounds > 0.4  # what choosing by the numbers alone would claim
+
+
+def test_the_walk_stops_at_the_first_failure():
+    count = 500
+    dense = np.zeros(count, bool)
+    bad = np.arange(count) < 60
+    opened = []
+
+    def wrong(f):
+        opened.append(f.name)
+        return {"dense": dense, "a": dense, "b": bad, "c": dense}[f.name]
+
+    models = [finalist("c", 1), finalist("a", 3), finalist("b", 2)]
+    settings = {"epsilon": 0.02, "eta": 0.05, "delta": 0.05, "measure": "params"}
+    found = certify(models, finalist("dense", 4), wrong, **settings)
+    assert (found.selected, found.passed, opened) == ("a", True, ["dense", "a", "b"])
+    assert "Certified a" in found.sentence
+    assert "b, could not be shown to be no worse" in found.sentence
+    found = certify(models[2:], finalist("dense", 4), wrong, **settings)
+    assert (found.selected, found.passed) == ("dense", True)
+    alone = certify(models, finalist("dense", 4), wrong, **settings, only="b")
+    assert (alone.selected, alone.passed, len(alone.steps)) == ("b", False, 1)
+    assert "fails for b" in alone.sentence
+
+
+def test_a_wider_gap_is_a_matter_of_the_train_error():
+    dense, same = finalist("dense", 4, train=0.10), np.zeros(2000, bool)
+    settings = {"epsilon": 0.05, "eta": 0.01, "delta": 0.05, "measure": "params"}
+    for train, passes in ((0.10, True), (0.08, False)):  # fitted better, no better on new data: it overfits
+        found = certify([finalist("a", 1, train)], dense, lambda _: same, **settings)
+        assert (found.selected == "a") == passes
+    assert "no wider gap" in found.sentence
+
+
+def test_certify_is_opened_once(tmp_path):
+    register = tmp_path / "runs/openings.jsonl"
+    assert claim_opening(register, "abc", "1", "one") is None
+    assert claim_opening(register, "abc", "1", "one") is None  # resumed
+    assert claim_opening(register, "abc", "2", "two") == "one"
+    assert claim_opening(register, "def", "2", "two") is None
+    assert [json.loads(line)["certify"] for line in register.read_text().splitlines()] == ["abc", "def"]
