@@ -3,9 +3,9 @@
     python benchmarks/certificate.py
 
 A large population of images is drawn on which a dense model and five variants, from large to small, are right or
-wrong; the error of the smaller variants exceeds the dense model's by exactly ε, so that every claim about them is false
-and the null is as tight as it can be. `certify` is drawn from the population again and again. The naive rule takes the smallest
-variant whose error on the same images is within ε of the dense model's.
+wrong; the error of the smaller variants exceeds the dense model's by exactly ε, so that a claim about them is false
+and the null is as tight as it can be. `certify` is drawn from the population again and again. The naive rule takes the
+smallest variant whose error on the same images is within ε of the dense model's.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def main() -> None:
         rows,
         f"Shares of {ROUNDS:,} draws of `certify`, 95 % interval (Wilson), synthetic answers, seed 0: the dense model "
         f"errs on {DENSE_ERROR:.0%}, a variant gains {GAINED:.0%} of the images and loses as many, or as many and ε. "
-        "False claims: one of three variants whose excess is exactly ε is selected. Power: the smallest of five variants "
-        "that are all as good as the dense model is selected.",
+        "False claims: one of three variants whose excess is exactly ε is selected. Power: the smallest of five "
+        "variants that are all as good as the dense model is selected.",
     )
 
 
