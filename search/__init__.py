@@ -7,9 +7,9 @@
 Reading order: `config.py`, `pipeline.py`, `space.py`, `evolve.py`, `evaluate.py`, `finalists.py`, `selection.py`.
 """
 
+from treesurgeon.search.conclusion import Outcome
 from treesurgeon.search.config import Config, RunError
 from treesurgeon.search.data import DataError, Roles, Split, open_source, split_roles
-from treesurgeon.search.finalists import Outcome
 from treesurgeon.search.pipeline import run
 from treesurgeon.search.selection import Finalist, Rule, Verdict, WithinMargins
 

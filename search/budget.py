@@ -107,6 +107,14 @@ def measure(setting: Setting, space: Space, say: Callable[[str], None]) -> dict[
     return out
 
 
+def measured_dense(setting: Setting, budget: Budget) -> dict[str, float]:
+    """What is measured of the dense model, for the limits that are on measurements."""
+    if not budget.measured:
+        return {}
+    found = latency.profile(setting.subject.infer, setting.subject.variables, example(setting))
+    return {name: getattr(found, name) for name in budget.measured}
+
+
 def example(setting: Setting) -> np.ndarray:
     """The batch that is timed: `[N, H, W, C]`."""
     images = setting.roles.train.images

@@ -23,9 +23,10 @@ from treesurgeon import engine
 from treesurgeon.search import evolve, racing, report, sensitivity
 from treesurgeon.search.budget import Budget, make_budget
 from treesurgeon.search.certificate import resolution
+from treesurgeon.search.conclusion import Outcome, conclude, recall
 from treesurgeon.search.config import Config, RunError, claim, identity
 from treesurgeon.search.evaluate import Batches, Evaluator, batches, in_precision, loss_and_error
-from treesurgeon.search.finalists import Outcome, conclude, finish, pick, recall
+from treesurgeon.search.finalists import finish, pick
 from treesurgeon.search.setting import Setting, fingerprint, prepare
 from treesurgeon.search.space import Space, build, first_stage
 from treesurgeon.search.state import States
