@@ -84,7 +84,7 @@ def population(subject: Subject, data: Any, space: Space, count: int, rng: Any) 
     genomes = np.stack([rng.integers(0, space.cardinality) for _ in range(count)]).astype(np.int32)
     masks = jax.jit(jax.vmap(space.decode))(genomes)
     one = jax.tree.map(lambda mask: mask[0], masks)
-    evaluator = Evaluator(subject, one, None, data)
+    evaluator = Evaluator(subject, one, None, data, population=count)
     return evaluator, lambda: evaluator(masks)
 
 

@@ -161,18 +161,19 @@ class Evaluator:
         data: Batches,
         *,
         chunk: int | None = None,
+        population: int | None = None,
         reconstruct: Reconstruct = "maps",
         precision: str = "float32",
         cache_bytes: int | None = None,
     ):
-        """`masks` are those of any one candidate: they say what is searched."""
+        """`masks` are those of any one candidate: they say what is searched; calls will mostly have `population`."""
         self.data, self.count = data, int(np.asarray(data.weights).sum())
         self.compiled = 0
         self._variables: Any = subject.variables
         self._calibration: Any = None
         self._extra: Any = ({}, {})
         size = data.images.shape[1]
-        self.chunk = chunk or (1 if reconstruct == "kernels" else fitting_chunk(subject, size))
+        self.chunk = chunk or (1 if reconstruct == "kernels" else fitting_chunk(subject, size, population))
         if calibration is not None:
             self._prepare_calibration(subject, masks, calibration, reconstruct)
         dtype = jnp.dtype(precision)
@@ -296,10 +297,16 @@ def _chunks(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
         yield np.concatenate([part, np.repeat(part[:1], size - len(part))])
 
 
-def fitting_chunk(subject: Subject, images: int) -> int:
-    """How many candidates may run as one batch of so many images each, for the memory there is."""
+def fitting_chunk(subject: Subject, images: int, population: int | None = None) -> int:
+    """How many candidates may run as one batch of so many images each, for the memory there is.
+
+    For a population the largest number that wastes least on filling up the last chunk.
+    """
     wide = 3 * images * engine.cost(subject.graph, engine.Plan()).activation_bytes  # values between contractions too
-    return int(np.clip(SHARE_OF_MEMORY * memory() / max(wide, 1), 1, MOST_CHUNK))
+    most = int(np.clip(SHARE_OF_MEMORY * memory() / max(wide, 1), 1, MOST_CHUNK))
+    if population is None:
+        return most
+    return min(range(1, most + 1), key=lambda size: (-(-population // size) * size, -size))
 
 
 def memory() -> int:

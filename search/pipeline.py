@@ -204,6 +204,7 @@ def make_evaluator(setting: Setting, space: Space) -> Evaluator:
         calibration,
         batches(roles.search, 128, config.search_images),
         chunk=config.chunk,
+        population=config.population,
         reconstruct=config.reconstruct,
         precision=config.precision,
     )

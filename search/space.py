@@ -76,8 +76,10 @@ class Space:
         units = {g: jnp.asarray(self.ranks[g]) < n for g, n in keep.items()}
         if self.ties is not None:
             counts = jnp.stack([keep.get(g, jnp.asarray(self.sizes[g])) for g in self.ties.names])
-            merged = jnp.split(merge(self.ties, counts, ~kept), np.cumsum(self.ties.sizes)[:-1])
-            units.update(zip(self.ties.names, merged, strict=True))
+            ends = np.cumsum(self.ties.sizes)
+            merged = jnp.split(merge(self.ties, counts, ~kept), ends[:-1])
+            held = np.asarray(self.ties.protected)[ends - 1]  # these cannot change
+            units |= {g: m for g, m, whole in zip(self.ties.names, merged, held, strict=True) if not whole}
         return {"units": units, "blocks": dict(zip(self.blocks, kept, strict=True))}
 
     def to_plan(self, genome: ArrayLike) -> Any:

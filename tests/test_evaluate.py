@@ -10,7 +10,7 @@ import pytest
 from treesurgeon import engine
 from treesurgeon.search.answers import loss_and_wrong, sharpness
 from treesurgeon.search.data import Split
-from treesurgeon.search.evaluate import Evaluator, batches, calibrate, with_leaves
+from treesurgeon.search.evaluate import Evaluator, batches, calibrate, fitting_chunk, with_leaves
 from treesurgeon.search.space import build
 from treesurgeon.search.subject import random_subject
 
@@ -94,6 +94,17 @@ def test_candidates_that_are_out_are_shown_no_more_images():
     assert np.isnan(losses).sum(1).tolist() == [0, COUNT - 4, 0, COUNT - 4, 0]
     assert wrong[1, 4:].all()
     np.testing.assert_allclose(losses[0], evaluator(rows(masks, np.array([0])))[0][0], rtol=1e-5)
+
+
+def test_chunks_waste_little():
+    subject = setup()[0]
+    most = fitting_chunk(subject, 1)
+    assert most == 8
+    for population in range(1, 40):
+        size = fitting_chunk(subject, 1, population)
+        waste = [-(-population // each) * each for each in range(1, most + 1)]
+        assert -(-population // size) * size == min(waste)
+        assert size == max(each for each in range(1, most + 1) if waste[each - 1] == min(waste))
 
 
 def test_half_precision_is_near():

@@ -229,6 +229,7 @@ def test_a_protected_exit_is_kept_whole_and_so_is_what_is_tied_to_it():
     assert space.groups == ("a",)
     assert masks_of(space, space.encode({"a": 1}, drop={"cut"}))["units"]["a"].all()
     assert masks_of(space, space.encode({"a": 1}))["units"]["a"].sum() == 1
+    assert "b" not in space.decode(space.dense_genome())["units"]  # what cannot change is no mask
 
 
 def test_huge_scores_and_no_scores_do_not_overflow():
