@@ -10,10 +10,8 @@ smallest variant whose error on the same images is within ε of the dense model'
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
-from harness import publish
+from harness import publish, wilson
 
 from treesurgeon.search.certificate import certify
 from treesurgeon.search.selection import Finalist
@@ -34,7 +32,9 @@ def main() -> None:
         for count in SIZES:
             false, naive, _ = shares(count, delta, excess=(0.0, 0.0, EPSILON, EPSILON, EPSILON))
             _, _, power = shares(count, delta, excess=(0.0,) * 5)
-            rows.append([f"{delta:g}", f"{count:,}", interval(false), interval(naive), interval(power)])
+            rows.append(
+                [f"{delta:g}", f"{count:,}", wilson(false, ROUNDS), wilson(naive, ROUNDS), wilson(power, ROUNDS)]
+            )
             print(rows[-1], flush=True)
     publish(
         "certificate",
@@ -73,13 +73,6 @@ def shares(count: int, delta: float, excess: tuple[float, ...]) -> tuple[float, 
         naive += bool(within) and within[-1] in bad
         power += found.selected == VARIANTS[-1][0]
     return false / ROUNDS, naive / ROUNDS, power / ROUNDS
-
-
-def interval(p: float, z: float = 1.96) -> str:
-    """A share in percent with Wilson's interval."""
-    middle = (p + z**2 / (2 * ROUNDS)) / (1 + z**2 / ROUNDS)
-    half = z / (1 + z**2 / ROUNDS) * math.sqrt(p * (1 - p) / ROUNDS + z**2 / (4 * ROUNDS**2))
-    return f"{100 * p:.1f} ({100 * (middle - half):.1f} to {100 * (middle + half):.1f})"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Rungs: as it is; norm statistics re-estimated; removed units reconstructed as we
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from harness import publish
+from harness import publish, wilson
 
 from treesurgeon import engine
 from treesurgeon.search import baselines, pipeline
@@ -83,7 +82,7 @@ def main() -> None:
         found = rungs(plan)
         if options.refit or "l2" in name or name == "search":
             found.append(refitted(setting, plan))
-        cells = [interval(error, len(test)) for error in found] + [""] * (4 - len(found))
+        cells = [wilson(1 - error, len(test)) for error in found] + [""] * (4 - len(found))
         rows.append([name, f"{dense / engine.cost(graph, plan).macs:.2f}×", *cells])
         print(rows[-1], f"{time.perf_counter() - start:.0f} s", flush=True)
     publish(
@@ -150,14 +149,6 @@ def refitted(setting: Setting, plan: engine.Plan) -> float:
     """The error on test of the cut model with refitted kernels."""
     infer = engine.narrow(setting.subject.infer, setting.subject.graph, plan)
     return measurer(infer, setting.roles.test)(prepared(setting, plan))[1]
-
-
-def interval(error: float, count: int, z: float = 1.96) -> str:
-    """Accuracy in percent with Wilson's interval."""
-    p = 1 - error
-    middle = (p + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z / (1 + z**2 / count) * math.sqrt(p * error / count + z**2 / (4 * count**2))
-    return f"{100 * p:.1f} ({100 * (middle - half):.1f} to {100 * (middle + half):.1f})"
 
 
 if __name__ == "__main__":

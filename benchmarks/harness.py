@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import statistics
@@ -32,6 +33,13 @@ def seconds(cases: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, l
 def spread(values: Sequence[float], digits: int = 2) -> str:
     """A median with the range of its repeats."""
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def wilson(share: float, count: int, z: float = 1.96) -> str:
+    """A share of `count` cases in percent, with E. B. Wilson's 95 % interval (1927)."""
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return f"{100 * share:.1f} ({100 * (middle - half):.1f} to {100 * (middle + half):.1f})"
 
 
 def device() -> str:

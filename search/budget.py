@@ -16,7 +16,7 @@ from jax import Array
 
 from treesurgeon import engine
 from treesurgeon.engine import Graph
-from treesurgeon.search import latency
+from treesurgeon.search import latency, sensitivity
 from treesurgeon.search.config import RunError
 from treesurgeon.search.selection import limits
 from treesurgeon.search.setting import Setting
@@ -63,7 +63,8 @@ class Budget:
 
     def over(self, costs: Mapping[str, Any]) -> Any:
         """By how much costs exceed the limits, as the sum of shares; 0 where they are within all."""
-        return sum((np.maximum(np.asarray(costs[name]) / limit - 1, 0) for name, limit in self.limits.items()), 0.0)
+        parts = (np.maximum(np.asarray(costs[name]) / limit - 1, 0) for name, limit in self.limits.items())
+        return sum(parts, np.zeros(np.shape(next(iter(costs.values())))))
 
 
 def make_budget(setting: Setting, space: Space, states: States, say: Callable[[str], None]) -> Budget:
@@ -79,9 +80,8 @@ def make_budget(setting: Setting, space: Space, states: States, say: Callable[[s
         weights = {name: found[name] for name in setting.config.measured}
         given |= limits(setting.config.measured, {name: float(found[f"dense {name}"]) for name in weights})
     dense = {name: float(value) for name, value in _costs(graph, weights, engine.Plan()).items()}
-    smallest = space.cardinality - 1
-    smallest[len(space.groups) :] = 0
-    least = {name: float(value) for name, value in _costs(graph, weights, space.to_plan(smallest)).items()}
+    smallest = space.to_plan(sensitivity.smallest(space))
+    least = {name: float(value) for name, value in _costs(graph, weights, smallest).items()}
     for name, limit in given.items():
         if least[name] > limit:
             raise RunError(

@@ -62,7 +62,7 @@ def conclude(
     dense, others = measured["dense"], [measured[each.name] for each in tuned]
     rule = WithinMargins(config.epsilon, config.eta, budget.measure)
     verdict = rule.select(others, dense, budget=budget.limits, clean=roles.clean)
-    certificate = _certify(setting, budget, others, dense, verdict)
+    certificate = find_certificate(setting, budget, others, dense, verdict)
     selected = verdict.selected
     if certificate.valid and not budget.limits:
         selected = measured[certificate.selected]
@@ -113,7 +113,7 @@ def conclude(
     return Outcome(tuple(lines), outcome["sentence"], path)
 
 
-def _certify(
+def find_certificate(
     setting: Setting, budget: Budget, finalists: Sequence[Finalist], dense: Finalist, verdict: Verdict
 ) -> Certificate:
     """The certificate, or why there is none; opens `certify` where it can say something."""
@@ -123,6 +123,8 @@ def _certify(
     def none(reason: str) -> Certificate:
         return not_certified(name, reason, config.delta, count)
 
+    if not finalists or (budget.limits and verdict.selected is dense):
+        return none("the dense model itself was chosen, so that there is nothing to test")
     if not config.certify:
         return none("certify was left closed")
     if not roles.clean:

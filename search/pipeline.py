@@ -169,7 +169,7 @@ def search(setting: Setting, space: Space, budget: Budget, states: States, say: 
         children = evolve.ask(state, space.cardinality)
         masks, costs = masks_and_costs(children)
         costs = {name: np.asarray(values) for name, values in costs.items()}
-        violation = budget.over(costs) + np.zeros(len(children))
+        violation = budget.over(costs)
         # Well below the budget smaller is no longer better, so that the search stays where the answer is.
         size = np.maximum(costs[measure] / dense[measure], 0.8 * budget.share)
         within = np.flatnonzero(violation == 0)  # the others are ranked by how far they are off alone
@@ -273,8 +273,7 @@ def starting_points(
 
     def fitting(genomes: np.ndarray) -> np.ndarray:
         costs = costs_of(genomes)
-        over = (budget.over(costs) > 0) + np.zeros(len(genomes), bool)
-        return genomes[np.lexsort((-costs["macs"], over))]
+        return genomes[np.lexsort((-costs["macs"], budget.over(costs) > 0))]
 
     if budget.limits:
         chosen = [*fitting(path)[:1], *fitting(near)]

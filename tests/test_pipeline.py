@@ -22,9 +22,12 @@ from treesurgeon.engine import TreesurgeonError
 from treesurgeon.models import ModelError
 from treesurgeon.search import Config, RunError, open_source, run, split_roles
 from treesurgeon.search.budget import Budget
+from treesurgeon.search.certificate import claim_opening
+from treesurgeon.search.conclusion import find_certificate
 from treesurgeon.search.config import Criterion
 from treesurgeon.search.latency import profile_plan
 from treesurgeon.search.pipeline import rank, starting_points
+from treesurgeon.search.selection import Finalist, Verdict
 from treesurgeon.search.setting import fingerprint, prepare
 from treesurgeon.search.space import build
 
@@ -204,6 +207,8 @@ def zoo(place):
         ({"fitted_split": ("training",)}, "--fitted-split"),
         ({"macs": 1e-9}, "cannot be met"),
         ({"macs": -1.0}, "--macs"),
+        ({"delta": 0.0}, "--delta"),
+        ({"latency": -1.0}, "--latency"),
         ({"activation_bytes": 1e-9, "out": "too-tight"}, "--activation-bytes: .* cannot be met"),
         ({"population": 1}, "--population"),
         ({"protect": ("layer9",)}, "layer9"),
@@ -320,3 +325,20 @@ def test_a_budget_on_what_is_measured(place, monkeypatch):
     code, _, err = finish(command(place, "no-memory", "--memory", "0.01", "--protect", "none"))
     assert code == 2
     assert "--memory: the budget of" in err
+
+
+@pytest.mark.parametrize("why", ["left closed", "opened before", "nothing to test", "cannot show"])
+def test_what_is_not_certified_and_why(zoo, tmp_path, why):
+    changes = {"left closed": {"certify": False}, "cannot show": {"epsilon": 0.001}}.get(why, {})
+    setting = prepare(config(zoo, **{"epsilon": 0.3, "out": str(tmp_path / "run"), **changes}))
+    budget = Budget(setting.subject.graph, {}, {}, {})
+    dense, small = Finalist("dense", {"params": 2}, 0.1, 0.1), Finalist("v1", {"params": 1}, 0.1, 0.1)
+    if why == "opened before":
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run/config.json").write_text("{}")
+        register = tmp_path / "certify-openings.jsonl"
+        claim_opening(register, setting.roles.fingerprints["certify"], "another", "runs/other")
+    finalists = [] if why == "nothing to test" else [small]
+    found = find_certificate(setting, budget, finalists, dense, Verdict(small, True, {}, ""))
+    assert not found.valid
+    assert why in found.sentence

@@ -157,6 +157,22 @@ def test_refit_under_masks_is_refit_cut(name):
         np.testing.assert_allclose(a, b, atol=5e-3 * (1 + float(abs(b).max())))
 
 
+@pytest.mark.parametrize("verb", [engine.reconstruct, engine.refit_masked])
+def test_the_teacher_sets_the_targets(verb):
+    fn, params, graph, x = build("vit")
+
+    def doubled(p, x):
+        return fn(p, 2 * x)
+
+    own, taught, other = (
+        jax.jit(verb(f, graph, **more).targets)(params, x)
+        for f, more in ((fn, {}), (fn, {"teacher": doubled}), (doubled, {}))
+    )
+    jax.tree.map(np.testing.assert_array_equal, taught, other)
+    pairs = zip(jax.tree.leaves(own), jax.tree.leaves(taught), strict=True)
+    assert max(float(jnp.abs(a - b).max()) for a, b in pairs) > 0.1
+
+
 def test_heads_are_left_alone_where_asked():
     fn, params, graph, x = build("resnet")
     plan = random_plan(graph, 0)

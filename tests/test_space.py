@@ -241,7 +241,7 @@ def test_huge_scores_and_no_scores_do_not_overflow():
     assert masks["a"][17]
     assert masks["a"].sum() == space.widths["a"][-1]
     flat = spaces.build(g, {"a": np.zeros(600), "b": -peak})
-    assert masks_of(flat, flat.encode({"a": 1}, drop={"cut"}))["units"]["a"][17] == False  # noqa: E712
+    assert not masks_of(flat, flat.encode({"a": 1}, drop={"cut"}))["units"]["a"][17]
 
 
 # --- levels, names, plans ---------------------------------------------------------------------------------
