@@ -3,7 +3,7 @@
 from treesurgeon.engine.checkpoint import Model, ModelSpec, load, save
 from treesurgeon.engine.cost import Cost, contractions, cost
 from treesurgeon.engine.coupling import trace
-from treesurgeon.engine.criteria import CRITERIA
+from treesurgeon.engine.criteria import CRITERIA, residual_energy
 from treesurgeon.engine.errors import ArtifactError, NarrowError, PlanError, StructureError, TreesurgeonError
 from treesurgeon.engine.flax import from_linen, from_nnx
 from treesurgeon.engine.gating import gate
@@ -56,6 +56,7 @@ __all__ = [
     "refit",
     "refit_masked",
     "register",
+    "residual_energy",
     "save",
     "split",
     "trace",

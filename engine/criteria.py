@@ -172,6 +172,24 @@ def unexpressed(gram: Any, ridge: float) -> jax.Array:
     return scale * jnp.maximum(1 / inverse - ridge, 0)
 
 
+def residual_energy(gram: Any, order: Any, ridge: float = RIDGE) -> jax.Array:
+    """The share of the energy of units that their first k cannot express by least squares, `float32[units + 1]`.
+
+    For all k from none to all of them at once: G = L Lᵀ, and what is left of units i ≥ k is Σ_{i, j ≥ k} Lᵢⱼ².
+
+    Args:
+        gram: `[units, units]`, the inner products of the units.
+        order: `int[units]`, the units in the order in which they are kept.
+        ridge: relative to the mean energy of the units.
+    """
+    gram = jnp.asarray(gram, jnp.float32)
+    scale = jnp.maximum(jnp.trace(gram), jnp.finfo(jnp.float32).tiny)
+    sorted_ = gram[order][:, order] / scale + ridge / len(gram) * jnp.eye(len(gram))
+    square = jnp.square(jnp.linalg.cholesky(sorted_))
+    left = jnp.diagonal(square[::-1, ::-1].cumsum(0).cumsum(1))[::-1]
+    return jnp.append(left / left[0], 0)
+
+
 def trained(graph: Graph) -> Iterator[tuple[str, int, list[Member]]]:
     """Each group with its size and those of its members that are trained."""
     return _members(graph, lambda m: graph.leaves[m.path].trainable)

@@ -6,13 +6,15 @@
     out = parts.late(fixed, known, masks)        # the rest
 
 For a population under `gate` the frontier lies where the first mask acts: everything before it is computed once for
-each batch of a search, not once for each candidate.
+each batch of a search, not once for each candidate. `parts.later(…)` moves the frontier behind the masks that stay as
+they are, for variants of one candidate that differ in a few.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +43,7 @@ class Split:
 
     program: Program
     stage: Sequence[int]
-    inputs: tuple[tuple[int, ...], ...]
+    inputs: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
     out_tree: Any
     kept: tuple[tuple[int, ...], ...]  # values handed on by the first and by the second part
 
@@ -52,6 +54,34 @@ class Split:
 
     def _stage(self, v: Operand) -> int:
         return self.stage[v] if isinstance(v, int) else CONSTANT
+
+    def later(self, chosen: Collection[int]) -> Split:
+        """The same program with only some leaves of the late argument late; the others count as data.
+
+        `early` then takes the pair of the data and the list of the other leaves, `late` the list of the chosen.
+
+        Args:
+            chosen: the numbers of the leaves, in the order of `jax.tree.leaves`.
+        """
+        params, data, late = self.inputs
+        rest = tuple(v for i, v in enumerate(late) if i not in chosen)
+        return _divide(self.program, self.out_tree, (params, data + rest, tuple(late[i] for i in sorted(chosen))))
+
+    def reach(self) -> list[int]:
+        """For each leaf of the late argument, how many numbers the equations compute that depend on it."""
+        needed = set(live(self.program, self.program.outputs))
+        depends: dict[int, frozenset[int]] = {v: frozenset([i]) for i, v in enumerate(self.inputs[2])}
+        out = [0] * len(self.inputs[2])
+        for i, eqn in enumerate(self.program.eqns):
+            on = frozenset().union(*(depends.get(v, frozenset()) for v in eqn.ins if isinstance(v, int)))
+            if i not in needed or not on:
+                continue
+            for v in eqn.outs:
+                depends[v] = on
+            amount = sum(math.prod(self.program.avals[v].shape) for v in eqn.outs)
+            for leaf in on:
+                out[leaf] += amount
+        return out
 
     def once(self, params: Any) -> list[Any]:
         """What depends on the first argument alone."""
@@ -94,7 +124,12 @@ def split(fn: Callable, params: Any, data: Any, late: Any) -> Split:
     ends = [0]
     for leaves, _ in trees:
         ends.append(ends[-1] + len(leaves))
-    inputs = tuple(tuple(program.inputs[a:b]) for a, b in itertools.pairwise(ends))
+    first, second, third = (tuple(program.inputs[a:b]) for a, b in itertools.pairwise(ends))
+    return _divide(program, out_tree, (first, second, third))
+
+
+def _divide(program: Program, out_tree: Any, inputs: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]) -> Split:
+    """The parts of a program, by which of its inputs its values depend on."""
     stage = [CONSTANT] * len(program.avals)
     for number, values in zip((ONCE, EARLY, LATE), inputs, strict=True):
         for v in values:

@@ -23,18 +23,18 @@ def loss_and_wrong(logits: Array, labels: Array) -> tuple[Array, Array]:
     return losses, logits.argmax(-1) != labels
 
 
-def sharpness(logits: Array, labels: Array, weights: Array) -> Array:
-    """The factor on logits (one over the temperature) with the least mean cross-entropy, a scalar.
+def sharpness(logits: Array, targets: Array, weights: Array) -> Array:
+    """The factor on logits (one over the temperature) with the least mean cross-entropy to targets, a scalar.
 
     The cross-entropy is convex in it; the root of its derivative is found by bisection, on a scale of logarithms.
 
     Args:
         logits: `float[N, classes]`.
-        labels: `int[N]`.
+        targets: `float[N, classes]`, probabilities.
         weights: `float[N]`, 0 for images that do not count.
     """
     logits = logits.astype(jnp.float32)
-    right = jnp.take_along_axis(logits, labels[:, None], 1)[:, 0]
+    right = (targets * logits).sum(-1)
 
     def too_sharp(log_factor: Array) -> Array:
         expected = (jax.nn.softmax(jnp.exp(log_factor) * logits) * logits).sum(-1)

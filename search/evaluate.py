@@ -31,7 +31,7 @@ from treesurgeon.search.subject import Subject
 
 SHARE_OF_MEMORY = 0.2  # for cached frontiers and for a chunk's activations each
 MOST_CHUNK = 8
-SAMPLES = 4096  # places that a candidate's kernels are fitted to
+SAMPLES = 2048  # places that a candidate's kernels are fitted to
 
 Reconstruct = Literal["kernels", "maps", "none"]
 
@@ -197,7 +197,8 @@ class Evaluator:
             self.compiled += 1  # runs once for each compilation
             labels, weights = batch
             logits = jax.vmap(parts.late, (None, None, 0))(fixed, known, late)
-            fitted = jax.vmap(sharpness, (0, None, None))(logits, labels, weights)
+            right = jax.nn.one_hot(labels, logits.shape[-1])
+            fitted = jax.vmap(sharpness, (0, None, None))(logits, right, weights)
             factor = jnp.where(jnp.isnan(factor), fitted, factor)
             logits = logits.astype(jnp.float32) * factor[:, None, None]
             losses, wrong = jax.vmap(loss_and_wrong, (0, None))(logits, labels)
@@ -206,8 +207,8 @@ class Evaluator:
         self._score = jax.jit(chunk_score)
         infer = jax.jit(subject.infer)
         dense = jnp.stack([infer(subject.variables, x) for x in data.images])
-        every = dense.reshape(-1, dense.shape[-1]), data.labels.reshape(-1), data.weights.reshape(-1)
-        self._dense = dense * jax.jit(sharpness)(*every)
+        right = jax.nn.one_hot(data.labels.reshape(-1), dense.shape[-1])
+        self._dense = dense * jax.jit(sharpness)(dense.reshape(right.shape), right, data.weights.reshape(-1))
 
     def _prepare_calibration(self, subject: Subject, masks: Any, calibration: Array, reconstruct: Reconstruct) -> None:
         def find(variables: Any, x: Array, masks: Any) -> Any:
@@ -237,7 +238,7 @@ class Evaluator:
             return ({}, {})
         total = len(jax.tree.leaves(masks)[0])
         found = []
-        for rows in _chunks(np.arange(total), self.chunk):
+        for rows in chunks(np.arange(total), self.chunk):
             found.append(self._calibrate(*self._calibration, _rows(masks, rows)))
         return jax.tree.map(lambda *parts: jnp.concatenate(parts)[:total], *found)
 
@@ -264,7 +265,7 @@ class Evaluator:
         size = weights.shape[1]
         for b in range(min(len(weights), limit or len(weights))):
             known = self._frontier(b)
-            for rows in _chunks(alive, self.chunk):
+            for rows in chunks(alive, self.chunk):
                 batch = self.data.labels[b], self.data.weights[b]
                 found = self._score(self._fixed, known, batch, self._dense[b], _rows(late, rows), factors[rows])
                 at = slice(b * size, (b + 1) * size)
@@ -290,7 +291,7 @@ def _rows(tree: Any, rows: np.ndarray) -> Any:
     return jax.tree.map(lambda leaf: leaf[rows], tree)
 
 
-def _chunks(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
+def chunks(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
     """Rows in groups of one size; the last is filled up with its first."""
     for start in range(0, len(rows), size):
         part = rows[start : start + size]

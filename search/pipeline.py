@@ -30,9 +30,12 @@ from treesurgeon.search.finalists import finish, pick
 from treesurgeon.search.setting import Setting, fingerprint, prepare
 from treesurgeon.search.space import Space, build, first_stage
 from treesurgeon.search.state import States
+from treesurgeon.search.sweep import Sweep
 
 Say = Callable[[str], None]
 
+CALIBRATION = 256  # images of train that units are ranked on
+SWEEP_IMAGES = 128  # of search
 FISHER_IMAGES = 64  # each takes a backward pass of its own
 
 
@@ -78,7 +81,7 @@ def rank(setting: Setting, criterion: str | None = None) -> dict[str, np.ndarray
     """
     subject, config = setting.subject, setting.config
     graph, variables = subject.graph, subject.variables
-    data = batches(setting.roles.train, 256, 256)
+    data = batches(setting.roles.train, CALIBRATION, CALIBRATION)
     x, y = data.images[0], data.labels[0]
 
     def loss(variables: Any, x: Array, y: Array) -> Array:
@@ -150,7 +153,19 @@ def search(setting: Setting, space: Space, budget: Budget, states: States, say: 
         return costs_of(genomes)[measure] / dense[measure]
 
     rng = np.random.default_rng(config.seed)
-    walked = states.arrays("descent", lambda: walk(space, evaluator, sizes, budget.share, config.population, rng, say))
+    walked = states.arrays(
+        "descent",
+        lambda: walk(
+            space,
+            make_sweep(setting, space),
+            energies(setting, space),
+            sizes,
+            budget.share,
+            config.population,
+            rng,
+            say,
+        ),
+    )
     report.write_sensitivity(config.directory / "sensitivity.csv", sensitivity.table(space, walked["rise"]))
     state = evolve.init(
         jax.random.key(config.seed),
@@ -210,6 +225,30 @@ def make_evaluator(setting: Setting, space: Space) -> Evaluator:
     )
 
 
+def make_sweep(setting: Setting, space: Space) -> Sweep:
+    """What tries single changes."""
+    config, roles = setting.config, setting.roles
+    calibration = jnp.asarray(roles.train.images[: config.calibration_images]) if config.calibration_images else None
+    data = batches(roles.search, SWEEP_IMAGES, SWEEP_IMAGES)
+    return Sweep(setting.subject, space, calibration, data, chunk=config.chunk, reconstruct=config.reconstruct)
+
+
+def energies(setting: Setting, space: Space) -> dict[str, np.ndarray]:
+    """For searched groups, by units kept, the share of the energy of their activations that these cannot express.
+
+    The mean over the kernels that read the units; groups that none reads are left out.
+    """
+    subject, graph = setting.subject, setting.subject.graph
+    x = jnp.asarray(setting.roles.train.images[:CALIBRATION])
+    found: dict[str, list[Array]] = {}
+    residual = jax.jit(engine.residual_energy)
+    for places in jax.jit(engine.gram_matrices(subject.infer, graph))(subject.variables, x).values():
+        for name, gram in places.items():
+            if name in space.ranks:
+                found.setdefault(name, []).append(residual(gram, np.argsort(space.ranks[name])))
+    return {name: np.mean(curves, 0) for name, curves in found.items()}
+
+
 def answer_loss(setting: Setting, data: Batches, precision: str) -> float:
     """The dense model's loss on the scoring images, computed in this precision."""
     infer = setting.subject.infer
@@ -220,7 +259,8 @@ def answer_loss(setting: Setting, data: Batches, precision: str) -> float:
 
 def walk(
     space: Space,
-    evaluator: Evaluator,
+    sweep: Sweep,
+    energies: Mapping[str, np.ndarray],
     sizes: Callable[[np.ndarray], np.ndarray],
     target: float,
     count: int,
@@ -238,19 +278,18 @@ def walk(
     target = max(target, float(sizes(smallest[None])[0]))
     at, first, rise = space.dense_genome(), None, None
     path = [at]
-    decode = jax.jit(jax.vmap(space.decode))
     for stage in np.geomspace(1, target, sensitivity.STAGES + 1)[1:]:
         probed = sensitivity.probes(space, at)
         if not len(probed):
             break
-        _, _, apart = evaluator(decode(np.concatenate([at[None], probed])), limit=1)
-        mean = np.nanmean(apart, 1)
-        rise = sensitivity.rises(space, at, probed, mean[1:] - mean[0])
+        rise = sensitivity.rises(space, at, probed, sweep(at, probed), energies)
         first = rise if first is None else first
         path += list(sensitivity.descend(space, rise, sizes, stage, at)[1:])
         at = path[-1]
         seconds = time.perf_counter() - start
         say(f"{len(probed)} single changes tried, down to {sizes(at[None])[0]:.0%} of the size; {seconds:.0f} s")
+    if sweep.compiled > len(sweep.parts):
+        raise RunError(f"the sweep compiled {sweep.compiled} programs, not {len(sweep.parts)}: please report this")
     assert first is not None
     assert rise is not None
     near = sensitivity.neighbours(space, rise, sizes, target, at, count, rng)

@@ -1,10 +1,10 @@
 """What each change does by itself, and the way from the dense model down that these numbers suggest.
 
-One candidate for each group at a few widths, and one for each block: how far it moves the answers from the dense
-model's (the divergence, which has far less noise than the loss has). In between widths are interpolated. `descend` then
-takes, step by step, the change that costs least for what it saves: greedy for the knapsack that adding up the costs
-would be. Since changes do not add up (each block can be missed, all of them cannot), the way is gone in stages, and
-before each the changes that are left are tried again.
+One candidate for each group at one width, and one for each block: how far it moves the answers (the divergence, which
+has far less noise than the loss has). Other widths follow in proportion to the energy that their units cannot express:
+the divergence is quadratic in a small disturbance. `descend` then takes, step by step, the change that costs least for
+what it saves: greedy for the knapsack that adding up the costs would be. Since changes do not add up (each block can be
+missed, all of them cannot), the way is gone in stages, and before each the changes that are left are tried again.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 
 from treesurgeon.search.space import Space
 
-SHARES = (0.625, 0.25)  # of the units that are left
-STAGES = 3
+SHARE = 0.5  # of the units that are left
+STAGES = 2
 LEAST = 1e-4  # nats: no change is taken to be free
 
 
@@ -25,8 +25,8 @@ def probes(space: Space, start: np.ndarray) -> np.ndarray:
     out = []
     for i, g in enumerate(space.groups):
         widths = space.widths[g]
-        wanted = {int(np.abs(widths - share * widths[start[i]]).argmin()) for share in SHARES}
-        for value in sorted(value for value in wanted if value > start[i]):
+        value = int(np.abs(widths - SHARE * widths[start[i]]).argmin())
+        if value > start[i]:
             out.append(start.copy())
             out[-1][i] = value
     for k in np.flatnonzero(start[len(space.groups) :]):
@@ -42,31 +42,33 @@ def smallest(space: Space) -> np.ndarray:
     return genome
 
 
-def rises(space: Space, start: np.ndarray, probed: np.ndarray, rise: np.ndarray) -> np.ndarray:
+def rises(
+    space: Space, start: np.ndarray, probed: np.ndarray, rise: np.ndarray, energies: Mapping[str, np.ndarray]
+) -> np.ndarray:
     """The cost of every value of every gene over that of `start`, `float[G, values]`, from those of the probes.
 
-    Between the widths that were probed it is linear in the width, beyond the smallest it goes on as steeply; what was
-    not probed costs inf.
+    What was not probed costs inf.
+
+    Args:
+        space: the space.
+        start: the genome that the probes start from.
+        probed: what `probes` returned.
+        rise: the divergence of each.
+        energies: for groups, by units kept (from 0 on), the share of the energy that they cannot express.
     """
     cards = space.cardinality
     out = np.full((len(cards), cards.max()), np.inf)
-    changed = (probed != start).argmax(1)
-    for i, here in enumerate(start):
-        out[i, here] = 0
-        mine = np.flatnonzero(changed == i)
+    out[np.arange(len(cards)), start] = 0
+    for m, i in enumerate((probed != start).argmax(1)):
         if i >= len(space.groups):
-            if here:
-                out[i, 0] = max(rise[mine[0]], LEAST)
+            out[i, 0] = max(rise[m], LEAST)
             continue
-        if not len(mine):
-            continue
-        widths = space.widths[space.groups[i]][here:].astype(float)
-        points = [*sorted((widths[probed[m, i] - here], float(rise[m])) for m in mine), (widths[0], 0.0)]
-        (w0, r0), (w1, r1) = points[:2]
-        low = r0 + w0 * max(r0 - r1, 0.0) / (w1 - w0)
-        x, y = zip(*[(0.0, low), *points], strict=True)
-        found = np.maximum(np.interp(widths, x, y), LEAST * (1 - widths / widths[0]))
-        out[i, here : len(widths) + here] = np.maximum.accumulate(found)
+        here, name = start[i], space.groups[i]
+        widths = space.widths[name]
+        kept = energies[name][widths] if name in energies else 1 - widths / widths[0]
+        lost = np.maximum(kept[here:] - kept[here], 0)
+        scale = rise[m] / max(lost[probed[m, i] - here], np.finfo(float).tiny)
+        out[i, here : len(widths)] = np.maximum(scale * lost, LEAST * (1 - widths[here:] / widths[here]))
     return out
 
 

@@ -293,3 +293,14 @@ def test_messages():
         if row.needs:
             with pytest.raises(TreesurgeonError, match=rf"importance\('{name}', …\) needs {row.needs}: "):
                 importance(name, GRAPH, P)
+
+
+def test_residual_energy_is_what_least_squares_leaves():
+    x = RNG.normal(size=(200, 6)) @ RNG.normal(size=(6, 6)) + 1
+    order = RNG.permutation(6)
+    found = engine.residual_energy(x.T @ x, order, ridge=0)
+    for k in range(7):
+        kept, gone = x[:, order[:k]], x[:, order[k:]]
+        left = gone - kept @ np.linalg.lstsq(kept, gone, rcond=None)[0] if k else gone
+        np.testing.assert_allclose(found[k], (left**2).sum() / (x**2).sum(), rtol=1e-3, atol=1e-5)
+    assert (np.diff(engine.residual_energy(np.zeros((4, 4)), np.arange(4))) <= 0).all()

@@ -54,10 +54,10 @@ def test_populations_score_as_a_plain_loop_does(reconstruct, cached):
         return gated(with_leaves(subject.variables, stats), {**masks, "maps": maps}, split.images)
 
     dense = subject.infer(subject.variables, split.images)
-    dense = jax.nn.softmax(dense * sharpness(dense, split.labels, np.ones(COUNT)))
+    dense = jax.nn.softmax(dense * sharpness(dense, np.eye(10)[split.labels], np.ones(COUNT)))
     for i in range(5):
         logits = alone(rows(masks, i))
-        logits *= sharpness(logits[:4], split.labels[:4], np.ones(4))
+        logits *= sharpness(logits[:4], np.eye(10)[split.labels[:4]], np.ones(4))
         loss, miss = loss_and_wrong(logits, split.labels)
         np.testing.assert_allclose(losses[i], loss, rtol=2e-3, atol=2e-3)
         assert (wrong[i] == miss).mean() > 0.9
@@ -73,11 +73,11 @@ def test_the_sharpness_is_the_one_with_the_least_loss():
     def loss(factor):
         return (loss_and_wrong(factor * logits, labels)[0] * weights).sum()
 
-    found = float(sharpness(logits, labels, weights))
+    found = float(sharpness(logits, np.eye(3)[labels], weights))
     assert loss(found) <= min(map(loss, np.geomspace(0.02, 60, 400))) + 1e-4
-    np.testing.assert_allclose(sharpness(10 * logits, labels, weights), found / 10, rtol=1e-3)
-    assert sharpness(logits, logits.argmax(1), weights) > 60  # no finite one is best
-    assert sharpness(logits, logits.argmin(1), weights) < 0.02
+    np.testing.assert_allclose(sharpness(10 * logits, np.eye(3)[labels], weights), found / 10, rtol=1e-3)
+    assert sharpness(logits, np.eye(3)[logits.argmax(1)], weights) > 60  # no finite one is best
+    assert sharpness(logits, np.eye(3)[logits.argmin(1)], weights) < 0.02
 
 
 def test_candidates_that_are_out_are_shown_no_more_images():

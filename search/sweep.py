@@ -1,0 +1,181 @@
+"""A sweep: how far single changes of one candidate move its answers, each computed from where it begins.
+
+Compared is with the candidate itself and not with the dense model: what a single change does is small, and next to how
+far the candidate is off already it would be lost in noise. As everywhere, scale does not count (see answers.py).
+
+A change deep in the network leaves all before it as it is, whatever is fitted there included. So the changes are sorted
+by how much depends on them and put into a few parts; what comes before the first of a part is computed once for all of
+it (`engine.Split.later`). Each part is one program, compiled once, and vmapped over its changes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from treesurgeon import engine
+from treesurgeon.search.answers import divergence, sharpness
+from treesurgeon.search.evaluate import Batches, Reconstruct, calibrate, chunks, fitting_chunk, with_leaves
+from treesurgeon.search.space import Space
+from treesurgeon.search.subject import Subject
+
+PARTS = 3  # each takes its time to compile
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The changes of some genes.
+
+    Attributes:
+        genes: their numbers.
+        leaves: the leaves of the masks that they may change.
+        parts: the program, split before what depends on these leaves.
+        chunk: changes that run as one batch.
+    """
+
+    genes: frozenset[int]
+    leaves: tuple[int, ...]
+    once: Any
+    early: Any
+    late: Any
+    chunk: int
+
+
+class Sweep:
+    """Finds how far single changes of a candidate move its answers.
+
+    Attributes:
+        parts: how its changes are divided.
+        compiled: how many parts were compiled; each is once.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        space: Space,
+        calibration: Array | None,
+        data: Batches,
+        *,
+        chunk: int | None = None,
+        reconstruct: Reconstruct = "maps",
+        parts: int = PARTS,
+    ):
+        """Of `data` the first batch is used; the other arguments are those of `Evaluator`."""
+        self.space, self.compiled = space, 0
+        x = data.images[0]
+        self._variables, self._labels, self._weights = subject.variables, data.labels[0], data.weights[0]
+        self._data = (x, x[:0] if calibration is None else calibration)
+
+        def answer(variables: Any, data: Any, masks: Any) -> Array:
+            x, calibration = data
+            stats, maps = (
+                calibrate(subject, masks, variables, calibration, reconstruct) if len(calibration) else ({}, {})
+            )
+            gated = engine.gate(subject.infer, subject.graph)
+            return gated(with_leaves(variables, stats), {**masks, "maps": maps}, x)
+
+        self._decode = jax.jit(jax.vmap(space.decode))
+        one = jax.tree.map(lambda leaf: leaf[0], self._decode(space.dense_genome()[None]))
+        whole = engine.split(answer, self._variables, self._data, one)
+        touched = touches(space, one)
+        reach = whole.reach()
+        work = np.array([max(reach[leaf] for leaf in leaves) for leaves in touched], float)
+        self.parts: list[Part] = []
+        for genes in partition(work, parts):
+            leaves = tuple(sorted(frozenset().union(*(touched[i] for i in genes))))
+            cut = whole.later(leaves)
+            size = chunk or (1 if reconstruct == "kernels" else fitting_chunk(subject, len(x), 2 * len(genes)))
+
+            def late(fixed: Any, known: Any, masks: Any, cut: engine.Split = cut) -> Array:
+                self.compiled += 1  # runs once for each compilation
+                return jax.vmap(lambda masks: cut.late(fixed, known, masks))(masks)
+
+            self.parts.append(
+                Part(frozenset(genes), leaves, jax.jit(cut.once), jax.jit(cut.early), jax.jit(late), size)
+            )
+
+    def __call__(self, start: np.ndarray, changed: np.ndarray) -> np.ndarray:
+        """The divergence of the answers of each of `changed` from those of `start`, in nats, `float[K]`.
+
+        Args:
+            start: a genome, `int[G]`.
+            changed: genomes that differ from it in one gene each, `int[K, G]`.
+        """
+        differs = changed != start
+        if not (differs.sum(1) == 1).all():
+            raise ValueError("expected genomes that differ from the start in one gene each")
+        gene = differs.argmax(1)
+        tree = self._decode(np.concatenate([start[None], changed]))
+        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+        out = np.full(len(changed), np.nan)
+        for part in self.parts:
+            mine = np.flatnonzero([g in part.genes for g in gene])
+            if not len(mine):
+                continue
+            rest = [leaf[0] for i, leaf in enumerate(leaves) if i not in part.leaves]
+            fixed = part.once(self._variables)
+            known = part.early(fixed, (self._data, rest))
+            rows = np.concatenate([[0], mine + 1])  # the start itself, for comparison
+            found = []
+            for at in chunks(rows, part.chunk):
+                found.append(np.asarray(part.late(fixed, known, [leaves[i][at] for i in part.leaves])))
+            logits = np.concatenate(found)[: len(rows)]
+            out[mine] = [moved(logits[0], each, self._labels, self._weights) for each in logits[1:]]
+        return out
+
+
+@jax.jit
+def moved(start: Array, logits: Array, labels: Array, weights: Array) -> Array:
+    """The mean divergence of answers from others at the scale that suits best, the others being at their sharpest."""
+    target = start * sharpness(start, jax.nn.one_hot(labels, start.shape[-1]), weights)
+    near = logits * sharpness(logits, jax.nn.softmax(target.astype(jnp.float32)), weights)
+    return (divergence(target, near) * weights).sum() / weights.sum()
+
+
+def touches(space: Space, masks: Any) -> list[frozenset[int]]:
+    """For each gene the leaves of the masks that it may change.
+
+    Where dropped blocks tie groups, a gene of any of them may change them all.
+    """
+    number = {
+        tuple(entry.key for entry in path): i for i, (path, _) in enumerate(jax.tree_util.tree_leaves_with_path(masks))
+    }
+    tied = frozenset(
+        number[key] for key in (("units", g) for g in (space.ties.names if space.ties else ())) if key in number
+    )
+    own = [number[("units", g)] for g in space.groups] + [number[("blocks", b)] for b in space.blocks]
+    ties = set(space.ties.names) if space.ties else set()
+    out = []
+    for i, leaf in enumerate(own):
+        joins = i >= len(space.groups) or space.groups[i] in ties
+        out.append(frozenset([leaf]) | tied if joins else frozenset([leaf]))
+    return out
+
+
+def partition(work: np.ndarray, count: int) -> list[list[int]]:
+    """Items in at most `count` parts, so that the sum of each part's largest work times its size is least.
+
+    Items in the order of their work are cut into intervals, by dynamic programming.
+    """
+    order = np.argsort(-work, kind="stable")
+    sorted_work, n = work[order], len(work)
+    best = np.full((count + 1, n + 1), np.inf)
+    best[:, 0] = 0
+    cut = np.zeros((count + 1, n + 1), int)
+    for k in range(1, count + 1):
+        for end in range(1, n + 1):
+            costs = [best[k - 1, begin] + sorted_work[begin] * (end - begin) for begin in range(end)]
+            cut[k, end] = int(np.argmin(costs))
+            best[k, end] = costs[cut[k, end]]
+    out, end = [], n
+    for k in range(count, 0, -1):
+        begin = cut[k, end]
+        if end > begin:
+            out.append(order[begin:end].tolist())
+        end = begin
+    return out[::-1]
