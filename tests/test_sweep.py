@@ -20,12 +20,20 @@ def setup(model):
     subject = random_subject(model)
     shape = subject.spec.input_shape
     space = build(subject.graph, {name: RNG.random(group.size) for name, group in subject.graph.groups.items()})
-    images, labels = RNG.normal(size=(6, *shape)).astype(np.float32), RNG.integers(0, 10, 6).astype(np.int32)
-    return subject, space, batches(Split(images, labels, np.arange(6), ("x",), ""), 4)
+    images = RNG.normal(size=(40, *shape)).astype(np.float32)
+    labels = np.array(subject.infer(subject.variables, images).argmax(-1), np.int32)
+    labels[:15] = RNG.integers(0, 10, 15)
+    return subject, space, batches(Split(images, labels, np.arange(40), ("x",), ""), 32)
 
 
 @pytest.mark.parametrize(
-    ("model", "reconstruct"), [("digits_cnn", "kernels"), ("digits_cnn", "none"), ("resnet20", "maps")]
+    ("model", "reconstruct"),
+    [
+        ("digits_cnn", "kernels"),
+        ("digits_cnn", "maps"),
+        ("digits_cnn", "none"),
+        pytest.param("resnet20", "maps", marks=pytest.mark.slow),
+    ],
 )
 def test_the_sweep_finds_what_whole_evaluations_find(model, reconstruct):
     subject, space, data = setup(model)
@@ -47,7 +55,8 @@ def test_the_sweep_finds_what_whole_evaluations_find(model, reconstruct):
         found = sweep(start, probed)
         logits = whole(start)
         wanted = [moved(logits, whole(each), data.labels[0], data.weights[0]) for each in probed]
-        np.testing.assert_allclose(found, wanted, rtol=5e-3, atol=1e-5)
+        # Least squares in float32 differ by as much between one candidate alone and one of a vmapped chunk.
+        np.testing.assert_allclose(found, wanted, rtol=2e-2 if reconstruct == "kernels" else 5e-3, atol=1e-5)
         start = probed[int(np.argmax(found))]
     assert 0 < sweep.compiled <= len(sweep.parts)
     with pytest.raises(ValueError, match="one gene"):
