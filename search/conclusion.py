@@ -8,19 +8,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from treesurgeon import engine
 from treesurgeon.search import report
 from treesurgeon.search.budget import Budget, measured_dense
-from treesurgeon.search.certificate import Certificate, certify, claim_opening, not_certified, smallest_margin
-from treesurgeon.search.evaluate import batches, measurer
+from treesurgeon.search.certificate import Certificate, certify, not_certified
+from treesurgeon.search.data import Split
+from treesurgeon.search.evaluate import answering, measurer
 from treesurgeon.search.finalists import Tuned
+from treesurgeon.search.metrics import Metric
+from treesurgeon.search.openings import claim_opening
 from treesurgeon.search.selection import Finalist, Verdict, WithinMargins
 from treesurgeon.search.setting import Setting
 from treesurgeon.search.space import Space
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -47,6 +48,7 @@ def conclude(
 ) -> Outcome:
     """Measure the frozen finalists, select and certify, measure on test once, and save."""
     config, subject, graph, roles = setting.config, setting.subject, setting.subject.graph, setting.roles
+    metric = config.judged_by
     whole = Tuned(
         "dense",
         engine.Plan(),
@@ -57,10 +59,10 @@ def conclude(
     )
     measured = {}
     for each in (whole, *tuned):
-        on_train, on_search = (measurer(each.infer, split)(each.variables)[1] for split in (roles.train, roles.search))
+        on_train, on_search = (error_on(each, split, metric) for split in (roles.train, roles.search))
         measured[each.name] = Finalist(each.name, each.cost, on_train, on_search, each)
     dense, others = measured["dense"], [measured[each.name] for each in tuned]
-    rule = WithinMargins(config.epsilon, config.eta, budget.measure)
+    rule = WithinMargins(config.epsilon, config.eta, budget.measure, metric)
     verdict = rule.select(others, dense, budget=budget.limits, clean=roles.clean)
     certificate = find_certificate(setting, budget, others, dense, verdict)
     selected = verdict.selected
@@ -76,10 +78,11 @@ def conclude(
                 each.name,
                 int(each.cost["params"]),
                 int(each.cost["macs"]),
-                1 - finalist.train_error,
-                1 - finalist.search_error,
-                1 - measurer(each.infer, roles.test)(each.variables)[1],
+                metric.score(finalist.train_error),
+                metric.score(finalist.search_error),
+                metric.score(error_on(each, roles.test, metric)),
                 selected=finalist is selected,
+                metric=metric,
             )
         )
     records = [
@@ -87,6 +90,7 @@ def conclude(
             "variant": f.name,
             "selected": f is selected,
             **{k: v for k, v in f.cost.items() if k != "size"},
+            "metric": metric.name,
             "train_error": f.train_error,
             "search_error": f.search_error,
             "gap": f.gap,
@@ -107,10 +111,15 @@ def conclude(
         card=_card(setting, outcome, lines),
         module=subject.module,
     )
-    report.show(lines)
+    report.show(lines, title=f"metric: {metric.name}")
     say(outcome["sentence"])
     say(f"saved {path}")
     return Outcome(tuple(lines), outcome["sentence"], path)
+
+
+def error_on(each: Tuned, split: Split, metric: Metric) -> float:
+    """The metric's error of a finalist on a split."""
+    return measurer(each.infer, split, metric=metric)(each.variables)[1]
 
 
 def find_certificate(
@@ -118,10 +127,10 @@ def find_certificate(
 ) -> Certificate:
     """The certificate, or why there is none; opens `certify` where it can say something."""
     config, roles = setting.config, setting.roles
-    count, name = len(roles.certify), verdict.selected.name
+    count, name, metric = len(roles.certify), verdict.selected.name, config.judged_by
 
     def none(reason: str) -> Certificate:
-        return not_certified(name, reason, config.delta, count)
+        return not_certified(name, reason, config.delta, count, metric)
 
     if not finalists or (budget.limits and verdict.selected is dense):
         return none("the dense model itself was chosen, so that there is nothing to test")
@@ -129,28 +138,28 @@ def find_certificate(
         return none("certify was left closed")
     if not roles.clean:
         return none("it is unknown what the checkpoint was fitted on")
-    least = smallest_margin(count, config.delta)
+    least = metric.smallest_margin(roles.certify.labels, config.delta)
     if least > config.epsilon:
-        return none(f"{count:,} images cannot show ε = {100 * config.epsilon:g} points, only {100 * least:.2g} or more")
+        wanted, can = f"{metric.scale * config.epsilon:g} {metric.unit}", f"{metric.scale * least:.2g}"
+        return none(f"{count:,} images cannot show ε = {wanted}, only {can} or more")
     there = config.directory / "config.json"
     opened = claim_opening(
         config.directory.parent / "certify-openings.jsonl",
         roles.fingerprints["certify"],
         hashlib.sha256(there.read_bytes()).hexdigest(),
         str(config.directory),
+        roles.certify.digests,
     )
     if opened is not None:
-        return none(f"these images were opened before, by {opened}, so that a claim from them would not hold its level")
-    data = roles.certify
+        return none(f"{opened}, so that a claim from them would not hold its level")
     margins = {"epsilon": config.epsilon, "eta": config.eta, "delta": config.delta}
     only = name if budget.limits else None
 
-    def wrong(finalist: Finalist) -> np.ndarray:
+    def observed(finalist: Finalist) -> Any:
         each: Tuned = finalist.ref
-        answers = [jax.jit(each.infer)(each.variables, x) for x in batches(data, 250).images]
-        return np.concatenate([np.asarray(a).argmax(-1) for a in answers])[:count] != data.labels
+        return metric.observe(answering(each.infer, roles.certify)(each.variables))
 
-    return certify(finalists, dense, wrong, **margins, measure=budget.measure, only=only)
+    return certify(finalists, dense, observed, **margins, measure=budget.measure, only=only, metric=metric)
 
 
 def _outcome(verdict: Verdict, certificate: Certificate, limited: bool) -> dict[str, Any]:
@@ -167,20 +176,20 @@ def recall(setting: Setting, say: Callable[[str], None]) -> Outcome:
     """The outcome of a run that is complete, from its manifest."""
     path = setting.config.directory / "selected"
     manifest = engine.load(path, module=setting.subject.module).manifest
+    metric = setting.config.judged_by
     lines = [
         report.Line(
             name,
             found["params"],
             found["macs"],
-            found["train_accuracy"],
-            found["search_accuracy"],
-            found["test_accuracy"],
+            *(found[f"{role}_{metric.name}"] for role in ("train", "search", "test")),
             selected=name == manifest["selected"],
+            metric=metric,
         )
         for name, found in manifest["metrics"].items()
     ]
     lines.sort(key=lambda line: -line.params)
-    report.show(lines)
+    report.show(lines, title=f"metric: {metric.name}")
     say(manifest["verdict"]["sentence"])
     return Outcome(tuple(lines), manifest["verdict"]["sentence"], path)
 
@@ -192,15 +201,16 @@ def _manifest(
     lines: Sequence[report.Line],
     certificate: Certificate,
 ) -> dict[str, Any]:
-    config, roles = setting.config, setting.roles
+    config, roles, metric = setting.config, setting.roles, setting.config.judged_by
     return {
+        "metric": metric.name,
         "metrics": {
             line.variant: {
                 "params": line.params,
                 "macs": line.macs,
-                "train_accuracy": line.train,
-                "search_accuracy": line.search,
-                "test_accuracy": line.test,
+                f"train_{metric.name}": line.train,
+                f"search_{metric.name}": line.search,
+                f"test_{metric.name}": line.test,
                 "gap": line.gap,
             }
             for line in lines
@@ -216,7 +226,7 @@ def _manifest(
 
 
 def _card(setting: Setting, outcome: Mapping[str, Any], lines: Sequence[report.Line]) -> str:
-    config = setting.config
+    config, metric = setting.config, setting.config.judged_by
     shape = ", ".join(map(str, setting.subject.spec.input_shape))
     return f"""# {config.model}, pruned
 
@@ -224,8 +234,8 @@ def _card(setting: Setting, outcome: Mapping[str, Any], lines: Sequence[report.L
 
 {report.markdown(lines)}
 
-Accuracies are shares of right answers on the roles of `{config.data}`. `test` was never used for a choice: quote
-that column. The gap is the accuracy lost from `train` to `search`, in points.
+{metric.description}, on the roles of `{config.data}`. `test` was never used for a choice: quote that column. The gap
+is what is lost of it from `train` to `search`, in {metric.unit}.
 
 ```python
 from treesurgeon.engine import load

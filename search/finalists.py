@@ -133,7 +133,7 @@ def finish(
     config, subject, graph, roles = setting.config, setting.subject, setting.subject.graph, setting.roles
     infer = engine.narrow(subject.infer, graph, plan)
     train = engine.narrow(subject.train, graph, plan)
-    key = jax.random.key(config.seed)
+    key, metric = jax.random.key(config.seed), config.judged_by
     small = prepared(setting, plan)
     cost = {k: int(v) for k, v in engine.cost(graph, plan)._asdict().items()} | dict(measured)
     if not config.epochs:
@@ -148,7 +148,10 @@ def finish(
         lambda path, _: graph.leaves[jax.tree_util.keystr(path, simple=True, separator="/")].trainable, small
     )
     loss = objective(train, distill=config.distill)
-    result = fit(loss, small, trainable, data, recipe, key, measurer(infer, roles.search))
-    errors = ", ".join(f"{epoch.search_error:.2%}" for epoch in result.history)
-    say(f"fine-tuned {name} ({cost['params']:,} parameters): error on search {errors}; kept epoch {result.best_epoch}")
+    result = fit(loss, small, trainable, data, recipe, key, measurer(infer, roles.search, metric=metric))
+    errors = ", ".join(metric.show(epoch.search_error) for epoch in result.history)
+    say(
+        f"fine-tuned {name} ({cost['params']:,} parameters): {metric.noun} on search {errors}; "
+        f"kept epoch {result.best_epoch}"
+    )
     return Tuned(name, plan, result.params, infer, result, cost)
