@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from treesurgeon import engine
-from treesurgeon.search import report
+from treesurgeon.search import crossval, report
 from treesurgeon.search.budget import Budget, measured_dense
 from treesurgeon.search.certificate import Certificate, certify, not_certified
+from treesurgeon.search.crossval import Estimate, cross_validate
 from treesurgeon.search.data import Split
 from treesurgeon.search.evaluate import answering, measurer
 from treesurgeon.search.finalists import Tuned
 from treesurgeon.search.metrics import Metric
-from treesurgeon.search.openings import claim_opening
+from treesurgeon.search.openings import claim_opening, record_opening
 from treesurgeon.search.selection import Finalist, Verdict, WithinMargins
 from treesurgeon.search.setting import Setting
 from treesurgeon.search.space import Space
+
+ENDS = ("difference", "low", "high")  # of an estimate, as `front.csv` has them
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -63,12 +67,15 @@ def conclude(
         measured[each.name] = Finalist(each.name, each.cost, on_train, on_search, each)
     dense, others = measured["dense"], [measured[each.name] for each in tuned]
     rule = WithinMargins(config.epsilon, config.eta, budget.measure, metric)
-    verdict = rule.select(others, dense, budget=budget.limits, clean=roles.clean)
+    estimates = estimate(setting, whole, tuned)
+    if estimates:
+        rule = replace(rule, where="in cross-validation")
+    verdict = rule.select(*_judged(others, dense, estimates), budget=budget.limits, clean=roles.clean)
     certificate = find_certificate(setting, budget, others, dense, verdict)
-    selected = verdict.selected
-    if certificate.valid and not budget.limits:
-        selected = measured[certificate.selected]
+    selected = measured[certificate.selected if certificate.valid and not budget.limits else verdict.selected.name]
     outcome = _outcome(verdict, certificate, bool(budget.limits))
+    if estimates:
+        outcome["sentence"] += " " + crossval.sentence(setting, estimates.get(selected.name), selected.name)
     chosen: Tuned = selected.ref
     lines = []
     for finalist in (dense, *sorted(others, key=lambda f: -f.cost["params"])):
@@ -94,6 +101,7 @@ def conclude(
             "train_error": f.train_error,
             "search_error": f.search_error,
             "gap": f.gap,
+            **({f"cv_{end}": getattr(estimates[f.name], end) for end in ENDS} if estimates else {}),
             "best_epoch": f.ref.fitted.best_epoch if f.ref.fitted else None,
             "reason": verdict.reasons[f.name],
             "description": space.describe(genome),
@@ -107,14 +115,46 @@ def conclude(
         subject.spec,
         chosen.variables,
         chosen.plan,
-        manifest=_manifest(setting, selected.name, outcome, lines, certificate),
-        card=_card(setting, outcome, lines),
+        manifest=_manifest(setting, selected.name, outcome, lines, certificate, estimates),
+        card=_card(setting, outcome, lines, estimates),
         module=subject.module,
     )
     report.show(lines, title=f"metric: {metric.name}")
     say(outcome["sentence"])
     say(f"saved {path}")
     return Outcome(tuple(lines), outcome["sentence"], path)
+
+
+def estimate(setting: Setting, dense: Tuned, tuned: Sequence[Tuned]) -> dict[str, Estimate]:
+    """By cross-validation, for each finalist by name, where `certify` is too small; this opens it."""
+    if not tuned or not crossval.needed(setting):
+        return {}
+    config, certify = setting.config, setting.roles.certify
+    record_opening(*_register(setting), certify.digests)
+    answers = answering(dense.infer, crossval.pool(setting.roles))(dense.variables)
+    shape = {"folds": crossval.fold_count(setting), "repeats": config.cv_repeats}
+    return {
+        each.name: cross_validate(each.trail, answers, config.judged_by, **shape, seed=config.seed, delta=config.delta)
+        for each in tuned
+    }
+
+
+def _judged(
+    finalists: Sequence[Finalist], dense: Finalist, estimates: Mapping[str, Estimate]
+) -> tuple[list[Finalist], Finalist]:
+    """The models as the rule is to see them: with errors from cross-validation, where there are any."""
+    if not estimates:
+        return list(finalists), dense
+    error = next(iter(estimates.values())).dense_error
+    return [replace(f, search_error=estimates[f.name].error) for f in finalists], replace(dense, search_error=error)
+
+
+def _register(setting: Setting) -> tuple[Path, str, str, str]:
+    """Of opened images: the file, what would be opened, which run this is, and where."""
+    directory = setting.config.directory
+    identity = hashlib.sha256((directory / "config.json").read_bytes()).hexdigest()
+    fingerprint = setting.roles.fingerprints["certify"]
+    return directory.parent / "certify-openings.jsonl", fingerprint, identity, str(directory)
 
 
 def error_on(each: Tuned, split: Split, metric: Metric) -> float:
@@ -132,7 +172,7 @@ def find_certificate(
     def none(reason: str) -> Certificate:
         return not_certified(name, reason, config.delta, count, metric)
 
-    if not finalists or (budget.limits and verdict.selected is dense):
+    if not finalists or (budget.limits and verdict.selected.name == dense.name):
         return none("the dense model itself was chosen, so that there is nothing to test")
     if not config.certify:
         return none("certify was left closed")
@@ -142,14 +182,7 @@ def find_certificate(
     if least > config.epsilon:
         wanted, can = f"{metric.scale * config.epsilon:g} {metric.unit}", f"{metric.scale * least:.2g}"
         return none(f"{count:,} images cannot show ε = {wanted}, only {can} or more")
-    there = config.directory / "config.json"
-    opened = claim_opening(
-        config.directory.parent / "certify-openings.jsonl",
-        roles.fingerprints["certify"],
-        hashlib.sha256(there.read_bytes()).hexdigest(),
-        str(config.directory),
-        roles.certify.digests,
-    )
+    opened = claim_opening(*_register(setting), roles.certify.digests)
     if opened is not None:
         return none(f"{opened}, so that a claim from them would not hold its level")
     margins = {"epsilon": config.epsilon, "eta": config.eta, "delta": config.delta}
@@ -200,8 +233,15 @@ def _manifest(
     outcome: Mapping[str, Any],
     lines: Sequence[report.Line],
     certificate: Certificate,
+    estimates: Mapping[str, Estimate],
 ) -> dict[str, Any]:
     config, roles, metric = setting.config, setting.roles, setting.config.judged_by
+    cross_validation = {
+        "folds": crossval.fold_count(setting),
+        "repeats": config.cv_repeats,
+        "level": 1 - 2 * config.delta,
+        "estimates": {name: asdict(found) for name, found in estimates.items()},
+    }
     return {
         "metric": metric.name,
         "metrics": {
@@ -218,6 +258,7 @@ def _manifest(
         "selected": selected,
         "verdict": outcome,
         "certificate": asdict(certificate) | {"epsilon": config.epsilon, "eta": config.eta},
+        "cross_validation": cross_validation if estimates else None,
         "normalisation": {"mean": list(setting.mean), "std": list(setting.std)},
         "data": {"spec": config.data, "clean": roles.clean, "fingerprints": roles.fingerprints},
         "labels": list(roles.label_names),
@@ -225,7 +266,9 @@ def _manifest(
     }
 
 
-def _card(setting: Setting, outcome: Mapping[str, Any], lines: Sequence[report.Line]) -> str:
+def _card(
+    setting: Setting, outcome: Mapping[str, Any], lines: Sequence[report.Line], estimates: Mapping[str, Estimate]
+) -> str:
     config, metric = setting.config, setting.config.judged_by
     shape = ", ".join(map(str, setting.subject.spec.input_shape))
     return f"""# {config.model}, pruned
@@ -236,7 +279,7 @@ def _card(setting: Setting, outcome: Mapping[str, Any], lines: Sequence[report.L
 
 {metric.description}, on the roles of `{config.data}`. `test` was never used for a choice: quote that column. The gap
 is what is lost of it from `train` to `search`, in {metric.unit}.
-
+{_estimates(setting, estimates)}
 ```python
 from treesurgeon.engine import load
 
@@ -247,3 +290,15 @@ logits = model(x)   # x: float32 [N, {shape}], (image in 0..1 - mean) / std
 mean {", ".join(map(str, setting.mean))}; std {", ".join(map(str, setting.std))}. `model.stablehlo` is the same function
 without the code: `jax.export.deserialize(open("selected/model.stablehlo", "rb").read()).call(x)`.
 """
+
+
+def _estimates(setting: Setting, estimates: Mapping[str, Estimate]) -> str:
+    """What cross-validation found, for the card."""
+    metric = setting.config.judged_by
+    rows = [
+        f"- {name}: {metric.amount(found.difference, sign=True)} ({metric.amount(found.low, sign=True)} to "
+        f"{metric.amount(found.high, sign=True)})"
+        for name, found in estimates.items()
+    ]
+    head = f"\n**Not certified.** The {metric.noun} less the dense model's, in cross-validation:\n\n"
+    return head + "\n".join(rows) + "\n" if rows else ""

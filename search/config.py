@@ -64,6 +64,11 @@ class Config:
     """Chance at most that the certificate makes a false claim."""
     certify: bool = True
     """Whether the finalists are tested on `certify`, which can be opened once; otherwise it stays closed."""
+    cv_folds: int = 5
+    """Folds of the cross-validation on `search` and `certify` that takes the certificate's place where `certify` has
+    too few images for epsilon."""
+    cv_repeats: int = 4
+    """How often it is repeated, with other folds."""
 
     fitted_split: tuple[str, ...] = ()
     """Splits that the checkpoint was trained on (`none`: it has seen none of this data). Default: the zoo's."""
@@ -143,7 +148,7 @@ class Config:
         least = {
             "population": 2, "generations": 1, "search_images": 1, "calibration_images": 0, "chunk": 1,
             "finalists": 1, "refit_images": 1, "epochs": 0, "batch_size": 1, "max_train": 1, "seed": 0,
-            "latency_batch": 1,
+            "latency_batch": 1, "cv_folds": 2, "cv_repeats": 1,
             "epsilon": 0, "eta": 0,
         }  # fmt: skip
         for name, bound in least.items():

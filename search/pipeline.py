@@ -20,7 +20,7 @@ import optax
 from jax import Array
 
 from treesurgeon import engine
-from treesurgeon.search import evolve, racing, report, sensitivity
+from treesurgeon.search import crossval, evolve, racing, report, sensitivity
 from treesurgeon.search.budget import Budget, make_budget
 from treesurgeon.search.conclusion import Outcome, conclude, recall
 from treesurgeon.search.config import Config, RunError, claim, identity
@@ -52,6 +52,8 @@ def run(config: Config, say: Say = print) -> Outcome:
     )
     if config.certify and roles.clean:
         say(config.judged_by.resolution(roles.certify.labels, config.epsilon, config.delta))
+    if crossval.needed(setting):
+        say("which is too few for yours: cross-validation on search and certify will take the certificate's place")
     claim(config, identity(config, {"data": roles.fingerprints, "checkpoint": fingerprint(subject.variables)}))
     if (config.directory / "selected").exists():
         say("this run is complete; choose another --out to run again")

@@ -215,6 +215,7 @@ def zoo(place):
         ({"criterion": "l3"}, "l3"),
         ({"metric": "f2"}, "--metric f2: expected one of accuracy"),
         ({"metric": "f1", "data": "npz:lacking.npz"}, "--metric f1: class '3' has no image in search"),
+        ({"cv_folds": 1}, "--cv-folds"),
     ],
 )
 def test_bad_input(zoo, monkeypatch, changes, message):
@@ -350,3 +351,38 @@ def test_what_is_not_certified_and_why(zoo, tmp_path, why):
     found = find_certificate(setting, budget, finalists, dense, Verdict(small, True, {}, ""))
     assert not found.valid
     assert why in found.sentence
+
+
+def test_cross_validation_where_certify_is_too_small_and_another_metric(place, monkeypatch):
+    more = "--metric", "cross_entropy", "--epsilon", "0.04", "--eta", "9", "--cv-repeats", "2"
+    code, out, err = finish(command(place, "crossed", *more))
+    assert code == 0, err
+    assert "nats can be certified" in out
+    assert "will take the certificate's place" in out
+    assert "metric: cross_entropy" in out
+    manifest = json.loads((place / "crossed/selected/manifest.json").read_text())
+    assert manifest["metric"] == manifest["certificate"]["metric"] == "cross_entropy"
+    assert not manifest["verdict"]["certified"]
+    assert not manifest["certificate"]["valid"]
+    sentence = manifest["verdict"]["sentence"]
+    assert "cannot show ε = 0.04 nats" in sentence
+    assert "5-fold cross-validation, 2 times" in sentence
+    assert "no certificate" in sentence
+    found = manifest["cross_validation"]["estimates"]
+    assert all(len(each["epochs"]) == 10 for each in found.values())
+    with (place / "crossed/front.csv").open() as file:
+        rows = {row["variant"]: row for row in csv.DictReader(file)}
+    assert {row["metric"] for row in rows.values()} == {"cross_entropy"}
+    within = {"dense"} | {name for name, row in rows.items() if float(row["cv_difference"]) <= 0.04}
+    assert manifest["selected"] in within
+    sizes = {name: each["params"] for name, each in manifest["metrics"].items()}
+    assert sizes[manifest["selected"]] == min(sizes[name] for name in within)
+    card = (place / "crossed/selected/README.md").read_text()
+    assert "**Not certified.**" in card
+    assert "Cross-entropies are means in nats" in card
+    openings = [json.loads(line) for line in (place / "certify-openings.jsonl").read_text().splitlines()]
+    assert str(place / "crossed") in [record["where"] for record in openings]  # another run cannot certify with these
+    before = contents(place / "crossed")
+    code, _, err = finish(command(place, "crossed-again", *more))
+    assert code == 0, err
+    assert contents(place / "crossed-again") == before
