@@ -39,7 +39,7 @@ def wilson(share: float, count: int, z: float = 1.96) -> str:
     """A share of `count` cases in percent, with E. B. Wilson's 95 % interval (1927)."""
     middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return f"{100 * share:.1f} ({100 * (middle - half):.1f} to {100 * (middle + half):.1f})"
+    return f"{100 * share:.1f} ({100 * max(middle - half, 0.0):.1f} to {100 * (middle + half):.1f})"
 
 
 def device() -> str:

@@ -11,73 +11,34 @@ from large to small, up to the first that fails: the chance of any false claim i
 the search has looked at. S. Bauer: "Multiple testing in clinical trials", 1991; A. Angelopoulos et al.: "Learn then
 test", 2021 (arXiv 2110.01052).
 
-Errors of two models on the same images are paired, so the test is T. Tango's score test: "Equivalence test and
-confidence interval for the difference in proportions for the paired-sample design", Statistics in Medicine 1998. It is
-asymptotic; `benchmarks/certificate.py` measures how often it claims falsely. Failing to find a difference is no
-evidence that there is none, so McNemar's test would not do.
+Errors of two models on the same images are paired, and the test is the metric's (see metrics.py). For accuracy that is
+T. Tango's score test: "Equivalence test and confidence interval for the difference in proportions for the paired-
+sample design", Statistics in Medicine 1998. It is asymptotic; `benchmarks/certificate.py` measures how often it claims
+falsely. Failing to find a difference is no evidence that there is none, so McNemar's test would not do.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from statistics import NormalDist
+from typing import Any
 
-import numpy as np
-
+from treesurgeon.search.metrics import ACCURACY, Metric
+from treesurgeon.search.openings import claim_opening
+from treesurgeon.search.paired import images_needed, smallest_margin
+from treesurgeon.search.paired import tango as p_value
 from treesurgeon.search.selection import Finalist
 
-POWER = 0.8
-TYPICAL = 0.05  # share of images that exactly one of two models gets wrong
-
-
-def p_value(worse: int, better: int, count: int, margin: float) -> float:
-    """Tango's test of H0: the difference of two error rates on the same images is at least `margin`.
-
-    Args:
-        worse: images that only the variant gets wrong.
-        better: images that only the dense model gets wrong.
-        count: images.
-        margin: above -1 and below 1.
-
-    Returns:
-        The p-value: the claim that the difference is below the margin holds at every level above it.
-    """
-    if not -1 < margin < 1:
-        return 0.0 if margin >= 1 else 1.0
-    if margin < 0:  # the same test with the models exchanged: the constrained estimate is then that of the other cell
-        return 1 - p_value(better, worse, count, -margin)
-    a = 2 * count
-    b = -worse - better + (2 * count - worse + better) * margin
-    c = -better * margin * (1 - margin)
-    only_dense = (math.sqrt(max(b * b - 4 * a * c, 0.0)) - b) / (2 * a)
-    variance = count * (2 * only_dense + margin * (1 - margin))
-    if variance <= 0:
-        return 1.0
-    return NormalDist().cdf((worse - better - count * margin) / math.sqrt(variance))
-
-
-def smallest_margin(count: int, delta: float) -> float:
-    """The least ε at which a variant passes that answers every one of `count` images as the dense model does."""
-    z = NormalDist().inv_cdf(1 - delta)
-    return z * z / (count + z * z)
-
-
-def images_needed(margin: float, delta: float, disagreement: float, power: float = POWER) -> int:
-    """Images on which a variant as good as the dense model passes with this chance.
-
-    Args:
-        margin: ε.
-        delta: the level.
-        disagreement: share of the images that exactly one of the two models gets wrong.
-        power: the chance to pass.
-    """
-    normal = NormalDist()
-    spread = math.sqrt(max(disagreement, margin * (1 - margin)))
-    return math.ceil(((normal.inv_cdf(1 - delta) + normal.inv_cdf(power)) * spread / margin) ** 2)
+__all__ = [
+    "Certificate",
+    "Step",
+    "certify",
+    "claim_opening",
+    "images_needed",
+    "not_certified",
+    "p_value",
+    "smallest_margin",
+]
 
 
 @dataclass(frozen=True)
@@ -86,7 +47,8 @@ class Step:
 
     Attributes:
         name: the variant's.
-        worse, better: images that only it, that only the dense model gets wrong.
+        worse, better: images that only it, that only the dense model gets wrong (see `metrics.Comparison`).
+        difference: of the errors on `certify`, less the dense model's.
         margins: those it was tested against, ε and that of the gap.
         p_values: of the two tests.
         passed: whether both are at most δ.
@@ -95,6 +57,7 @@ class Step:
     name: str
     worse: int
     better: int
+    difference: float
     margins: tuple[float, float]
     p_values: tuple[float, float]
     passed: bool
@@ -112,6 +75,8 @@ class Certificate:
         count: images of `certify`.
         delta: the level.
         sentence: the outcome, or why there is none.
+        metric, test: what the errors are of, and how they were compared.
+        approximate: whether the level is no more than about right (see `metrics.Metric`).
     """
 
     valid: bool
@@ -121,109 +86,93 @@ class Certificate:
     count: int
     delta: float
     sentence: str
+    metric: str = ACCURACY.name
+    test: str = ACCURACY.test
+    approximate: bool = False
 
 
 def certify(
     finalists: Sequence[Finalist],
     dense: Finalist,
-    wrong: Callable[[Finalist], np.ndarray],
+    wrong: Callable[[Finalist], Any],
     *,
     epsilon: float,
     eta: float,
     delta: float,
     measure: str,
     only: str | None = None,
+    metric: Metric = ACCURACY,
 ) -> Certificate:
     """Test frozen finalists from large to small up to the first that fails.
 
     Args:
         finalists: the variants; their order does not matter.
         dense: the model that they come from.
-        wrong: opens `certify` for a model: `bool[N]`, which images it gets wrong.
-        epsilon, eta: the margins.
+        wrong: opens `certify` for a model: what the metric observes there, for accuracy `bool[N]`, which images it
+            gets wrong.
+        epsilon, eta: the margins, differences of the metric's error.
         delta: the level.
         measure: the cost that the order goes by.
         only: test this one alone (the best within a budget).
+        metric: what errors are of.
     """
     ordered = [f for f in sorted(finalists, key=lambda f: -f.cost[measure]) if only in (None, f.name)]
-    baseline = np.asarray(wrong(dense))
+    baseline = wrong(dense)
     count, steps = len(baseline), []
     for finalist in ordered:
-        theirs = np.asarray(wrong(finalist))
-        worse, better = int((theirs & ~baseline).sum()), int((baseline & ~theirs).sum())
+        found = metric.compare(wrong(finalist), baseline)
         margins = epsilon, eta + finalist.train_error - dense.train_error
-        p_values = tuple(p_value(worse, better, count, margin) for margin in margins)
+        p_values = found.p_value(margins[0]), found.p_value(margins[1])
         passed = max(p_values) <= delta
-        steps.append(Step(finalist.name, worse, better, margins, (p_values[0], p_values[1]), passed))
+        steps.append(Step(finalist.name, found.worse, found.better, found.difference, margins, p_values, passed))
         if not passed:
             break
     names = [step.name for step in steps if step.passed]
     selected = only or (names[-1] if names else dense.name)
     passed = selected == dense.name or selected in names
+    sentence = _sentence(steps, selected, dense, epsilon, eta, delta, count, metric)
     return Certificate(
-        True,
-        selected,
-        passed,
-        tuple(steps),
-        count,
-        delta,
-        _sentence(steps, selected, dense, epsilon, eta, delta, count),
+        True, selected, passed, tuple(steps), count, delta, sentence, metric.name, metric.test, metric.approximate
     )
 
 
-def not_certified(selected: str, reason: str, delta: float, count: int) -> Certificate:
+def not_certified(selected: str, reason: str, delta: float, count: int, metric: Metric = ACCURACY) -> Certificate:
     """No claim, and why."""
-    return Certificate(False, selected, False, (), count, delta, f"Not certified: {reason}.")
-
-
-def claim_opening(register: Path, fingerprint: str, identity: str, where: str) -> str | None:
-    """Record that a run opens these images; where the run is that opened them before, if that was another one.
-
-    Args:
-        register: a file of one JSON record a line, shared by the runs of a directory.
-        fingerprint: of the images and labels.
-        identity: of the run: one that is resumed, or repeated as it was, may open again what it has opened.
-        where: its directory.
-    """
-    known = [json.loads(line) for line in register.read_text().splitlines()] if register.exists() else []
-    for record in known:
-        if record["certify"] == fingerprint:
-            return None if record["run"] == identity else str(record["where"])
-    register.parent.mkdir(parents=True, exist_ok=True)
-    with register.open("a") as file:
-        file.write(json.dumps({"certify": fingerprint, "run": identity, "where": where}) + "\n")
-    return None
-
-
-def resolution(count: int, epsilon: float, delta: float) -> str:
-    """What a `certify` split of this size can show, for people, before anything is searched."""
-    least = smallest_margin(count, delta)
-    needed = images_needed(epsilon, delta, TYPICAL) if epsilon > 0 else math.inf
-    text = f"certify has {count:,} images: at level {delta:g} no ε below {100 * least:.2g} points can be certified"
-    return f"{text}; for yours ({100 * epsilon:g}) expect to need {needed:,} if {TYPICAL:.0%} of the answers change"
+    sentence = f"Not certified: {reason}."
+    return Certificate(False, selected, False, (), count, delta, sentence, metric.name, metric.test, metric.approximate)
 
 
 def _sentence(
-    steps: Sequence[Step], selected: str, dense: Finalist, epsilon: float, eta: float, delta: float, count: int
+    steps: Sequence[Step],
+    selected: str,
+    dense: Finalist,
+    epsilon: float,
+    eta: float,
+    delta: float,
+    count: int,
+    metric: Metric,
 ) -> str:
     claim = (
-        f"its error on new data exceeds the dense model's by less than {100 * epsilon:g} points, and its gap by less "
-        f"than {100 * eta:g}"
+        f"its {metric.noun} on new data exceeds the dense model's by less than {metric.scale * epsilon:g} "
+        f"{metric.unit}, and its gap by less than {metric.scale * eta:g}"
     )
-    trust = f"at level {delta:g}, on {count:,} images opened once"
+    trust = f"at level {delta:g}, on {count:,} images opened once" + (f", {metric.trust}" if metric.trust else "")
     by_name = {step.name: step for step in steps}
     if selected == dense.name:
-        first = f"; {steps[0].name}, the largest variant, {_failure(steps[0], delta)}" if steps else ""
+        first = f"; {steps[0].name}, the largest variant, {_failure(steps[0], delta, metric)}" if steps else ""
         return f"Certified: nothing smaller than the dense model can be claimed {trust}{first}."
     step = by_name[selected]
     if step.passed:
         after = next((s for s in steps if not s.passed), None)
-        more = f" The next smaller one, {after.name}, {_failure(after, delta)}." if after else ""
+        more = f" The next smaller one, {after.name}, {_failure(after, delta, metric)}." if after else ""
         return f"Certified {selected}: {claim}, {trust}.{more}"
-    return f"The certificate fails for {selected}, {trust}: it {_failure(step, delta)}."
+    return f"The certificate fails for {selected}, {trust}: it {_failure(step, delta, metric)}."
 
 
-def _failure(step: Step, delta: float) -> str:
+def _failure(step: Step, delta: float, metric: Metric) -> str:
     what = [name for name, p in zip(("no worse", "no wider gap"), step.p_values, strict=True) if p > delta]
     ps = ", ".join(f"p = {p:.2g}" for p in step.p_values if p > delta)
-    return f"could not be shown to be {' and '.join(what)} ({ps}; {step.worse} images lost, {step.better} gained)"
+    seen = f"{step.worse} images lost, {step.better} gained"
+    if metric is not ACCURACY:
+        seen = f"{metric.amount(step.difference, sign=True)} on these images"
+    return f"could not be shown to be {' and '.join(what)} ({ps}; {seen})"

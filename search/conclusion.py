@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from treesurgeon import engine
-from treesurgeon.search import report
+from treesurgeon.search import crossval, report
 from treesurgeon.search.budget import Budget, measured_dense
-from treesurgeon.search.certificate import Certificate, certify, claim_opening, not_certified, smallest_margin
-from treesurgeon.search.evaluate import batches, measurer
+from treesurgeon.search.certificate import Certificate, certify, not_certified
+from treesurgeon.search.crossval import Estimate, cross_validate
+from treesurgeon.search.data import Split
+from treesurgeon.search.evaluate import answering, measurer
 from treesurgeon.search.finalists import Tuned
+from treesurgeon.search.metrics import Metric
+from treesurgeon.search.openings import claim_opening, record_opening
 from treesurgeon.search.selection import Finalist, Verdict, WithinMargins
 from treesurgeon.search.setting import Setting
 from treesurgeon.search.space import Space
+
+ENDS = ("difference", "low", "high")  # of an estimate, as `front.csv` has them
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ def conclude(
 ) -> Outcome:
     """Measure the frozen finalists, select and certify, measure on test once, and save."""
     config, subject, graph, roles = setting.config, setting.subject, setting.subject.graph, setting.roles
+    metric = config.judged_by
     whole = Tuned(
         "dense",
         engine.Plan(),
@@ -57,16 +63,19 @@ def conclude(
     )
     measured = {}
     for each in (whole, *tuned):
-        on_train, on_search = (measurer(each.infer, split)(each.variables)[1] for split in (roles.train, roles.search))
+        on_train, on_search = (error_on(each, split, metric) for split in (roles.train, roles.search))
         measured[each.name] = Finalist(each.name, each.cost, on_train, on_search, each)
     dense, others = measured["dense"], [measured[each.name] for each in tuned]
-    rule = WithinMargins(config.epsilon, config.eta, budget.measure)
-    verdict = rule.select(others, dense, budget=budget.limits, clean=roles.clean)
+    rule = WithinMargins(config.epsilon, config.eta, budget.measure, metric)
+    estimates = estimate(setting, whole, tuned)
+    if estimates:
+        rule = replace(rule, where="in cross-validation")
+    verdict = rule.select(*_judged(others, dense, estimates), budget=budget.limits, clean=roles.clean)
     certificate = find_certificate(setting, budget, others, dense, verdict)
-    selected = verdict.selected
-    if certificate.valid and not budget.limits:
-        selected = measured[certificate.selected]
+    selected = measured[certificate.selected if certificate.valid and not budget.limits else verdict.selected.name]
     outcome = _outcome(verdict, certificate, bool(budget.limits))
+    if estimates:
+        outcome["sentence"] += " " + crossval.sentence(setting, estimates.get(selected.name), selected.name)
     chosen: Tuned = selected.ref
     lines = []
     for finalist in (dense, *sorted(others, key=lambda f: -f.cost["params"])):
@@ -76,10 +85,11 @@ def conclude(
                 each.name,
                 int(each.cost["params"]),
                 int(each.cost["macs"]),
-                1 - finalist.train_error,
-                1 - finalist.search_error,
-                1 - measurer(each.infer, roles.test)(each.variables)[1],
+                metric.score(finalist.train_error),
+                metric.score(finalist.search_error),
+                metric.score(error_on(each, roles.test, metric)),
                 selected=finalist is selected,
+                metric=metric,
             )
         )
     records = [
@@ -87,9 +97,11 @@ def conclude(
             "variant": f.name,
             "selected": f is selected,
             **{k: v for k, v in f.cost.items() if k != "size"},
+            "metric": metric.name,
             "train_error": f.train_error,
             "search_error": f.search_error,
             "gap": f.gap,
+            **({f"cv_{end}": getattr(estimates[f.name], end) for end in ENDS} if estimates else {}),
             "best_epoch": f.ref.fitted.best_epoch if f.ref.fitted else None,
             "reason": verdict.reasons[f.name],
             "description": space.describe(genome),
@@ -103,14 +115,51 @@ def conclude(
         subject.spec,
         chosen.variables,
         chosen.plan,
-        manifest=_manifest(setting, selected.name, outcome, lines, certificate),
-        card=_card(setting, outcome, lines),
+        manifest=_manifest(setting, selected.name, outcome, lines, certificate, estimates),
+        card=_card(setting, outcome, lines, estimates),
         module=subject.module,
     )
-    report.show(lines)
+    report.show(lines, title=f"metric: {metric.name}")
     say(outcome["sentence"])
     say(f"saved {path}")
     return Outcome(tuple(lines), outcome["sentence"], path)
+
+
+def estimate(setting: Setting, dense: Tuned, tuned: Sequence[Tuned]) -> dict[str, Estimate]:
+    """By cross-validation, for each finalist by name, where `certify` is too small; this opens it."""
+    if not tuned or not crossval.needed(setting):
+        return {}
+    config, certify = setting.config, setting.roles.certify
+    record_opening(*_register(setting), certify.digests)
+    answers = answering(dense.infer, crossval.pool(setting.roles))(dense.variables)
+    shape = {"folds": crossval.fold_count(setting), "repeats": config.cv_repeats}
+    return {
+        each.name: cross_validate(each.trail, answers, config.judged_by, **shape, seed=config.seed, delta=config.delta)
+        for each in tuned
+    }
+
+
+def _judged(
+    finalists: Sequence[Finalist], dense: Finalist, estimates: Mapping[str, Estimate]
+) -> tuple[list[Finalist], Finalist]:
+    """The models as the rule is to see them: with errors from cross-validation, where there are any."""
+    if not estimates:
+        return list(finalists), dense
+    error = next(iter(estimates.values())).dense_error
+    return [replace(f, search_error=estimates[f.name].error) for f in finalists], replace(dense, search_error=error)
+
+
+def _register(setting: Setting) -> tuple[Path, str, str, str]:
+    """Of opened images: the file, what would be opened, which run this is, and where."""
+    directory = setting.config.directory
+    identity = hashlib.sha256((directory / "config.json").read_bytes()).hexdigest()
+    fingerprint = setting.roles.fingerprints["certify"]
+    return directory.parent / "certify-openings.jsonl", fingerprint, identity, str(directory)
+
+
+def error_on(each: Tuned, split: Split, metric: Metric) -> float:
+    """The metric's error of a finalist on a split."""
+    return measurer(each.infer, split, metric=metric)(each.variables)[1]
 
 
 def find_certificate(
@@ -118,39 +167,32 @@ def find_certificate(
 ) -> Certificate:
     """The certificate, or why there is none; opens `certify` where it can say something."""
     config, roles = setting.config, setting.roles
-    count, name = len(roles.certify), verdict.selected.name
+    count, name, metric = len(roles.certify), verdict.selected.name, config.judged_by
 
     def none(reason: str) -> Certificate:
-        return not_certified(name, reason, config.delta, count)
+        return not_certified(name, reason, config.delta, count, metric)
 
-    if not finalists or (budget.limits and verdict.selected is dense):
+    if not finalists or (budget.limits and verdict.selected.name == dense.name):
         return none("the dense model itself was chosen, so that there is nothing to test")
     if not config.certify:
         return none("certify was left closed")
     if not roles.clean:
         return none("it is unknown what the checkpoint was fitted on")
-    least = smallest_margin(count, config.delta)
+    least = metric.smallest_margin(roles.certify.labels, config.delta)
     if least > config.epsilon:
-        return none(f"{count:,} images cannot show ε = {100 * config.epsilon:g} points, only {100 * least:.2g} or more")
-    there = config.directory / "config.json"
-    opened = claim_opening(
-        config.directory.parent / "certify-openings.jsonl",
-        roles.fingerprints["certify"],
-        hashlib.sha256(there.read_bytes()).hexdigest(),
-        str(config.directory),
-    )
+        wanted, can = f"{metric.scale * config.epsilon:g} {metric.unit}", f"{metric.scale * least:.2g}"
+        return none(f"{count:,} images cannot show ε = {wanted}, only {can} or more")
+    opened = claim_opening(*_register(setting), roles.certify.digests)
     if opened is not None:
-        return none(f"these images were opened before, by {opened}, so that a claim from them would not hold its level")
-    data = roles.certify
+        return none(f"{opened}, so that a claim from them would not hold its level")
     margins = {"epsilon": config.epsilon, "eta": config.eta, "delta": config.delta}
     only = name if budget.limits else None
 
-    def wrong(finalist: Finalist) -> np.ndarray:
+    def observed(finalist: Finalist) -> Any:
         each: Tuned = finalist.ref
-        answers = [jax.jit(each.infer)(each.variables, x) for x in batches(data, 250).images]
-        return np.concatenate([np.asarray(a).argmax(-1) for a in answers])[:count] != data.labels
+        return metric.observe(answering(each.infer, roles.certify)(each.variables))
 
-    return certify(finalists, dense, wrong, **margins, measure=budget.measure, only=only)
+    return certify(finalists, dense, observed, **margins, measure=budget.measure, only=only, metric=metric)
 
 
 def _outcome(verdict: Verdict, certificate: Certificate, limited: bool) -> dict[str, Any]:
@@ -167,20 +209,20 @@ def recall(setting: Setting, say: Callable[[str], None]) -> Outcome:
     """The outcome of a run that is complete, from its manifest."""
     path = setting.config.directory / "selected"
     manifest = engine.load(path, module=setting.subject.module).manifest
+    metric = setting.config.judged_by
     lines = [
         report.Line(
             name,
             found["params"],
             found["macs"],
-            found["train_accuracy"],
-            found["search_accuracy"],
-            found["test_accuracy"],
+            *(found[f"{role}_{metric.name}"] for role in ("train", "search", "test")),
             selected=name == manifest["selected"],
+            metric=metric,
         )
         for name, found in manifest["metrics"].items()
     ]
     lines.sort(key=lambda line: -line.params)
-    report.show(lines)
+    report.show(lines, title=f"metric: {metric.name}")
     say(manifest["verdict"]["sentence"])
     return Outcome(tuple(lines), manifest["verdict"]["sentence"], path)
 
@@ -191,16 +233,24 @@ def _manifest(
     outcome: Mapping[str, Any],
     lines: Sequence[report.Line],
     certificate: Certificate,
+    estimates: Mapping[str, Estimate],
 ) -> dict[str, Any]:
-    config, roles = setting.config, setting.roles
+    config, roles, metric = setting.config, setting.roles, setting.config.judged_by
+    cross_validation = {
+        "folds": crossval.fold_count(setting),
+        "repeats": config.cv_repeats,
+        "level": 1 - 2 * config.delta,
+        "estimates": {name: asdict(found) for name, found in estimates.items()},
+    }
     return {
+        "metric": metric.name,
         "metrics": {
             line.variant: {
                 "params": line.params,
                 "macs": line.macs,
-                "train_accuracy": line.train,
-                "search_accuracy": line.search,
-                "test_accuracy": line.test,
+                f"train_{metric.name}": line.train,
+                f"search_{metric.name}": line.search,
+                f"test_{metric.name}": line.test,
                 "gap": line.gap,
             }
             for line in lines
@@ -208,6 +258,7 @@ def _manifest(
         "selected": selected,
         "verdict": outcome,
         "certificate": asdict(certificate) | {"epsilon": config.epsilon, "eta": config.eta},
+        "cross_validation": cross_validation if estimates else None,
         "normalisation": {"mean": list(setting.mean), "std": list(setting.std)},
         "data": {"spec": config.data, "clean": roles.clean, "fingerprints": roles.fingerprints},
         "labels": list(roles.label_names),
@@ -215,8 +266,10 @@ def _manifest(
     }
 
 
-def _card(setting: Setting, outcome: Mapping[str, Any], lines: Sequence[report.Line]) -> str:
-    config = setting.config
+def _card(
+    setting: Setting, outcome: Mapping[str, Any], lines: Sequence[report.Line], estimates: Mapping[str, Estimate]
+) -> str:
+    config, metric = setting.config, setting.config.judged_by
     shape = ", ".join(map(str, setting.subject.spec.input_shape))
     return f"""# {config.model}, pruned
 
@@ -224,9 +277,9 @@ def _card(setting: Setting, outcome: Mapping[str, Any], lines: Sequence[report.L
 
 {report.markdown(lines)}
 
-Accuracies are shares of right answers on the roles of `{config.data}`. `test` was never used for a choice: quote
-that column. The gap is the accuracy lost from `train` to `search`, in points.
-
+{metric.description}, on the roles of `{config.data}`. `test` was never used for a choice: quote that column. The gap
+is what is lost of it from `train` to `search`, in {metric.unit}.
+{_estimates(setting, estimates)}
 ```python
 from treesurgeon.engine import load
 
@@ -237,3 +290,15 @@ logits = model(x)   # x: float32 [N, {shape}], (image in 0..1 - mean) / std
 mean {", ".join(map(str, setting.mean))}; std {", ".join(map(str, setting.std))}. `model.stablehlo` is the same function
 without the code: `jax.export.deserialize(open("selected/model.stablehlo", "rb").read()).call(x)`.
 """
+
+
+def _estimates(setting: Setting, estimates: Mapping[str, Estimate]) -> str:
+    """What cross-validation found, for the card."""
+    metric = setting.config.judged_by
+    rows = [
+        f"- {name}: {metric.amount(found.difference, sign=True)} ({metric.amount(found.low, sign=True)} to "
+        f"{metric.amount(found.high, sign=True)})"
+        for name, found in estimates.items()
+    ]
+    head = f"\n**Not certified.** The {metric.noun} less the dense model's, in cross-validation:\n\n"
+    return head + "\n".join(rows) + "\n" if rows else ""

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from treesurgeon.engine import TreesurgeonError
+from treesurgeon.search.metrics import METRICS, Metric, MetricName
 
 Criterion = Literal[
     "l1", "l2", "fpgm", "lamp", "norm_scale", "taylor", "fisher", "activation", "apoz", "reconstruction", "random"
@@ -51,15 +52,23 @@ class Config:
     """Budget on the peak bytes of the compiled model: a share of the dense model's (up to 1), or a number."""
     latency_batch: int = 32
     """Images in the batch that is timed."""
+    metric: MetricName = "accuracy"
+    """What models are judged by: accuracy, balanced_accuracy, f1 (macro), auroc (one class against the rest, macro), or
+    cross_entropy. Errors are 1 less the metric; cross-entropy is one itself, in nats."""
     epsilon: float = 0.01
-    """By how much the selected variant's error on `search` may exceed the dense model's."""
+    """By how much the selected variant's error on `search` may exceed the dense model's: 0.01 is a point, or nats."""
     eta: float = 0.02
-    """By how much its gap (error on `search` less error on `train`) may exceed the dense model's."""
+    """By how much its gap (error on `search` less error on `train`) may exceed the dense model's, likewise."""
 
     delta: float = 0.05
     """Chance at most that the certificate makes a false claim."""
     certify: bool = True
     """Whether the finalists are tested on `certify`, which can be opened once; otherwise it stays closed."""
+    cv_folds: int = 5
+    """Folds of the cross-validation on `search` and `certify` that takes the certificate's place where `certify` has
+    too few images for epsilon."""
+    cv_repeats: int = 4
+    """How often it is repeated, with other folds."""
 
     fitted_split: tuple[str, ...] = ()
     """Splits that the checkpoint was trained on (`none`: it has seen none of this data). Default: the zoo's."""
@@ -125,6 +134,11 @@ class Config:
         return {k: v for k in ("latency", "memory") if (v := getattr(self, k)) is not None}
 
     @property
+    def judged_by(self) -> Metric:
+        """The metric."""
+        return METRICS[self.metric]
+
+    @property
     def fitted(self) -> tuple[str, ...] | None:
         """The declared splits: None where nothing was said, () where the checkpoint has seen none."""
         return () if self.fitted_split == ("none",) else self.fitted_split or None
@@ -134,7 +148,7 @@ class Config:
         least = {
             "population": 2, "generations": 1, "search_images": 1, "calibration_images": 0, "chunk": 1,
             "finalists": 1, "refit_images": 1, "epochs": 0, "batch_size": 1, "max_train": 1, "seed": 0,
-            "latency_batch": 1,
+            "latency_batch": 1, "cv_folds": 2, "cv_repeats": 1,
             "epsilon": 0, "eta": 0,
         }  # fmt: skip
         for name, bound in least.items():
@@ -142,6 +156,8 @@ class Config:
                 raise RunError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least {bound}")
         if not self.learning_rate > 0 or not 0 <= self.distill <= 1:
             raise RunError("--learning-rate must be above 0, and --distill from 0 to 1")
+        if self.metric not in METRICS:
+            raise RunError(f"--metric {self.metric}: expected one of {', '.join(METRICS)}")
         if not 0 < self.delta < 1:
             raise RunError(f"--delta {self.delta}: expected a number between 0 and 1, such as 0.05")
         for name, value in (self.budget | self.measured).items():

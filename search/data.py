@@ -11,7 +11,7 @@ the same in every version (NEP 19), and no method whose stream may change.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import numpy as np
@@ -36,6 +36,7 @@ class Split:
         origin: those splits.
         fingerprint: SHA-256 over the images as stored and their labels, in the dataset's order. It does not
             depend on the normalisation: the same images are the same evidence.
+        digests: `[N]` uint64, of each image as stored, whatever its label: 8 bytes of BLAKE2b. Empty if unknown.
     """
 
     images: np.ndarray
@@ -43,6 +44,7 @@ class Split:
     indices: np.ndarray
     origin: tuple[str, ...]
     fingerprint: str
+    digests: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -243,6 +245,7 @@ def _read_split(
     images = np.zeros(0, np.float32)  # allocated when the first batch shows the shape
     offset = scale = np.ones(1, np.float32)
     digest = hashlib.sha256()
+    digests = np.empty(len(indices), np.uint64)
     position = np.argsort(indices)  # position[k]: where the k-th image of the dataset's order goes
     ascending = indices[position]
     start = 0
@@ -260,11 +263,17 @@ def _read_split(
                 offset, scale = _per_channel(where, mean, std, raw.shape[-1])
                 digest.update(f"{raw.dtype} {raw.shape[1:]}".encode())
             digest.update(np.ascontiguousarray(raw).tobytes())
+            digests[position[batch]] = [_image_digest(image) for image in raw]
             unit = raw.astype(np.float32) / 255 if raw.dtype == np.uint8 else raw.astype(np.float32)
             images[position[batch]] = (unit - offset) / scale
         start += source.splits[split]
     digest.update(labels[position].astype("<i4").tobytes())
-    return Split(images, labels, indices, origin, digest.hexdigest())
+    return Split(images, labels, indices, origin, digest.hexdigest(), digests)
+
+
+def _image_digest(image: np.ndarray) -> int:
+    head = f"{image.dtype} {image.shape}".encode()
+    return int.from_bytes(hashlib.blake2b(head + image.tobytes(), digest_size=8).digest(), "little")
 
 
 def _check_images(where: str, raw: np.ndarray, local: np.ndarray, shape: Sequence[int] | None) -> None:

@@ -27,6 +27,7 @@ from jax import Array
 from treesurgeon import engine
 from treesurgeon.search.answers import divergence, loss_and_wrong, sharpness
 from treesurgeon.search.data import Split
+from treesurgeon.search.metrics import ACCURACY, Answers, Metric
 from treesurgeon.search.subject import Subject
 
 SHARE_OF_MEMORY = 0.2  # for cached frontiers and for a chunk's activations each
@@ -74,14 +75,27 @@ def loss_and_error(infer: Callable[[Array], Array], data: Batches) -> tuple[Arra
     return losses.sum() / total, wrong.sum() / total
 
 
-def measurer(infer: Callable[[Any, Array], Array], split: Split, batch: int = 250) -> Callable[[Any], Any]:
-    """`measure(variables) -> (loss, error)` of a model on a whole split, compiled once."""
+def answering(infer: Callable[[Any, Array], Array], split: Split, batch: int = 250) -> Callable[[Any], Answers]:
+    """`answer(variables) -> Answers` of a model to a whole split, compiled once."""
     data = batches(split, batch)
-    compiled = jax.jit(lambda v, d: loss_and_error(lambda x: infer(v, x), d))
+    compiled = jax.jit(lambda v, images: jax.lax.map(lambda x: infer(v, x), images))
+
+    def answer(variables: Any) -> Answers:
+        logits = np.asarray(compiled(variables, data.images).astype(jnp.float32))
+        return Answers(logits.reshape(-1, logits.shape[-1])[: len(split)], split.labels)
+
+    return answer
+
+
+def measurer(
+    infer: Callable[[Any, Array], Array], split: Split, batch: int = 250, metric: Metric = ACCURACY
+) -> Callable[[Any], Any]:
+    """`measure(variables) -> (loss, error)` of a model on a whole split, compiled once; the error is the metric's."""
+    answer = answering(infer, split, batch)
 
     def measure(variables: Any) -> tuple[float, float]:
-        loss, error = compiled(variables, data)
-        return float(loss), round(float(error) * len(split)) / len(split)
+        answers = answer(variables)
+        return float(answers.losses.mean()), metric.error(metric.observe(answers))
 
     return measure
 

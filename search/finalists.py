@@ -12,12 +12,13 @@ import numpy as np
 from jax import Array
 
 from treesurgeon import engine
-from treesurgeon.search import evolve
+from treesurgeon.search import crossval, evolve
 from treesurgeon.search.budget import Budget, example
 from treesurgeon.search.config import RunError
-from treesurgeon.search.evaluate import batches, measurer
+from treesurgeon.search.evaluate import answering, batches, measurer
 from treesurgeon.search.finetune import FitResult, Recipe, fit, objective
 from treesurgeon.search.latency import pick_measured, profile_plan
+from treesurgeon.search.metrics import Answers
 from treesurgeon.search.setting import Setting
 from treesurgeon.search.space import Space
 
@@ -91,6 +92,7 @@ class Tuned:
     infer: Callable[[Any, Any], Any]
     fitted: FitResult | None
     cost: Mapping[str, float]
+    trail: tuple[Answers, ...] = ()  # to the pool after each epoch, where a cross-validation needs them
 
 
 def prepared(setting: Setting, plan: engine.Plan) -> Any:
@@ -129,15 +131,20 @@ def prepared(setting: Setting, plan: engine.Plan) -> Any:
 def finish(
     setting: Setting, name: str, plan: engine.Plan, measured: Mapping[str, float], say: Callable[[str], None]
 ) -> Tuned:
-    """Cut a variant, re-estimate its statistics and fine-tune it on its small shapes."""
+    """Cut a variant, re-estimate its statistics and fine-tune it on its small shapes.
+
+    Where a cross-validation has to take the certificate's place, what it answers to the pool is noted after each epoch;
+    fine-tuning does not look at that.
+    """
     config, subject, graph, roles = setting.config, setting.subject, setting.subject.graph, setting.roles
     infer = engine.narrow(subject.infer, graph, plan)
     train = engine.narrow(subject.train, graph, plan)
-    key = jax.random.key(config.seed)
+    key, metric = jax.random.key(config.seed), config.judged_by
     small = prepared(setting, plan)
     cost = {k: int(v) for k, v in engine.cost(graph, plan)._asdict().items()} | dict(measured)
+    note = answering(infer, crossval.pool(roles)) if crossval.needed(setting) else None
     if not config.epochs:
-        return Tuned(name, plan, small, infer, None, cost)
+        return Tuned(name, plan, small, infer, None, cost, (note(small),) if note else ())
     recipe = Recipe(epochs=config.epochs, batch_size=config.batch_size, learning_rate=config.learning_rate)
     data = {"x": roles.train.images, "y": roles.train.labels}
     if config.distill:
@@ -148,7 +155,17 @@ def finish(
         lambda path, _: graph.leaves[jax.tree_util.keystr(path, simple=True, separator="/")].trainable, small
     )
     loss = objective(train, distill=config.distill)
-    result = fit(loss, small, trainable, data, recipe, key, measurer(infer, roles.search))
-    errors = ", ".join(f"{epoch.search_error:.2%}" for epoch in result.history)
-    say(f"fine-tuned {name} ({cost['params']:,} parameters): error on search {errors}; kept epoch {result.best_epoch}")
-    return Tuned(name, plan, result.params, infer, result, cost)
+    measure, trail = measurer(infer, roles.search, metric=metric), []
+
+    def evaluate(variables: Any) -> tuple[float, float]:
+        if note:
+            trail.append(note(variables))
+        return measure(variables)
+
+    result = fit(loss, small, trainable, data, recipe, key, evaluate)
+    errors = ", ".join(metric.show(epoch.search_error) for epoch in result.history)
+    say(
+        f"fine-tuned {name} ({cost['params']:,} parameters): {metric.noun} on search {errors}; "
+        f"kept epoch {result.best_epoch}"
+    )
+    return Tuned(name, plan, result.params, infer, result, cost, tuple(trail))

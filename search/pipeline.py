@@ -20,9 +20,8 @@ import optax
 from jax import Array
 
 from treesurgeon import engine
-from treesurgeon.search import evolve, racing, report, sensitivity
+from treesurgeon.search import crossval, evolve, racing, report, sensitivity
 from treesurgeon.search.budget import Budget, make_budget
-from treesurgeon.search.certificate import resolution
 from treesurgeon.search.conclusion import Outcome, conclude, recall
 from treesurgeon.search.config import Config, RunError, claim, identity
 from treesurgeon.search.evaluate import Batches, Evaluator, batches, in_precision, loss_and_error
@@ -55,7 +54,9 @@ def run(config: Config, say: Say = print) -> Outcome:
         f"{config.data}: {counts} images" + ("" if roles.clean else "; it is unknown what the checkpoint was fitted on")
     )
     if config.certify and roles.clean:
-        say(resolution(len(roles.certify), config.epsilon, config.delta))
+        say(config.judged_by.resolution(roles.certify.labels, config.epsilon, config.delta))
+    if crossval.needed(setting):
+        say("which is too few for yours: cross-validation on search and certify will take the certificate's place")
     claim(config, identity(config, {"data": roles.fingerprints, "checkpoint": fingerprint(subject.variables)}))
     if (config.directory / "selected").exists():
         say("this run is complete; choose another --out to run again")

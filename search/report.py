@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from treesurgeon.engine.errors import TreesurgeonError
+from treesurgeon.search.metrics import ACCURACY, Metric
 
 COLUMNS = ("variant", "params", "MACs", "train", "search", "test", "gap")
 CANDIDATE_COLUMNS = (
@@ -37,9 +38,13 @@ FRONT_COLUMNS = (
     "activation_bytes",
     "latency",
     "memory",
+    "metric",
     "train_error",
     "search_error",
     "gap",
+    "cv_difference",
+    "cv_low",
+    "cv_high",
     "best_epoch",
     "reason",
     "description",
@@ -54,7 +59,7 @@ class ReportError(TreesurgeonError, ValueError):
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the table. Accuracies are shares, 0 to 1; None is shown as unknown."""
+    """One line of the table. Scores are the metric's (accuracies are shares, 0 to 1); None is shown as unknown."""
 
     variant: str
     params: int
@@ -63,11 +68,12 @@ class Line:
     search: float | None
     test: float | None = None
     selected: bool = False
+    metric: Metric = ACCURACY
 
     @property
     def gap(self) -> float | None:
-        """Accuracy lost from `train` to `search`."""
-        return None if self.train is None or self.search is None else self.train - self.search
+        """What the metric loses from `train` to `search`."""
+        return None if self.train is None or self.search is None else self.metric.gap(self.train, self.search)
 
 
 def show(lines: Sequence[Line], console: Console | None = None, title: str | None = None) -> None:
@@ -143,10 +149,8 @@ def _cells(lines: Sequence[Line]) -> list[tuple[str, ...]]:
             line.variant,
             _count(line.params, lines[0].params),
             _count(line.macs, lines[0].macs),
-            _percent(line.train),
-            _percent(line.search),
-            _percent(line.test),
-            UNKNOWN if line.gap is None else f"{100 * line.gap:+.2f}",
+            *(UNKNOWN if score is None else line.metric.show(score) for score in (line.train, line.search, line.test)),
+            UNKNOWN if line.gap is None else line.metric.amount(line.gap, sign=True).split()[0],
         )
         for line in lines
     ]
@@ -157,10 +161,6 @@ def _count(value: int, dense: int) -> str:
         if value >= scale:
             return f"{value / scale:.2f} {unit} ({value / dense:.0%})"
     return f"{value} ({value / dense:.0%})" if dense else str(value)
-
-
-def _percent(share: float | None) -> str:
-    return UNKNOWN if share is None else f"{share:.2%}"
 
 
 def _row(columns: Sequence[str], record: Mapping[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from treesurgeon.engine.errors import TreesurgeonError
+from treesurgeon.search.metrics import ACCURACY, Metric
 
 SLACK = 1e-9  # errors are counts divided by sizes: a difference of exactly ε must not fail by rounding
 
@@ -25,7 +26,7 @@ class Finalist:
     Attributes:
         name: unique among the finalists.
         cost: `params`, `macs` and whatever else a budget may name.
-        train_error: share of wrong answers on all of `train`, in inference mode, 0 to 1.
+        train_error: the metric's error on all of `train`, in inference mode: for accuracy the share of wrong answers.
         search_error: likewise on `search`.
         ref: the caller's handle (genome, plan, file); rules do not look at it.
     """
@@ -89,11 +90,15 @@ class WithinMargins:
         epsilon: by how much the error on `search` may exceed the dense model's.
         eta: by how much the gap may exceed the dense model's. Not applied where data is not clean.
         measure: the entry of `cost` that "smallest" goes by.
+        metric: what errors are of.
+        where: what `search_error` was measured on or by, in words.
     """
 
     epsilon: float = 0.01
     eta: float = 0.02
     measure: str = "params"
+    metric: Metric = ACCURACY
+    where: str = "on search"
 
     def select(
         self,
@@ -129,10 +134,12 @@ class WithinMargins:
         faults = []
         worse = model.search_error - dense.search_error
         if not worse <= self.epsilon + SLACK:
-            faults.append(f"error on search is {_points(worse)} above dense, allowed {_points(self.epsilon)}")
+            above, allowed = self.metric.amount(worse), self.metric.amount(self.epsilon)
+            faults.append(f"{self.metric.noun} {self.where} is {above} above dense, allowed {allowed}")
         wider = model.gap - dense.gap
         if clean and not wider <= self.eta + SLACK:
-            faults.append(f"gap is {_points(wider)} wider than dense's, allowed {_points(self.eta)}")
+            more, allowed = self.metric.amount(wider), self.metric.amount(self.eta)
+            faults.append(f"gap is {more} wider than dense's, allowed {allowed}")
         return faults
 
     def _sentence(
@@ -155,12 +162,13 @@ class WithinMargins:
             worse = chosen.search_error - dense.search_error
             what = (
                 f"{chosen.name} is {role}: {share:.1%} of dense's {self.measure}, "
-                f"error on search {chosen.search_error:.2%} ({_points(worse, sign=True)} against dense)"
+                f"{self.metric.noun} {self.where} {self.metric.show(chosen.search_error)} "
+                f"({self.metric.amount(worse, sign=True)} against dense)"
             )
         if faults:
             what += f"; it fails: {'; '.join(faults)}"
         claim = (
-            "chosen on search"
+            f"chosen {self.where}"
             if clean
             else "no gap criterion was applied, since the checkpoint may have been fitted on this data"
         )
@@ -216,7 +224,3 @@ def _unmet(models: Sequence[Finalist], budget: Mapping[str, float]) -> str:
 
 def _worst_if_nan(error: float) -> float:
     return error if error == error else float("inf")
-
-
-def _points(difference: float, sign: bool = False) -> str:
-    return f"{100 * difference:+.2f} points" if sign else f"{100 * difference:.2f} points"

@@ -12,7 +12,7 @@ import numpy as np
 
 from treesurgeon import engine, models
 from treesurgeon.search.config import Config, RunError
-from treesurgeon.search.data import Roles, open_source, split_roles
+from treesurgeon.search.data import ROLES, Roles, open_source, split_roles
 from treesurgeon.search.selection import limits
 from treesurgeon.search.subject import Subject, open_subject
 
@@ -52,6 +52,8 @@ def prepare(config: Config) -> Setting:
         seed=config.seed,
         caps={"train": config.max_train},
     )
+    labels = {role: getattr(roles, role).labels for role in ROLES}
+    config.judged_by.check(labels, roles.label_names)
     dense = engine.cost(subject.graph, engine.Plan())._asdict()
     return Setting(config, subject, roles, tuple(mean), tuple(std), limits(config.budget, dense))
 

@@ -1,13 +1,11 @@
 """The certificate: the test against its definition, its level by simulation, and the walk."""
 
-import json
-
 import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
 from scipy.stats import norm
 
-from treesurgeon.search.certificate import certify, claim_opening, images_needed, p_value, smallest_margin
+from treesurgeon.search.certificate import certify, images_needed, p_value, smallest_margin
 from treesurgeon.search.selection import Finalist
 
 RNG = np.random.default_rng(0)
@@ -122,12 +120,3 @@ def test_a_wider_gap_is_a_matter_of_the_train_error():
         found = certify([finalist("a", 1, train)], dense, lambda _: same, **settings)
         assert (found.selected == "a") == passes
     assert "no wider gap" in found.sentence
-
-
-def test_certify_is_opened_once(tmp_path):
-    register = tmp_path / "runs/openings.jsonl"
-    assert claim_opening(register, "abc", "1", "one") is None
-    assert claim_opening(register, "abc", "1", "one") is None  # resumed
-    assert claim_opening(register, "abc", "2", "two") == "one"
-    assert claim_opening(register, "def", "2", "two") is None
-    assert [json.loads(line)["certify"] for line in register.read_text().splitlines()] == ["abc", "def"]

@@ -22,10 +22,10 @@ from treesurgeon.engine import TreesurgeonError
 from treesurgeon.models import ModelError
 from treesurgeon.search import Config, RunError, open_source, run, split_roles
 from treesurgeon.search.budget import Budget
-from treesurgeon.search.certificate import claim_opening
 from treesurgeon.search.conclusion import find_certificate
 from treesurgeon.search.config import Criterion
 from treesurgeon.search.latency import profile_plan
+from treesurgeon.search.openings import claim_opening
 from treesurgeon.search.pipeline import rank, starting_points
 from treesurgeon.search.selection import Finalist, Verdict
 from treesurgeon.search.setting import fingerprint, prepare
@@ -213,6 +213,9 @@ def zoo(place):
         ({"population": 1}, "--population"),
         ({"protect": ("layer9",)}, "layer9"),
         ({"criterion": "l3"}, "l3"),
+        ({"metric": "f2"}, "--metric f2: expected one of accuracy"),
+        ({"metric": "f1", "data": "npz:lacking.npz"}, "--metric f1: class '3' has no image in search"),
+        ({"cv_folds": 1}, "--cv-folds"),
     ],
 )
 def test_bad_input(zoo, monkeypatch, changes, message):
@@ -221,6 +224,7 @@ def test_bad_input(zoo, monkeypatch, changes, message):
     x, y = rng.random((200, 8, 8, 1), np.float32), np.arange(200) % 10
     np.savez("labels.npz", x_train=x, y_train=y + 1, x_test=x, y_test=y)
     np.savez("shape.npz", x_train=x[:, 1:], y_train=y, x_test=x[:, 1:], y_test=y)
+    np.savez("lacking.npz", x_train=x, y_train=y, x_test=x[y != 3], y_test=y[y != 3])
     np.savez("empty.npz", x_train=x[:0], y_train=y[:0], x_test=x[:0], y_test=y[:0])
     given = config(zoo, **changes)
     with pytest.raises((TreesurgeonError, ModelError), match=message) as caught:
@@ -300,7 +304,7 @@ def test_a_budget_on_what_is_measured(place, monkeypatch):
     """Peak memory stands in for latency: it is measured and predicted in the same way, and does not depend on load."""
     margins = "--epsilon", "0.3", "--eta", "0.9"
     code, out, err = finish(
-        command(place, "memory", "--memory", "0.85", "--epochs", "0", "--protect", "none", *margins)
+        command(place, "measured/memory", "--memory", "0.85", "--epochs", "0", "--protect", "none", *margins)
     )
     assert code == 0, err
     assert "memory predicted from 16 measured plans" in out
@@ -310,7 +314,7 @@ def test_a_budget_on_what_is_measured(place, monkeypatch):
         Config("mine:Tiny", str(place / "checkpoint"), "digits", data_dir=str(place / "tfds"), fitted_split=("train",))
     )
     subject, x = setting.subject, setting.roles.train.images[:32]
-    found = engine.load(place / "memory/selected", module=subject.module)
+    found = engine.load(place / "measured/memory/selected", module=subject.module)
     whole, cut = (
         profile_plan(subject.infer, subject.graph, subject.variables, plan, x, 1).memory
         for plan in (engine.Plan(), found.plan)
@@ -320,25 +324,65 @@ def test_a_budget_on_what_is_measured(place, monkeypatch):
     assert certificate["valid"]
     assert [step["name"] for step in certificate["steps"]] == [found.manifest["selected"]]  # the best within the budget
     assert found.manifest["verdict"]["certified"] == certificate["passed"]
-    (record,) = map(json.loads, (place / "certify-openings.jsonl").read_text().splitlines())
+    (record,) = map(json.loads, (place / "measured/certify-openings.jsonl").read_text().splitlines())
     assert record["certify"] == setting.roles.fingerprints["certify"]
     code, _, err = finish(command(place, "no-memory", "--memory", "0.01", "--protect", "none"))
     assert code == 2
     assert "--memory: the budget of" in err
 
 
-@pytest.mark.parametrize("why", ["left closed", "opened before", "nothing to test", "cannot show"])
+@pytest.mark.parametrize("why", ["left closed", "opened before", "overlap", "nothing to test", "cannot show"])
 def test_what_is_not_certified_and_why(zoo, tmp_path, why):
     changes = {"left closed": {"certify": False}, "cannot show": {"epsilon": 0.001}}.get(why, {})
     setting = prepare(config(zoo, **{"epsilon": 0.3, "out": str(tmp_path / "run"), **changes}))
     budget = Budget(setting.subject.graph, {}, {}, {})
     dense, small = Finalist("dense", {"params": 2}, 0.1, 0.1), Finalist("v1", {"params": 1}, 0.1, 0.1)
-    if why == "opened before":
+    if why in ("opened before", "overlap"):
         (tmp_path / "run").mkdir()
         (tmp_path / "run/config.json").write_text("{}")
         register = tmp_path / "certify-openings.jsonl"
-        claim_opening(register, setting.roles.fingerprints["certify"], "another", "runs/other")
+        theirs = setting.roles if why == "opened before" else prepare(config(zoo, seed=1)).roles
+        claim_opening(register, theirs.fingerprints["certify"], "another", "runs/other", theirs.certify.digests)
+        if why == "overlap":
+            ours, others = ({x.tobytes() for x in roles.certify.images} for roles in (setting.roles, theirs))
+            assert ours & others
+            why = f"{len(ours & others)} of these {len(ours)} images were opened before"
     finalists = [] if why == "nothing to test" else [small]
     found = find_certificate(setting, budget, finalists, dense, Verdict(small, True, {}, ""))
     assert not found.valid
     assert why in found.sentence
+
+
+def test_cross_validation_where_certify_is_too_small_and_another_metric(place, monkeypatch):
+    more = "--metric", "cross_entropy", "--epsilon", "0.04", "--eta", "9", "--cv-repeats", "2"
+    code, out, err = finish(command(place, "crossed", *more))
+    assert code == 0, err
+    assert "nats can be certified" in out
+    assert "will take the certificate's place" in out
+    assert "metric: cross_entropy" in out
+    manifest = json.loads((place / "crossed/selected/manifest.json").read_text())
+    assert manifest["metric"] == manifest["certificate"]["metric"] == "cross_entropy"
+    assert not manifest["verdict"]["certified"]
+    assert not manifest["certificate"]["valid"]
+    sentence = manifest["verdict"]["sentence"]
+    assert "cannot show ε = 0.04 nats" in sentence
+    assert "5-fold cross-validation, 2 times" in sentence
+    assert "no certificate" in sentence
+    found = manifest["cross_validation"]["estimates"]
+    assert all(len(each["epochs"]) == 10 for each in found.values())
+    with (place / "crossed/front.csv").open() as file:
+        rows = {row["variant"]: row for row in csv.DictReader(file)}
+    assert {row["metric"] for row in rows.values()} == {"cross_entropy"}
+    within = {"dense"} | {name for name, row in rows.items() if float(row["cv_difference"]) <= 0.04}
+    assert manifest["selected"] in within
+    sizes = {name: each["params"] for name, each in manifest["metrics"].items()}
+    assert sizes[manifest["selected"]] == min(sizes[name] for name in within)
+    card = (place / "crossed/selected/README.md").read_text()
+    assert "**Not certified.**" in card
+    assert "Cross-entropies are means in nats" in card
+    openings = [json.loads(line) for line in (place / "certify-openings.jsonl").read_text().splitlines()]
+    assert str(place / "crossed") in [record["where"] for record in openings]  # another run cannot certify with these
+    before = contents(place / "crossed")
+    code, _, err = finish(command(place, "crossed-again", *more))
+    assert code == 0, err
+    assert contents(place / "crossed-again") == before

@@ -1,0 +1,142 @@
+"""Where `certify` is too small for ε: repeated stratified cross-validation, which is an estimate and no certificate.
+
+`search` and `certify` together are the pool; `test` stays closed. A finalist is what a fixed sequence of steps on
+`train` makes of a plan, and of the pool it has seen one thing: `search` chose the epoch that it is kept from. So that
+choice is what is repeated. Every image of a fold is answered by the epoch that is best on the other folds, as `search`
+chose the frozen one; nothing is fitted to the pool, by which a variant would learn what the dense model never saw, and
+one fine-tuning serves all folds, since they share its steps. Without fine-tuning nothing was chosen, and the folds
+serve the interval alone.
+
+The dense model answers the same folds. Folds share most of the images that epochs are chosen on, so the variance of the
+mean over K folds, repeated R times, is taken as s² (1/(K R) + 1/(K - 1)): C. Nadeau, Y. Bengio: "Inference for the
+generalization error", Machine Learning 2003; for repeats R. Bouckaert, E. Frank, PAKDD 2004.
+
+What stays optimistic: the plans themselves were searched on images of `search`, which this does not repeat.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from treesurgeon.search.data import Roles, Split
+from treesurgeon.search.metrics import Answers, Metric
+from treesurgeon.search.setting import Setting
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """How a finalist compares with the dense model on images that had no part in choosing its epoch.
+
+    Attributes:
+        difference: of the errors, less the dense model's, the mean over folds.
+        low, high: an interval for it of level 1 - 2δ.
+        dense_error: of the dense model, the mean over folds.
+        epochs: that were kept, one for each fold.
+    """
+
+    difference: float
+    low: float
+    high: float
+    dense_error: float
+    epochs: tuple[int, ...]
+
+    @property
+    def error(self) -> float:
+        """Of the finalist, the mean over folds."""
+        return self.dense_error + self.difference
+
+
+def needed(setting: Setting) -> bool:
+    """Whether a certificate is wanted and `certify` cannot show ε, whatever it would say."""
+    config, roles = setting.config, setting.roles
+    if not config.certify or not roles.clean:
+        return False
+    return config.judged_by.smallest_margin(roles.certify.labels, config.delta) > config.epsilon
+
+
+def pool(roles: Roles) -> Split:
+    """The images of `search` and `certify`."""
+
+    def both(name: str) -> np.ndarray:
+        return np.concatenate([getattr(roles.search, name), getattr(roles.certify, name)])
+
+    return Split(both("images"), both("labels"), both("indices"), roles.search.origin, "", both("digests"))
+
+
+def fold_count(setting: Setting) -> int:
+    """Folds: fewer than asked for where every class counts alike and one has fewer images."""
+    config, roles = setting.config, setting.roles
+    if not config.judged_by.per_class:
+        return config.cv_folds
+    labels = np.concatenate([roles.search.labels, roles.certify.labels])
+    return min(config.cv_folds, int(np.unique(labels, return_counts=True)[1].min()))
+
+
+def deal(labels: np.ndarray, count: int, seed: int, repeat: int) -> np.ndarray:
+    """The fold of each image, `int[N]`, stratified: a class is dealt out one by one, where the one before has ended."""
+    order = np.argsort(np.random.PCG64([seed, repeat]).random_raw(len(labels)), kind="stable")
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    folds = np.empty(len(labels), int)
+    folds[by_class] = np.arange(len(labels)) % count
+    return folds
+
+
+def cross_validate(
+    trail: Sequence[Answers], dense: Answers, metric: Metric, *, folds: int, repeats: int, seed: int, delta: float
+) -> Estimate:
+    """Compare a finalist with the dense model.
+
+    Args:
+        trail: its answers to the pool after each epoch, before any first.
+        dense: the dense model's.
+        metric: what errors are of.
+        folds: 2 or more.
+        repeats: 1 or more, each with other folds.
+        seed: of the folds.
+        delta: level of either end of the interval.
+    """
+    differences, dense_errors, kept = [], [], []
+    for repeat in range(repeats):
+        at = deal(dense.labels, folds, seed, repeat)
+        for fold in range(folds):
+            held, others = np.flatnonzero(at == fold), np.flatnonzero(at != fold)
+            best = min(range(len(trail)), key=lambda epoch, rows=others: _merit(trail[epoch][rows], metric))
+            errors = [metric.error(metric.observe(answers[held])) for answers in (trail[best], dense)]
+            differences.append(errors[0] - errors[1])
+            dense_errors.append(errors[1])
+            kept.append(best)
+    count, mean = len(differences), float(np.mean(differences))
+    deviation = math.sqrt(np.var(differences, ddof=1) * (1 / count + 1 / (folds - 1)))
+    half = float(stats.t.ppf(1 - delta, count - 1)) * deviation
+    return Estimate(mean, mean - half, mean + half, float(np.mean(dense_errors)), tuple(kept))
+
+
+def sentence(setting: Setting, estimate: Estimate | None, name: str) -> str:
+    """What was done, and what it found of the chosen variant; None where that is the dense model."""
+    config, metric = setting.config, setting.config.judged_by
+    count = len(setting.roles.search) + len(setting.roles.certify)
+    times = "once" if config.cv_repeats == 1 else f"{config.cv_repeats} times"
+    how = (
+        f"Instead {fold_count(setting)}-fold cross-validation, {times}, on the {count:,} images of search and certify "
+        "compared the variants with the dense model"
+    )
+    found = ""
+    if estimate is not None:
+        low, high = (metric.scale * end for end in (estimate.low, estimate.high))
+        digits = 2 if metric.rising else 4
+        found = (
+            f": {metric.amount(estimate.difference, sign=True)} for {name}, {1 - 2 * config.delta:.0%} interval "
+            f"{low:+.{digits}f} to {high:+.{digits}f} (Nadeau-Bengio)"
+        )
+    return f"{how}{found}. That is an estimate and no certificate: the variants were searched on some of these images."
+
+
+def _merit(answers: Answers, metric: Metric) -> tuple[float, float]:
+    """As fine-tuning chooses: the error, then the loss; what is not a number comes last."""
+    pair = metric.error(metric.observe(answers)), float(answers.losses.mean())
+    return (math.inf, math.inf) if math.isnan(sum(pair)) else pair

@@ -1,0 +1,259 @@
+"""Metrics against scikit-learn, their tests against definitions, and their levels by simulation at tight nulls."""
+
+import numpy as np
+import pytest
+from scipy import optimize, stats
+from sklearn import metrics as oracle
+
+from treesurgeon.search import metrics
+from treesurgeon.search.certificate import certify
+from treesurgeon.search.metrics import METRICS, Answers, MetricError
+from treesurgeon.search.paired import (
+    Bootstrap,
+    betting,
+    smallest_margin,
+    smallest_stratified_margin,
+    stratified,
+    tango,
+)
+from treesurgeon.search.selection import Finalist, WithinMargins
+
+
+def answers(count, classes, seed=0, signal=1.5, ties=False):
+    rng = np.random.default_rng(seed)
+    labels = np.r_[np.arange(classes), rng.integers(0, classes, count - classes)]
+    logits = rng.normal(size=(count, classes)) + signal * np.eye(classes)[labels]
+    return Answers((logits.round() if ties else logits).astype(np.float32), labels)
+
+
+def probabilities(logits):
+    powers = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))  # equal odds stay equal
+    return (powers / powers.sum(1, keepdims=True)).round(12)
+
+
+ORACLES = {
+    "accuracy": lambda a: 1 - oracle.accuracy_score(a.labels, a.predicted),
+    "balanced_accuracy": lambda a: 1 - oracle.balanced_accuracy_score(a.labels, a.predicted),
+    "f1": lambda a: 1 - oracle.f1_score(a.labels, a.predicted, average="macro"),
+    "auroc": lambda a: 1 - (
+        oracle.roc_auc_score(a.labels, probabilities(a.logits)[:, 1]) if a.logits.shape[1] == 2
+        else oracle.roc_auc_score(a.labels, probabilities(a.logits), multi_class="ovr")
+    ),
+    "cross_entropy": lambda a: oracle.log_loss(a.labels, probabilities(a.logits)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("classes", [2, 5])
+@pytest.mark.parametrize("ties", [False, True])
+def test_errors_are_scikit_learns(name, classes, ties):
+    found = answers(120, classes, ties=ties)
+    metric = METRICS[name]
+    assert metric.error(metric.observe(found)) == pytest.approx(ORACLES[name](found), abs=1e-7)
+
+
+def test_sure_answers_still_have_an_order():
+    """Probabilities that round to 1 would tie."""
+    labels = np.array([0, 1, 0, 1])
+    logits = np.array([[900.0, 0], [0, 900], [800, 0], [700, 0]])  # the last is wrong, but less sure than the others
+    seen = METRICS["auroc"].observe(Answers(logits, labels))
+    assert METRICS["auroc"].error(seen) == 0
+
+
+def test_a_large_loss_counts_as_the_cap_and_so_does_one_that_is_not_a_number():
+    logits = np.array([[0.0, 1000], [np.nan, 0]])
+    assert METRICS["cross_entropy"].observe(Answers(logits, np.array([0, 0]))).tolist() == [metrics.MOST_NATS] * 2
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_p_values_fall_with_the_margin_and_nobody_beats_identical_answers_for_free(name, monkeypatch):
+    monkeypatch.setattr(metrics, "REPLICATES", 400)
+    metric = METRICS[name]
+    labels = answers(150, 3, 2).labels
+    noise = [answers(150, 3, seed, signal=0).logits for seed in (1, 2)]
+    ours, dense = (metric.observe(Answers(each + np.eye(3)[labels], labels)) for each in noise)
+    found = metric.compare(ours, dense)
+    assert found.difference == pytest.approx(metric.error(ours) - metric.error(dense), abs=1e-12)
+    values = [found.p_value(margin) for margin in (-1.2, -0.5, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.5, 1.2)]
+    assert (np.diff(values) <= 1e-9).all()
+    assert values[0] > 0.99
+    assert values[-1] < 0.01
+    same = metric.compare(dense, dense)
+    least = metric.smallest_margin(labels, 0.05)
+    assert same.p_value(1.001 * least) < 0.05 < same.p_value(0.999 * least)
+    assert (same.worse, same.better, same.difference) == (0, 0, 0)
+
+
+# --- the stratified score test ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("worse", "better", "count", "margin"), [(5, 3, 99, 0.05), (0, 7, 60, -0.05), (3, 0, 80, 0.2)])
+def test_with_one_class_the_stratified_test_is_tangos(worse, better, count, margin):
+    found = stratified(np.array([worse]), np.array([better]), np.array([count]), margin)
+    assert found == pytest.approx(tango(worse, better, count, margin), abs=1e-6)
+
+
+@pytest.mark.parametrize("margin", [-0.1, 0.0, 0.03, 0.2])
+@pytest.mark.parametrize(
+    ("worse", "better", "counts"), [([3, 0, 5], [1, 2, 5], [20, 40, 90]), ([0, 0, 1], [0, 3, 0], [10, 20, 30])]
+)
+def test_the_stratified_test_is_the_score_test(worse, better, counts, margin):
+    """Against the constrained maximum of the likelihood that a general optimiser finds."""
+    b, c, n = (np.array(v, float) for v in (worse, better, counts))
+    k = len(n)
+
+    def loss(v):
+        p, q = v[:k], v[k:]
+        return -(b * np.log(p) + c * np.log(q) + (n - b - c) * np.log(1 - p - q)).sum()
+
+    best = optimize.minimize(
+        loss, np.full(2 * k, 0.1), method="SLSQP", bounds=[(1e-12, 0.9)] * (2 * k),
+        options={"maxiter": 1000, "ftol": 1e-14},
+        constraints=[
+            {"type": "eq", "fun": lambda v: (v[:k] - v[k:]).mean() - margin},
+            {"type": "ineq", "fun": lambda v: 1 - 1e-9 - v[:k] - v[k:]},
+        ],
+    )  # fmt: skip
+    p, q = best.x[:k], best.x[k:]
+    deviation = np.sqrt(((p + q - (p - q) ** 2) / n).sum()) / k
+    expected = stats.norm.cdf((((b - c) / n).mean() - margin) / deviation)
+    assert stratified(b, c, n, margin) == pytest.approx(expected, abs=2e-3)
+
+
+def test_small_classes_decide_what_can_be_shown():
+    assert smallest_stratified_margin(np.array([300]), 0.05) == pytest.approx(smallest_margin(300, 0.05))
+    even, uneven = (smallest_stratified_margin(np.array(c), 0.05) for c in ([150, 150], [290, 10]))
+    assert uneven > 2 * even
+
+
+# --- betting ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [30, 300, 3000])
+def test_the_betting_test_holds_its_level_even_where_rare_losses_are_large(count):
+    """Nine in ten thousand images cost 9 nats: the t-test claims far too often where it has not met one."""
+    rng = np.random.default_rng(count)
+    rare = rng.random((600, count)) < 0.005
+    differences = np.where(rare, 9.0, 0.0) + rng.normal(0, 0.02, (600, count)).clip(-0.1, 0.1)
+    truth = 0.045
+    claimed = np.mean([betting(d, 10.0, truth) <= 0.05 for d in differences])
+    assert claimed <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 600)
+    if count == 30:
+        by_t = stats.ttest_1samp(differences, truth, axis=1, alternative="less").pvalue
+        assert np.mean(by_t <= 0.05) > 0.5
+
+
+def test_the_betting_test_has_power_and_does_not_go_by_order():
+    rng = np.random.default_rng(0)
+    differences = rng.normal(0, 0.3, 2000)
+    assert betting(differences, 10.0, 0.08) < 0.05
+    assert betting(differences, 10.0, 0.08) == pytest.approx(betting(differences[::-1], 10.0, 0.08))
+    assert betting(differences, 10.0, -11) == 1
+    assert betting(differences, 10.0, 10) == 0
+
+
+# --- the bootstrap ----------------------------------------------------------------------------------------
+
+
+def test_the_p_value_of_the_bootstrap_is_where_scipys_bca_bound_is():
+    rng = np.random.default_rng(0)
+    values = rng.exponential(size=40)
+    drawn = values[rng.integers(0, 40, (40_000, 40))].mean(1)
+    found = Bootstrap(values.mean(), drawn, values - values.mean())
+    for alpha in (0.05, 0.2):
+        high = stats.bootstrap(
+            (values,), np.mean, n_resamples=40_000, confidence_level=1 - 2 * alpha, method="BCa", rng=rng
+        ).confidence_interval.high
+        assert found.p_value(high) == pytest.approx(alpha, abs=0.006)
+
+
+@pytest.mark.parametrize("name", ["f1", "auroc"])
+def test_influences_are_those_of_leaving_an_image_out(name):
+    metric, found = METRICS[name], answers(60, 3, 3)
+    seen = metric.observe(found)
+    left = np.array([metric.error(metric.observe(found[np.arange(60) != i])) for i in range(60)])
+    jackknife = -left
+    for label in range(3):
+        jackknife[found.labels == label] -= jackknife[found.labels == label].mean()
+    assert np.corrcoef(jackknife, metric.influence(seen))[0, 1] > 0.99
+
+
+def population(classes, excess, count=4000):
+    """Answers of a dense model and of a variant that is worse."""
+    rng = np.random.default_rng(7)
+    labels = np.arange(count) % classes
+    shared = rng.normal(size=(count, classes))
+    own = [shared + 0.5 * rng.normal(size=(count, classes)) for _ in range(2)]
+    signal = 2 * np.eye(classes)[labels]
+    return [Answers(noise + strength * signal, labels) for noise, strength in zip(own, (1, 1 - excess), strict=True)]
+
+
+@pytest.mark.parametrize("name", ["balanced_accuracy", "cross_entropy", "f1", "auroc"])
+def test_false_claims_at_a_tight_null(name, monkeypatch):
+    """The margin is the true excess: every claim is false. The bootstrap is only about right."""
+    monkeypatch.setattr(metrics, "REPLICATES", 400)
+    metric, rounds, delta = METRICS[name], 250, 0.1
+    dense, ours = population(3, 0.1)
+    margin = metric.error(metric.observe(ours)) - metric.error(metric.observe(dense))
+    assert margin > 0.005
+    rng = np.random.default_rng(0)
+    claims = 0
+    for _ in range(rounds):
+        rows = np.concatenate([rng.choice(np.flatnonzero(dense.labels == k), 80) for k in range(3)])
+        claims += metric.compare(metric.observe(ours[rows]), metric.observe(dense[rows])).p_value(margin) <= delta
+    assert claims / rounds < delta + 3 * np.sqrt(delta * (1 - delta) / rounds) + 0.02 * metric.approximate
+
+
+# --- the road -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_the_walk_certifies_by_any_metric_and_says_by_what(name, monkeypatch):
+    monkeypatch.setattr(metrics, "REPLICATES", 400)
+    metric = METRICS[name]
+    dense, worse = population(3, 0.6, 1200)
+    by_name = {"dense": dense, "same": dense, "worse": worse}
+    models = [Finalist(n, {"params": p}, 0.0, 0.0) for n, p in (("worse", 1), ("same", 2))]
+    whole = Finalist("dense", {"params": 3}, 0.0, 0.0)
+    found = certify(
+        models, whole, lambda f: metric.observe(by_name[f.name]),
+        epsilon=0.05, eta=0.05, delta=0.05, measure="params", metric=metric,
+    )  # fmt: skip
+    assert (found.selected, found.passed, found.metric, found.count) == ("same", True, name, 1200)
+    assert f"its {metric.noun} on new data exceeds" in found.sentence
+    assert ("approximate" in found.sentence) == found.approximate == (name in ("f1", "auroc"))
+    assert ("asymptotic" in found.sentence) == (name == "balanced_accuracy")
+    assert ("nats" in found.sentence) == (name == "cross_entropy")
+    assert found.steps[-1].difference > 0.05
+
+
+def test_resolutions_say_what_can_be_said():
+    labels = np.arange(900) % 3
+    said = {name: metric.resolution(labels, 0.01, 0.05) for name, metric in METRICS.items()}
+    assert said["accuracy"] == (
+        "certify has 900 images: at level 0.05 no ε below 0.3 points can be certified; "
+        "for yours (1) expect to need 3,092 if 5% of the answers change"
+    )
+    assert "or more" in said["balanced_accuracy"]
+    assert "nats can be certified" in said["cross_entropy"]
+    assert all("approximate" in said[name] for name in ("f1", "auroc"))
+
+
+def test_selection_words_and_units():
+    rule = WithinMargins(epsilon=0.01, metric=METRICS["cross_entropy"])
+    dense = Finalist("dense", {"params": 10}, 0.5, 0.6)
+    verdict = rule.select([Finalist("v1", {"params": 5}, 0.5, 0.605), Finalist("v2", {"params": 1}, 0.5, 0.7)], dense)
+    assert "cross-entropy on search 0.6050 (+0.0050 nats against dense)" in verdict.sentence
+    assert verdict.reasons["v2"].startswith("cross-entropy on search is 0.1000 nats above dense, allowed 0.0100 nats")
+
+
+def test_classes_without_images_are_refused_by_name():
+    splits = {"train": np.array([0, 1, 2]), "search": np.array([0, 2, 2])}
+    for name, metric in METRICS.items():
+        if not metric.per_class:
+            metric.check(splits, ("cat", "dog", "owl"))
+            continue
+        with pytest.raises(MetricError, match=f"--metric {name}: class 'dog' has no image in search"):
+            metric.check(splits, ("cat", "dog", "owl"))
+        with pytest.raises(MetricError, match="all images are of one class"):
+            metric.check({"train": np.array([1]), "search": np.array([1])}, ("cat", "dog"))

@@ -1,0 +1,62 @@
+"""The register of opened images: whole splits, overlaps, resumed runs, and records from before there were digests."""
+
+import json
+
+import numpy as np
+
+from treesurgeon.search import open_source, split_roles
+from treesurgeon.search.openings import Opened, claim_opening, opened_before, record_opening
+
+
+def test_certify_is_opened_once(tmp_path):
+    register = tmp_path / "runs/openings.jsonl"
+    assert claim_opening(register, "abc", "1", "one", [1, 2]) is None
+    assert claim_opening(register, "abc", "1", "one", [1, 2]) is None  # resumed
+    assert claim_opening(register, "abc", "2", "two", [1, 2]) == Opened(("one",), 2, 2)
+    assert claim_opening(register, "def", "2", "two", [3, 4]) is None
+    assert [json.loads(line)["certify"] for line in register.read_text().splitlines()] == ["abc", "def"]
+
+
+def test_overlaps_are_found_and_counted(tmp_path):
+    register = tmp_path / "openings.jsonl"
+    large = 2**64 - 1
+    assert claim_opening(register, "a", "1", "one", [5, large, 7]) is None
+    assert claim_opening(register, "b", "2", "two", [8, 9]) is None
+    found = claim_opening(register, "c", "3", "three", [large, 1, 2, 9])
+    assert found == Opened(("one", "two"), 2, 4)
+    assert str(found) == "2 of these 4 images were opened before, by one and two"
+    assert len(register.read_text().splitlines()) == 2  # what was refused was not opened
+    assert claim_opening(register, "d", "1", "one", [5, 6]) is None  # its own images
+
+
+def test_what_is_recorded_all_the_same_counts(tmp_path):
+    register = tmp_path / "openings.jsonl"
+    record_opening(register, "a", "1", "one", [1])
+    record_opening(register, "b", "2", "two", [1, 2])
+    record_opening(register, "b", "2", "two", [1, 2])
+    assert len(register.read_text().splitlines()) == 2
+    assert opened_before(register, "c", "3", [2, 3]) == Opened(("two",), 1, 2)
+
+
+def test_old_records_are_known_by_their_fingerprint(tmp_path):
+    register = tmp_path / "openings.jsonl"
+    register.write_text(json.dumps({"certify": "abc", "run": "1", "where": "old"}) + "\n")
+    found = claim_opening(register, "abc", "2", "new", [1, 2, 3])
+    assert str(found) == "these images were opened before, by old"
+    assert claim_opening(register, "abc", "1", "old", [1, 2, 3]) is None
+    assert claim_opening(register, "def", "2", "new", [1, 2, 3]) is None
+
+
+def test_digests_are_those_of_the_images_whatever_the_seed_and_the_normalisation(tmp_path):
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 256, (300, 4, 4, 1), np.uint8), np.arange(300) % 3
+    np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x[::-1][:60], y_test=y[::-1][:60])
+    source = open_source(f"npz:{tmp_path / 'a.npz'}")
+    roles = [split_roles(source, ("train",), seed=seed, mean=(mean,)) for seed, mean in ((0, 0.0), (1, 0.5))]
+    by_image = {}
+    for split in (part for r in roles for part in (r.train, r.search, r.certify, r.test)):
+        assert len(split.digests) == len(split)
+        for origin, index, digest in zip([split.origin] * len(split), split.indices, split.digests, strict=True):
+            at = int(index) if origin == ("train",) else 299 - int(index)
+            assert by_image.setdefault(at, digest) == digest
+    assert len(set(by_image.values())) == len(by_image) == 300
