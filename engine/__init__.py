@@ -15,6 +15,7 @@ from treesurgeon.engine.reconstruction import Reconstruction, fold, reconstruct
 from treesurgeon.engine.refit import MaskedRefit, Refit, refit, refit_masked
 from treesurgeon.engine.rules import Rule, register
 from treesurgeon.engine.splitting import Split, split
+from treesurgeon.engine.truncation import Head, Truncated, features, find_head, headless, truncate
 
 __all__ = [
     "CRITERIA",
@@ -23,6 +24,7 @@ __all__ = [
     "Cost",
     "Graph",
     "Group",
+    "Head",
     "Leaf",
     "MaskedRefit",
     "Member",
@@ -38,16 +40,20 @@ __all__ = [
     "StructureError",
     "Tie",
     "TreesurgeonError",
+    "Truncated",
     "activation_energy",
     "contractions",
     "cost",
     "cut",
+    "features",
+    "find_head",
     "fisher_energy",
     "fold",
     "from_linen",
     "from_nnx",
     "gate",
     "gram_matrices",
+    "headless",
     "importance",
     "load",
     "narrow",
@@ -59,5 +65,6 @@ __all__ = [
     "save",
     "split",
     "trace",
+    "truncate",
     "zero_share",
 ]
