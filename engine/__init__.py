@@ -15,7 +15,7 @@ from treesurgeon.engine.reconstruction import Reconstruction, fold, reconstruct
 from treesurgeon.engine.refit import MaskedRefit, Refit, refit, refit_masked
 from treesurgeon.engine.rules import Rule, register
 from treesurgeon.engine.splitting import Split, split
-from treesurgeon.engine.truncation import Head, Truncated, features, find_head, headless, truncate
+from treesurgeon.engine.truncation import Head, Truncated, features, find_head, headless, points, truncate
 
 __all__ = [
     "CRITERIA",
@@ -58,6 +58,7 @@ __all__ = [
     "load",
     "narrow",
     "normalise",
+    "points",
     "reconstruct",
     "refit",
     "refit_masked",

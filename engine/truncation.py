@@ -87,12 +87,17 @@ def headless(fn: Callable, graph: Graph) -> Callable:
     return short
 
 
+def points(fn: Callable, graph: Graph, *args: Any, **kwargs: Any) -> tuple[str, ...]:
+    """The points of a function in order of execution; example arguments may be `jax.ShapeDtypeStruct`s."""
+    return tuple(_points(Retracer(fn, graph)({}, args, kwargs)[0]))
+
+
 def features(fn: Callable, graph: Graph) -> Callable:
     """What every point of a function holds: `features(fn, graph)(params, *args, **kwargs) -> {point: float[N, C]}`.
 
     One forward pass. Values are averaged over all their axes but the examples', which is the first, and the channels':
-    the one on which a group stands, else the last. Points are in order of execution; the last is what feeds the head,
-    where the function has one.
+    the one on which a group stands, else the last. Points are in order of execution (`jax.jit` sorts dicts by name: see
+    `points`); the last is what feeds the head, where the function has one.
 
     Raises:
         StructureError: on call, the parameters do not fit.
@@ -100,14 +105,14 @@ def features(fn: Callable, graph: Graph) -> Callable:
     retracer = Retracer(fn, graph)
 
     def every(params: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        points: dict[str, _Point] = {}
+        there: dict[str, _Point] = {}
 
         def wanted(found: Retraced) -> list[int]:
-            points.update(_points(found))
-            return [point.value for point in points.values()]
+            there.update(_points(found))
+            return [point.value for point in there.values()]
 
         values = _evaluate(retracer, params, args, kwargs, wanted)
-        return {name: pooled(x, point.channels) for (name, point), x in zip(points.items(), values, strict=True)}
+        return {name: pooled(x, point.channels) for (name, point), x in zip(there.items(), values, strict=True)}
 
     return every
 
@@ -203,10 +208,10 @@ def _evaluate(
     return run(program, env, values)
 
 
-def _point(points: Mapping[str, _Point], at: str) -> _Point:
-    if at not in points:
-        raise PlanError(f"there is no point {at!r} to truncate at; this function has {', '.join(points) or 'none'}")
-    return points[at]
+def _point(there: Mapping[str, _Point], at: str) -> _Point:
+    if at not in there:
+        raise PlanError(f"there is no point {at!r} to truncate at; this function has {', '.join(there) or 'none'}")
+    return there[at]
 
 
 def _points(found: Retraced) -> dict[str, _Point]:

@@ -29,8 +29,8 @@ from treesurgeon.engine.errors import TreesurgeonError
 
 LAMBDAS = tuple(float(v) for v in np.geomspace(1e-4, 1e2, 13))  # for features of variance 1, of a mean over examples
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
-NEWTON = 800  # unknowns at most for Newton's method: the Hessian has so many rows
-STEPS = 30
+NEWTON = 200  # unknowns at most for Newton's method: the Hessian has so many rows
+STEPS = 60
 MEMORY = 400  # steps of L-BFGS
 
 
@@ -107,6 +107,7 @@ def logistic(
     *,
     known: Any = None,
     free: Sequence[int] | None = None,
+    weights: Any = None,
 ) -> LinearHead:
     """The multinomial logistic head: mean cross-entropy + l2 / 2 |W|² over standardised features, at its minimum.
 
@@ -117,6 +118,7 @@ def logistic(
         l2: the penalty; above 0.
         known: logits `[N, classes]` of classes that have a head already; what stands at the free ones does not matter.
         free: the classes that are fitted, in order; by default all. The head has a column for each.
+        weights: how much each example counts, `[N]`; by default all the same.
 
     Raises:
         HeadError: shapes or labels that do not fit, features that are not finite, or a penalty of 0.
@@ -130,12 +132,15 @@ def logistic(
     known = jnp.zeros((len(x), classes)) if known is None else jnp.asarray(known, jnp.float32)
     if known.shape != (len(x), classes):
         raise HeadError(f"known: expected logits {(len(x), classes)}, got shape {known.shape}")
+    weights = jnp.ones(len(x)) if weights is None else jnp.asarray(weights, jnp.float32)
     newton = (x.shape[1] + 1) * len(columns) <= NEWTON
-    return _logistic(x, y, known, jnp.asarray(l2, jnp.float32), columns, newton)
+    return _logistic(x, y, known, weights / weights.sum(), jnp.asarray(l2, jnp.float32), columns, newton)
 
 
-@partial(jax.jit, static_argnums=(4, 5))
-def _logistic(x: Array, y: Array, known: Array, l2: Array, columns: tuple[int, ...], newton: bool) -> LinearHead:
+@partial(jax.jit, static_argnums=(5, 6))
+def _logistic(
+    x: Array, y: Array, known: Array, share: Array, l2: Array, columns: tuple[int, ...], newton: bool
+) -> LinearHead:
     z, centre, scale = _standard(x)
     z = jnp.concatenate([z, jnp.ones((len(z), 1))], 1)
     at = np.array(columns, int)
@@ -145,55 +150,50 @@ def _logistic(x: Array, y: Array, known: Array, l2: Array, columns: tuple[int, .
         return known.at[:, at].set(z @ w)
 
     def loss(w: Array) -> Array:
-        entropy = optax.softmax_cross_entropy_with_integer_labels(logits(w), y).mean()
+        entropy = optax.softmax_cross_entropy_with_integer_labels(logits(w), y) @ share
         return entropy + (decay * w**2).sum() / 2
 
     start = jnp.zeros((z.shape[1], len(columns)))
     if newton:
-        w = _newton(loss, partial(_hessian, z, decay, lambda w: jax.nn.softmax(logits(w))[:, at]), start)
+        w = _newton(loss, partial(_hessian, z, share, decay, lambda w: jax.nn.softmax(logits(w))[:, at]), start)
     else:
         w = _lbfgs(loss, start)
     return _plain(w[:-1], w[-1], centre, scale, l2)
 
 
-def _hessian(z: Array, decay: Array, probabilities: Callable[[Array], Array], w: Array) -> Array:
+def _hessian(z: Array, share: Array, decay: Array, probabilities: Callable[[Array], Array], w: Array) -> Array:
     """The second derivatives of the logistic loss, `[F K, F K]`."""
     p = probabilities(w)
     size = z.shape[1] * p.shape[1]
     outer = jnp.einsum("nf,nk->nfk", z, p).reshape(len(z), size)
-    between = outer.T @ outer
-    own = jax.vmap(lambda weight: (z * weight[:, None]).T @ z, 1)(p)  # [K, F, F]
+    between = outer.T @ (share[:, None] * outer)
+    own = jax.vmap(lambda weight: (z * (share * weight)[:, None]).T @ z, 1)(p)  # [K, F, F]
     eye = jnp.eye(p.shape[1])
     within = jnp.einsum("kfg,kl->fkgl", own, eye).reshape(size, size)
     penalty = jnp.broadcast_to(decay, w.shape).reshape(-1)
-    return (within - between) / len(z) + jnp.diag(penalty)
+    return within - between + jnp.diag(penalty)
 
 
 def _newton(loss: Callable[[Array], Array], hessian: Callable[[Array], Array], start: Array) -> Array:
-    """Newton's method, every step halved until the loss falls."""
+    """Newton's method, damped as much as it takes for the loss to fall (Levenberg and Marquardt)."""
     slope = jax.grad(loss)
 
     def go_on(state: Any) -> Array:
-        _, step, moved = state
-        return (step < STEPS) & moved
+        _, _, step, damping, steepest = state
+        return (step < STEPS) & (damping < 1e4) & (steepest > 1e-6)
 
     def turn(state: Any) -> Any:
-        w, step, _ = state
-        g, now = slope(w).reshape(-1), loss(w)
-        h = hessian(w)
-        h = h + 1e-6 * jnp.trace(h) / len(h) * jnp.eye(len(h))  # one constant for all biases changes nothing
-        d = -jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(h), g)
-        falls = (g * d).sum()
+        w, now, step, damping, _ = state
+        g, h = slope(w).reshape(-1), hessian(w)
+        h = h + damping * jnp.trace(h) / len(h) * jnp.eye(len(h))
+        new = w - jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(h), g).reshape(w.shape)
+        then = loss(new)  # NaN where rounding made the Hessian indefinite: more damping
+        better = then < now
+        damping = jnp.where(better, jnp.maximum(damping / 10, 1e-7), damping * 10)
+        return jnp.where(better, new, w), jnp.where(better, then, now), step + 1, damping, jnp.abs(g).max()
 
-        def too_long(t: Array) -> Array:
-            return (loss(w + t * d.reshape(w.shape)) > now + 1e-4 * t * falls) & (t > 1e-6)
-
-        t = jax.lax.while_loop(too_long, lambda t: t / 2, jnp.float32(1))
-        new = w + t * d.reshape(w.shape)
-        better = loss(new) < now
-        return jnp.where(better, new, w), step + 1, better & (-falls > 1e-9)
-
-    return jax.lax.while_loop(go_on, turn, (start, 0, jnp.bool_(True)))[0]
+    first = (start, loss(start), 0, jnp.float32(1e-6), jnp.float32(jnp.inf))
+    return jax.lax.while_loop(go_on, turn, first)[0]
 
 
 def _lbfgs(loss: Callable[[Array], Array], start: Array) -> Array:
@@ -210,7 +210,7 @@ def _lbfgs(loss: Callable[[Array], Array], start: Array) -> Array:
         value, g = value_and_slope(w, state=memory)
         best, least = jnp.where(value < least, w, best), jnp.minimum(value, least)
         change, memory = optimizer.update(g, memory, w, value=value, grad=g, value_fn=loss)
-        return optax.apply_updates(w, change), memory, step + 1, jnp.abs(g).max(), (best, least)
+        return jnp.asarray(w + change), memory, step + 1, jnp.abs(jnp.asarray(g)).max(), (best, least)
 
     first = (start, optimizer.init(start), 0, jnp.float32(jnp.inf), (start, jnp.float32(jnp.inf)))
     w, _, _, _, (best, least) = jax.lax.while_loop(go_on, turn, first)
@@ -239,8 +239,9 @@ def best_logistic(
     held = max(len(x) // 5, 1)
     columns = np.arange(classes) if free is None else np.asarray(free, int)
     losses = []
-    for l2 in penalties if len(penalties) > 1 and len(x) > held else ():
-        head = logistic(x[held:], y[held:], classes, l2, known=known[held:], free=free)
+    rest = np.arange(len(x)) >= held
+    for l2 in penalties if len(penalties) > 1 and rest.any() else ():
+        head = logistic(x, y, classes, l2, known=known, free=free, weights=rest)
         logits = jnp.asarray(known[:held]).at[:, columns].set(head(x[:held]))
         losses.append(float(optax.softmax_cross_entropy_with_integer_labels(logits, y[:held]).mean()))
     best = penalties[int(np.nanargmin(losses))] if losses else penalties[0]
