@@ -212,19 +212,21 @@ def _manifest(
         "data": {"spec": config.data, "clean": roles.clean, "fingerprints": roles.fingerprints},
         "labels": list(roles.label_names),
         "seed": config.seed,
+        **({"head": asdict(setting.head)} if setting.head else {}),
     }
 
 
 def _card(setting: Setting, outcome: Mapping[str, Any], lines: Sequence[report.Line]) -> str:
     config = setting.config
     shape = ", ".join(map(str, setting.subject.spec.input_shape))
+    head = f"Before the search: {setting.head.sentence}.\n\n" if setting.head else ""
     return f"""# {config.model}, pruned
 
 {outcome["sentence"]}
 
 {report.markdown(lines)}
 
-Accuracies are shares of right answers on the roles of `{config.data}`. `test` was never used for a choice: quote
+{head}Accuracies are shares of right answers on the roles of `{config.data}`. `test` was never used for a choice: quote
 that column. The gap is the accuracy lost from `train` to `search`, in points.
 
 ```python
