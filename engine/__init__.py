@@ -15,6 +15,7 @@ from treesurgeon.engine.reconstruction import Reconstruction, fold, reconstruct
 from treesurgeon.engine.refit import MaskedRefit, Refit, refit, refit_masked
 from treesurgeon.engine.rules import Rule, register
 from treesurgeon.engine.splitting import Split, split
+from treesurgeon.engine.truncation import Head, Truncated, features, find_head, headless, points, truncate
 
 __all__ = [
     "CRITERIA",
@@ -23,6 +24,7 @@ __all__ = [
     "Cost",
     "Graph",
     "Group",
+    "Head",
     "Leaf",
     "MaskedRefit",
     "Member",
@@ -38,20 +40,25 @@ __all__ = [
     "StructureError",
     "Tie",
     "TreesurgeonError",
+    "Truncated",
     "activation_energy",
     "contractions",
     "cost",
     "cut",
+    "features",
+    "find_head",
     "fisher_energy",
     "fold",
     "from_linen",
     "from_nnx",
     "gate",
     "gram_matrices",
+    "headless",
     "importance",
     "load",
     "narrow",
     "normalise",
+    "points",
     "reconstruct",
     "refit",
     "refit_masked",
@@ -60,5 +67,6 @@ __all__ = [
     "save",
     "split",
     "trace",
+    "truncate",
     "zero_share",
 ]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,18 +100,22 @@ class Split:
         return tree_unflatten(self.out_tree, self._run(env, self.program.outputs))
 
     def _run(self, env: dict[int, Any], wanted: Sequence[Operand]) -> list[Any]:
-        program = self.program
-        env = {**program.consts, **env}
+        return run(self.program, env, wanted)
 
-        def read(v: Operand) -> Any:
-            return v.value if isinstance(v, Literal) else env[v]
 
-        needed = _needed(program, [v for v in wanted if isinstance(v, int)], set(env))
-        for i, eqn in enumerate(program.eqns):
-            if i in needed:
-                with standing_at(eqn):
-                    env.update(zip(eqn.outs, bind(eqn, eqn.params, [read(v) for v in eqn.ins]), strict=True))
-        return [read(v) for v in wanted]
+def run(program: Program, env: Mapping[int, Any], wanted: Sequence[Operand]) -> list[Any]:
+    """Some values of a program, given others; only what they need is run."""
+    env = {**program.consts, **env}
+
+    def read(v: Operand) -> Any:
+        return v.value if isinstance(v, Literal) else env[v]
+
+    chosen = needed(program, [v for v in wanted if isinstance(v, int)], set(env))
+    for i, eqn in enumerate(program.eqns):
+        if i in chosen:
+            with standing_at(eqn):
+                env.update(zip(eqn.outs, bind(eqn, eqn.params, [read(v) for v in eqn.ins]), strict=True))
+    return [read(v) for v in wanted]
 
 
 def split(fn: Callable, params: Any, data: Any, late: Any) -> Split:
@@ -162,7 +166,7 @@ def _trace(fn: Callable, args: Any) -> tuple[Program, Any]:
     return flatten_program(closed), result[0]
 
 
-def _needed(program: Program, wanted: Sequence[int], have: set[int]) -> set[int]:
+def needed(program: Program, wanted: Sequence[int], have: set[int]) -> set[int]:
     """The equations to run when some values are at hand."""
     values = {v for v in wanted if v not in have}
     out = set()

@@ -47,6 +47,7 @@ class Preset:
         fitted_splits: the dataset splits that its checkpoints were trained on; None where unknown.
         checkpoint_layout: which name table of `weights.LAYOUTS` reads its PyTorch-style safetensors; None where there
             is none, and checkpoints are read under Flax's names only.
+        labels: names of the classes that its checkpoints answer with, by number; None where the zoo does not know them.
     """
 
     name: str
@@ -57,6 +58,11 @@ class Preset:
     std: tuple[float, ...]
     fitted_splits: tuple[str, ...] | None
     checkpoint_layout: str | None
+    labels: tuple[str, ...] | None = None
+
+
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+DIGITS = tuple("0123456789")
 
 
 def _presets() -> list[Preset]:
@@ -68,10 +74,10 @@ def _presets() -> list[Preset]:
     vgg_norm = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
     imagenet = ((224, 224, 3), 1000, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     return [
-        Preset("mlp", mlp, *digits, None, "mlp"),
-        Preset("digits_cnn", digits_cnn, *digits, train, "digits_cnn"),
-        *(Preset(f"vgg{d}", partial(vgg, d), cifar, 10, *vgg_norm, train, "vgg") for d in STAGES),
-        *(Preset(f"resnet{d}", partial(resnet, d), cifar, 10, *resnet_norm, train, "resnet") for d in DEPTHS),
+        Preset("mlp", mlp, *digits, None, "mlp", DIGITS),
+        Preset("digits_cnn", digits_cnn, *digits, train, "digits_cnn", DIGITS),
+        *(Preset(f"vgg{d}", partial(vgg, d), cifar, 10, *vgg_norm, train, "vgg", CIFAR10) for d in STAGES),
+        *(Preset(f"resnet{d}", partial(resnet, d), cifar, 10, *resnet_norm, train, "resnet", CIFAR10) for d in DEPTHS),
         *(Preset(f"resnet{d}", partial(imagenet_resnet, d), *imagenet, train, "resnet") for d in imagenet_depths),
         *(Preset(f"mobilenet_{v}", partial(mobilenet, v), *imagenet, train, None) for v in mobilenet_versions),
         Preset("efficientnet_b0", efficientnet, *imagenet, train, None),

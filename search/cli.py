@@ -1,4 +1,4 @@
-"""The command line: `treesurgeon search` and `treesurgeon inspect`."""
+"""The command line: `treesurgeon search`, `treesurgeon inspect` and `treesurgeon depth`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import tyro
 from treesurgeon.engine import TreesurgeonError
 from treesurgeon.models.errors import ModelError
 from treesurgeon.search.config import Config
+from treesurgeon.search.depth import Depth, depth
 from treesurgeon.search.inspecting import Inspection, inspect
 from treesurgeon.search.pipeline import run
 
@@ -28,6 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def look(options: Annotated[Inspection, tyro.conf.arg(name="")]) -> None:
         """Say what a model could lose: groups, blocks, what is pinned and why, and what each costs."""
         inspect(options, print)
+
+    @parser.command(name="depth")
+    def depths(options: Annotated[Depth, tyro.conf.arg(name="")]) -> None:
+        """Accuracy against depth: truncate a model at every block, with a head in closed form."""
+        depth(options, lambda line: print(line, flush=True))
 
     try:
         parser.cli(prog="treesurgeon", args=arguments)

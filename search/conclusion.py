@@ -263,6 +263,7 @@ def _manifest(
         "data": {"spec": config.data, "clean": roles.clean, "fingerprints": roles.fingerprints},
         "labels": list(roles.label_names),
         "seed": config.seed,
+        **({"head": asdict(setting.head)} if setting.head else {}),
     }
 
 
@@ -271,14 +272,15 @@ def _card(
 ) -> str:
     config, metric = setting.config, setting.config.judged_by
     shape = ", ".join(map(str, setting.subject.spec.input_shape))
+    head = f"Before the search: {setting.head.sentence}.\n\n" if setting.head else ""
     return f"""# {config.model}, pruned
 
 {outcome["sentence"]}
 
 {report.markdown(lines)}
 
-{metric.description}, on the roles of `{config.data}`. `test` was never used for a choice: quote that column. The gap
-is what is lost of it from `train` to `search`, in {metric.unit}.
+{head}{metric.description}, on the roles of `{config.data}`. `test` was never used for a choice: quote that column. The
+gap is what is lost of it from `train` to `search`, in {metric.unit}.
 {_estimates(setting, estimates)}
 ```python
 from treesurgeon.engine import load

@@ -35,7 +35,7 @@ class Config:
     checkpoint: str
     """An Orbax directory, or a .safetensors file (PyTorch's names and layout are read for the zoo's models)."""
     data: str
-    """digits, tfds:NAME (prepared), tfds-dir:PATH, or npz:PATH (x_train, y_train, x_test, y_test)."""
+    """digits, tfds:NAME (prepared), tfds-dir:PATH, or npz:PATH (x_train, y_train, x_test, y_test, label_names)."""
     out: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
     """The run's directory. Default: runs/MODEL."""
 
@@ -76,6 +76,12 @@ class Config:
     """Subtracted from images in 0 to 1, one number or one a channel. Default: the zoo's, else 0."""
     std: tuple[float, ...] = ()
     """Divides images, likewise. Default: the zoo's, else 1."""
+    head: Literal["auto", "keep", "fit"] = "auto"
+    """Labels that are not the checkpoint's: by default the head is replaced where their number differs, or their names
+    where both are known, rows of classes that both name are carried over, and the others fitted to `train`. `keep`
+    takes the labels for the checkpoint's, `fit` fits every row."""
+    source_labels: tuple[str, ...] = ()
+    """Names of the checkpoint's classes, in their order. Default: the zoo's."""
     max_train: int = 5000
     """Images of `train` that are used, at most."""
     data_dir: str = ""

@@ -26,7 +26,7 @@ from treesurgeon.search.conclusion import Outcome, conclude, recall
 from treesurgeon.search.config import Config, RunError, claim, identity
 from treesurgeon.search.evaluate import Batches, Evaluator, batches, in_precision, loss_and_error
 from treesurgeon.search.finalists import finish, pick
-from treesurgeon.search.setting import Setting, fingerprint, prepare
+from treesurgeon.search.setting import Setting, prepare
 from treesurgeon.search.space import Space, build, first_stage
 from treesurgeon.search.state import States
 from treesurgeon.search.sweep import Sweep
@@ -47,6 +47,8 @@ def run(config: Config, say: Say = print) -> Outcome:
     setting = prepare(config)
     subject, roles = setting.subject, setting.roles
     graph, dense = subject.graph, engine.cost(subject.graph, engine.Plan())
+    if setting.head:
+        say(setting.head.sentence)
     say(f"{config.model}: {dense.params:,} parameters, {dense.macs:,} multiply-accumulates for one image")
     say(f"{len(graph.groups)} groups of units, {len(graph.blocks)} droppable blocks")
     counts = ", ".join(f"{role} {len(getattr(roles, role)):,}" for role in ("train", "search", "certify", "test"))
@@ -57,7 +59,7 @@ def run(config: Config, say: Say = print) -> Outcome:
         say(config.judged_by.resolution(roles.certify.labels, config.epsilon, config.delta))
     if crossval.needed(setting):
         say("which is too few for yours: cross-validation on search and certify will take the certificate's place")
-    claim(config, identity(config, {"data": roles.fingerprints, "checkpoint": fingerprint(subject.variables)}))
+    claim(config, identity(config, {"data": roles.fingerprints, "checkpoint": setting.checkpoint}))
     if (config.directory / "selected").exists():
         say("this run is complete; choose another --out to run again")
         return recall(setting, say)

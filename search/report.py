@@ -50,6 +50,7 @@ FRONT_COLUMNS = (
     "description",
     "genome",
 )
+DEPTH_COLUMNS = ("point", "features", "params", "macs", "train_accuracy", "search_accuracy", "gap", "penalty")
 UNKNOWN = "–"
 
 
@@ -120,6 +121,11 @@ def write_front(path: str | os.PathLike[str], records: Sequence[Mapping[str, Any
 def write_sensitivity(path: str | os.PathLike[str], records: Sequence[Mapping[str, Any]]) -> None:
     """Write `sensitivity.csv`: the rise of the loss for each change by itself."""
     _write(Path(path), SENSITIVITY_COLUMNS, [_row(SENSITIVITY_COLUMNS, record) for record in records])
+
+
+def write_depth(path: str | os.PathLike[str], records: Sequence[Mapping[str, Any]]) -> None:
+    """Write `depth.csv`, a record for each truncation: keys from `DEPTH_COLUMNS`, any may be absent."""
+    _write(Path(path), DEPTH_COLUMNS, [_row(DEPTH_COLUMNS, record) for record in records])
 
 
 def write_generation(path: str | os.PathLike[str], generation: int, records: Sequence[Mapping[str, Any]]) -> None:

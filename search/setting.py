@@ -15,23 +15,46 @@ from treesurgeon.search.config import Config, RunError
 from treesurgeon.search.data import ROLES, Roles, open_source, split_roles
 from treesurgeon.search.selection import limits
 from treesurgeon.search.subject import Subject, open_subject
+from treesurgeon.search.transfer import Labels, NewHead, match_labels, with_new_head
 
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """What a configuration refers to, opened and checked."""
+    """What a configuration refers to, opened and checked.
+
+    Attributes:
+        config: the configuration.
+        subject: the dense model; with a new head, where the labels are not the checkpoint's.
+        roles: the data.
+        mean, std: what images are normalised with.
+        budget: absolute limits.
+        checkpoint: SHA-256 of the variables as the checkpoint holds them.
+        head: what replaced the checkpoint's head, if anything did.
+    """
 
     config: Config
     subject: Subject
     roles: Roles
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    budget: Mapping[str, float]  # absolute limits
+    budget: Mapping[str, float]
+    checkpoint: str
+    head: NewHead | None = None
 
 
-def prepare(config: Config) -> Setting:
-    """Open the data and the model, and check that they fit each other and the budget."""
-    config.check()
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """Model and data as they are; `labels` says how the classes of the one relate to those of the other."""
+
+    subject: Subject
+    roles: Roles
+    labels: Labels
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def open_parts(config: Config) -> Opened:
+    """Open the data and the model, and check that they fit each other but for their labels."""
     preset = models.get(config.model) if ":" not in config.model else None
     source = open_source(config.data, config.data_dir or None)
     split = next((name for name, size in source.splits.items() if size), None)
@@ -42,20 +65,34 @@ def prepare(config: Config) -> Setting:
     mean = config.mean or (preset.mean if preset else (0.0,))
     std = config.std or (preset.std if preset else (1.0,))
     fitted = config.fitted if config.fitted_split or preset is None else preset.fitted_splits
+    theirs = config.source_labels or (preset.labels if preset else None)
+    labels = match_labels(source, subject.num_classes, theirs, config.head)
     roles = split_roles(
         source,
         fitted,
-        num_classes=subject.num_classes,
+        num_classes=len(labels.names) if labels.replaced else subject.num_classes,
         input_shape=subject.spec.input_shape,
         mean=mean,
         std=std,
         seed=config.seed,
         caps={"train": config.max_train},
     )
-    labels = {role: getattr(roles, role).labels for role in ROLES}
-    config.judged_by.check(labels, roles.label_names)
+    seen = {role: getattr(roles, role).labels for role in ROLES}
+    config.judged_by.check(seen, roles.label_names)
+    return Opened(subject, roles, labels, tuple(mean), tuple(std))
+
+
+def prepare(config: Config) -> Setting:
+    """Open the data and the model, replace the head where the labels ask for it, and check the budget."""
+    config.check()
+    opened = open_parts(config)
+    subject, head = opened.subject, None
+    checkpoint = fingerprint(subject.variables)
+    if opened.labels.replaced:
+        subject, head = with_new_head(subject, opened.labels, opened.roles)
     dense = engine.cost(subject.graph, engine.Plan())._asdict()
-    return Setting(config, subject, roles, tuple(mean), tuple(std), limits(config.budget, dense))
+    budget = limits(config.budget, dense)
+    return Setting(config, subject, opened.roles, opened.mean, opened.std, budget, checkpoint, head)
 
 
 def fingerprint(tree: Any) -> str:

@@ -37,6 +37,7 @@ class Source:
         read_labels: `split -> [N]`, in the dataset's order.
         read_images: `(split, ascending indices [n]) -> [n, H, W, C]`, or `[n, H, W]` for a single channel, as
             stored: uint8, or floating point.
+        named: whether `label_names` are names that somebody gave, not numbers that were counted.
     """
 
     spec: str
@@ -44,6 +45,7 @@ class Source:
     label_names: tuple[str, ...]
     read_labels: Callable[[str], np.ndarray]
     read_images: Callable[[str, np.ndarray], np.ndarray]
+    named: bool = False
 
     @property
     def num_classes(self) -> int:
@@ -64,7 +66,8 @@ def open_source(spec: str, data_dir: str | Path | None = None) -> Source:
             TFDS dataset prepared below `data_dir`. `tfds-dir:PATH`: the directory with its
             `dataset_info.json`. `npz:PATH`: arrays `x_train, y_train, x_test, y_test` (any `x_SPLIT,
             y_SPLIT`), or `x, y` as one split named "all"; images `[N, H, W, C]` or `[N, H, W]`, uint8
-            (scaled to 0..1 later) or floating point (taken as they are); integer labels `[N]`.
+            (scaled to 0..1 later) or floating point (taken as they are); integer labels `[N]`; and `label_names`,
+            strings, where the classes have names.
         data_dir: by default `default_data_dir()`.
 
     Raises:
@@ -164,10 +167,11 @@ def _tfds_source(spec: str, path: Path) -> Source:
         return np.stack(images)
 
     splits = {name: int(info.num_examples) for name, info in builder.info.splits.items()}
+    named = names is not None
     if names is None:
         labels = [read_labels(split) for split in splits if splits[split]]
         names = _count_names(np.concatenate(labels) if labels else np.zeros(0, int))
-    return Source(spec, splits, tuple(names), read_labels, read_images)
+    return Source(spec, splits, tuple(names), read_labels, read_images, named)
 
 
 def _feature_keys(spec: str, info: Any) -> tuple[str, str]:
@@ -224,12 +228,16 @@ def _npz_source(spec: str, path: Path) -> Source:
                 f"data {spec!r}: expected images {x} [N, H, W, C] or [N, H, W] and labels {y} [N], got "
                 f"{list(arrays[x].shape)} and {list(arrays[y].shape)}"
             )
+    given = tuple(map(str, np.atleast_1d(arrays.get("label_names", np.array([])))))
+    if len(set(given)) != len(given):
+        raise DataError(f"data {spec!r}: expected label_names that differ, one for each class, got {', '.join(given)}")
     return Source(
         spec,
         splits={split: len(arrays[x]) for split, (x, _) in pairs.items()},
-        label_names=_count_names(np.concatenate([arrays[y] for _, y in pairs.values()])),
+        label_names=given or _count_names(np.concatenate([arrays[y] for _, y in pairs.values()])),
         read_labels=lambda split: arrays[pairs[split][1]],
         read_images=lambda split, indices: arrays[pairs[split][0]][indices],
+        named=bool(given),
     )
 
 

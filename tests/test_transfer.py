@@ -1,0 +1,214 @@
+"""Labels that are not the checkpoint's: heads replaced, rows carried over, depth measured, models saved and loaded."""
+
+import csv
+import xml.etree.ElementTree as ET
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from laws import leaves_of
+from orbax.checkpoint import v1 as ocp
+
+from treesurgeon import engine, models
+from treesurgeon.search import Config, DataError, open_source, run
+from treesurgeon.search.cli import main
+from treesurgeon.search.depth_chart import curves
+from treesurgeon.search.setting import prepare
+from treesurgeon.search.sources import Source
+from treesurgeon.search.subject import Subject, SubjectError, open_subject
+from treesurgeon.search.transfer import count_argument, match_labels, replaceable
+
+RNG = np.random.default_rng(0)
+SMALL = {"population": 4, "generations": 1, "search_images": 32, "calibration_images": 8, "refit_images": 32,
+         "finalists": 1, "epochs": 1, "certify": False}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A zoo model's checkpoint and images in which the classes are easy to tell, under several label lists."""
+    home = tmp_path_factory.mktemp("transfer")
+    module = models.resolve("digits_cnn")
+    variables = module.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    ocp.save(str(home / "checkpoint"), jax.tree.map(np.asarray, variables))
+    kinds = RNG.random((4, 8, 8, 1))
+    y = np.arange(400) % 4
+    x = (kinds[y] + 0.15 * RNG.normal(size=(400, 8, 8, 1))).astype(np.float32)
+    arrays = {"x_train": x[:200], "y_train": y[:200], "x_test": x[200:], "y_test": y[200:]}
+    np.savez(home / "names.npz", **arrays, label_names=np.array(["seven", "3", "box", "9"]))
+    np.savez(home / "counted.npz", **arrays)
+    np.savez(home / "gap.npz", **{**arrays, "label_names": np.array(["a", "b", "c", "d", "e"])})
+    np.savez(home / "twice.npz", **arrays, label_names=np.array(["a", "a", "c", "d"]))
+    return home
+
+
+def config(place, data, **changes):
+    given = {"model": "digits_cnn", "checkpoint": str(place / "checkpoint"), "data": f"npz:{place / data}.npz",
+             "out": str(place / "out" / data)}  # fmt: skip
+    return Config(**{**given, **changes})
+
+
+def source(names, named=True):
+    return Source("plain", {"all": 0}, tuple(names), lambda split: np.zeros(0, int), lambda s, i: i, named)
+
+
+ABC = ("a", "b", "c")
+
+
+@pytest.mark.parametrize(
+    ("ours", "named", "theirs", "head", "want"),
+    [
+        ("abc", True, ABC, "auto", (False, {})),
+        ("cab", True, ABC, "auto", (True, {0: 2, 1: 0, 2: 1})),
+        ("bx", True, ABC, "auto", (True, {0: 1})),
+        ("xyz", True, ABC, "auto", (True, {})),
+        ("xyz", True, None, "auto", (False, {})),  # nobody knows the checkpoint's names
+        ("xyz", False, ABC, "auto", (False, {})),  # nobody named the data's
+        ("ab", False, ABC, "auto", (True, {})),
+        ("ab", True, None, "auto", (True, {})),
+        ("bx", True, ABC, "keep", (False, {})),
+        ("abc", True, ABC, "fit", (True, {})),
+    ],
+)
+def test_labels_are_matched(ours, named, theirs, head, want):
+    found = match_labels(source(ours, named), 3, theirs, head)
+    assert (found.replaced, dict(found.carried)) == want
+    assert found.names == tuple(ours)
+
+
+def test_zoo_labels_are_as_many_as_the_classes():
+    for preset in models.ZOO.values():
+        assert preset.labels is None or len(set(preset.labels)) == preset.num_classes
+
+
+def test_rows_of_named_classes_are_carried_over_and_the_others_fitted(place):
+    before = open_subject("digits_cnn", str(place / "checkpoint"), (8, 8, 1))
+    setting = prepare(config(place, "names"))
+    subject, head = setting.subject, setting.head
+    assert (head.carried, head.fitted) == (("3", "9"), ("seven", "box"))
+    assert subject.num_classes == 4
+    assert subject.spec.kwargs == {"num_classes": 4}
+    old, new = before.variables["params"]["linear"], subject.variables["params"]["linear"]
+    np.testing.assert_array_equal(new["kernel"][:, [1, 3]], old["kernel"][:, [3, 9]])
+    np.testing.assert_array_equal(new["bias"][jnp.array([1, 3])], old["bias"][jnp.array([3, 9])])
+    for path, leaf in leaves_of(subject.variables).items():
+        if "linear" not in path:
+            np.testing.assert_array_equal(leaf, leaves_of(before.variables)[path])
+    logits = np.asarray(subject.infer(subject.variables, setting.roles.train.images))
+    right = (logits.argmax(1) == setting.roles.train.labels).mean()
+    assert right == pytest.approx(head.train_accuracy)
+    fitted = np.isin(setting.roles.train.labels, [0, 2])
+    assert (logits.argmax(1) == setting.roles.train.labels)[fitted].mean() > 0.9  # random features, easy classes
+    assert prepare(config(place, "names", head="fit")).head.carried == ()
+
+
+def test_labels_that_were_counted_carry_nothing(place):
+    head = prepare(config(place, "counted")).head
+    assert head.carried == ()
+    assert head.train_accuracy > 0.9
+    assert "fitted in closed form to 200 images of train: 0, 1, 2, 3; " in head.sentence
+
+
+def test_factories_say_how_many_classes_they_make():
+    assert count_argument("resnet20") == "num_classes"
+    with pytest.raises(SubjectError, match="give its factory an argument `num_classes`"):
+        count_argument("treesurgeon.models.vit:Layer")
+
+
+def test_where_every_class_is_known_nothing_is_fitted(place):
+    setting = prepare(config(place, "names", source_labels=("seven", "3", "box", "9", *"uvwxyz")))
+    assert set(setting.head.carried) == {"seven", "3", "box", "9"}
+    assert setting.head.penalty is None
+
+
+@pytest.mark.parametrize(
+    ("data", "changes", "match"),
+    [
+        ("gap", {}, r"class 'e' has no image in train.*--head keep"),
+        ("twice", {}, "expected label_names that differ"),
+        ("names", {"source_labels": ("a", "b")}, r"10 classes and 2 names .*--source-labels"),
+        ("names", {"mean": (float("nan"),)}, "--mean"),
+    ],
+)
+def test_what_cannot_be_transferred(place, data, changes, match):
+    with pytest.raises((SubjectError, DataError), match=match):
+        prepare(config(place, data, **changes))
+
+
+class Odd(nn.Module):
+    kind: str
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(4, (3, 3), name="stem")(x))
+        if self.kind == "window":
+            return nn.Conv(3, (8, 8), padding="VALID", name="head")(x)[:, 0, 0]
+        if self.kind == "no bias":
+            return nn.Dense(3, use_bias=False, name="head")(x.mean((1, 2)))
+        return nn.Dense(3, name="head")(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize(("kind", "match"), [("window", "a window of 8×8"), ("no bias", "it has no bias of its own")])
+def test_heads_that_cannot_be_replaced(kind, match):
+    module = Odd(kind)
+    variables = module.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    subject = Subject(engine.ModelSpec("mine:odd", (8, 8, 1), {}), module, variables, 3)
+    with pytest.raises(SubjectError, match=match):
+        replaceable(subject)
+
+
+def test_a_search_on_other_labels_saves_a_model_that_loads(place):
+    said = []
+    outcome = run(config(place, "names", out=str(place / "run"), epsilon=0.5, eta=0.9, **SMALL), said.append)
+    assert said[0].startswith("the labels are not the checkpoint's: new head params/linear/kernel on 128 features; ")
+    model = engine.load(outcome.path)
+    roles = prepare(config(place, "names")).roles
+    logits = np.asarray(model(roles.test.images))
+    assert logits.shape == (len(roles.test), 4)
+    claimed = model.manifest["metrics"][model.manifest["selected"]]["test_accuracy"]
+    assert (logits.argmax(1) == roles.test.labels).mean() == pytest.approx(claimed)
+    assert model.manifest["labels"] == ["seven", "3", "box", "9"]
+    assert model.manifest["head"]["carried"] == ["3", "9"]
+    assert "new head" in (outcome.path / "README.md").read_text()
+    again = []
+    run(config(place, "names", out=str(place / "run"), epsilon=0.5, eta=0.9, **SMALL), again.append)
+    assert any("this run is complete" in line for line in again)
+
+
+def test_depth_by_the_command_line(place, capsys):
+    main(["depth", "--model", "digits_cnn", "--checkpoint", str(place / "checkpoint"),
+          "--data", f"npz:{place / 'names.npz'}", "--out", str(place / "depth")])  # fmt: skip
+    out = capsys.readouterr().out
+    assert "4 classes, train 200 and search 80 images" in out
+    with (place / "depth/depth.csv").open() as file:
+        rows = {row["point"]: row for row in csv.DictReader(file)}
+    subject = open_subject("digits_cnn", str(place / "checkpoint"), (8, 8, 1))
+    assert list(rows) == list(engine.points(subject.infer, subject.graph, jax.ShapeDtypeStruct((1, 8, 8, 1), "f")))
+    whole = rows["before linear"]
+    dense = engine.cost(prepare(config(place, "names")).subject.graph, engine.Plan())
+    assert (int(whole["params"]), int(whole["macs"])) == (dense.params, dense.macs)
+    macs = [int(row["macs"]) for row in rows.values()]
+    assert macs == sorted(macs)
+    for row in rows.values():
+        assert float(row["gap"]) == pytest.approx(float(row["train_accuracy"]) - float(row["search_accuracy"]))
+    assert float(whole["search_accuracy"]) > 0.9
+    root = ET.fromstring((place / "depth/depth.svg").read_text())
+    texts = [node.text for node in root.iter() if node.text]
+    assert [text for text in texts if text in rows] == list(rows)
+    assert sum(node.tag.endswith("circle") for node in root.iter()) == 2 * len(rows)
+
+
+def test_curves_stand_where_their_values_are():
+    root = ET.fromstring(curves("a < b", ["p", "q"], {"one": [0.25, 0.75], "two": [0.5, 0.5]}))
+    heights = [float(node.get("cy")) for node in root.iter() if node.tag.endswith("circle")]
+    assert heights[0] > heights[2] == heights[3] > heights[1]
+    assert heights[0] - heights[2] == pytest.approx(heights[2] - heights[1], abs=0.2)
+    with pytest.raises(ValueError, match="a value for each of 2 places"):
+        curves("t", ["p", "q"], {"one": [0.5]})
+
+
+def test_npz_names_are_read(place):
+    assert open_source(f"npz:{place / 'names.npz'}").label_names == ("seven", "3", "box", "9")
+    assert open_source(f"npz:{place / 'names.npz'}").named
+    assert not open_source(f"npz:{place / 'counted.npz'}").named
