@@ -80,6 +80,13 @@ def images_needed(margin: float, delta: float, disagreement: float, power: float
     return math.ceil(((normal.inv_cdf(1 - delta) + normal.inv_cdf(power)) * spread / margin) ** 2)
 
 
+def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """The interval of a share of `count` cases, at 95 %: E. B. Wilson: "Probable inference", JASA 1927."""
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
 @dataclass(frozen=True)
 class Step:
     """One variant on `certify`.

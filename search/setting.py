@@ -27,6 +27,7 @@ class Setting:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     budget: Mapping[str, float]  # absolute limits
+    fitted: tuple[str, ...] | None  # splits that the checkpoint was fitted on; None where that is unknown
 
 
 def prepare(config: Config) -> Setting:
@@ -53,7 +54,7 @@ def prepare(config: Config) -> Setting:
         caps={"train": config.max_train},
     )
     dense = engine.cost(subject.graph, engine.Plan())._asdict()
-    return Setting(config, subject, roles, tuple(mean), tuple(std), limits(config.budget, dense))
+    return Setting(config, subject, roles, tuple(mean), tuple(std), limits(config.budget, dense), fitted)
 
 
 def fingerprint(tree: Any) -> str:
