@@ -1,4 +1,4 @@
-"""The command line: `treesurgeon search`, `inspect` and `report`."""
+"""The command line: `treesurgeon search`, `inspect`, `report`, `compare` and `verify`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ import tyro
 
 from treesurgeon.engine import TreesurgeonError
 from treesurgeon.models.errors import ModelError
+from treesurgeon.search.compare import Comparison, compare
 from treesurgeon.search.conclusion import Outcome
 from treesurgeon.search.config import Config
 from treesurgeon.search.inspecting import Inspection, inspect
 from treesurgeon.search.page import write_page
 from treesurgeon.search.pipeline import run
 from treesurgeon.search.report import show
+from treesurgeon.search.verify import Verification, verify
 
 STOPPED = 130  # as a shell reports Ctrl-C
 
@@ -56,6 +58,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run: The run's directory.
         """
         print(f"wrote {write_page(run)}")
+
+    @parser.command(name="compare")
+    def beside(options: Annotated[Comparison, tyro.conf.arg(name="")]) -> None:
+        """Put complete runs side by side: what each selected, its cost, its accuracy, its certificate."""
+        compare(options, print)
+
+    @parser.command(name="verify")
+    def again(options: Annotated[Verification, tyro.conf.arg(name="")]) -> None:
+        """Measure a selected model again and compare it with its manifest: exit code 0 if they agree, else 1."""
+        if not verify(options, print):
+            sys.exit(1)
 
     try:
         parser.cli(prog="treesurgeon", args=arguments)

@@ -278,6 +278,38 @@ def test_every_table_is_read(made):
     assert set(open_run(made).tables) == set(TABLES) == {path.stem for path in made.glob("*.csv")}
 
 
+# --- side by side -----------------------------------------------------------------------------------------------------
+
+
+def test_compare_puts_runs_side_by_side(tmp_path, capsys):
+    for name, status in (("a", "passed"), ("b", "fails"), ("c", "not certified")):
+        (tmp_path / name).mkdir()
+        make_run(tmp_path / name, status=status)
+    main(["compare", *(str(tmp_path / name) for name in "abc")])
+    head, _, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["run", "selected", "params", "MACs", "train", "search", "test", "gap", "certificate"]
+    for name, line, ending in zip("abc", lines[:6:2], ("passed", "fails", "not certified"), strict=True):
+        assert line.startswith(f"{name} ")
+        assert line.endswith(f" {ending}")
+        assert "200.00 k (67%)" in line
+        assert "93.50% (90.99% to 95.35%)" in line
+    assert all("dense" in line for line in lines[1:6:2])
+    assert sum("Certified, as it were." in line for line in lines) == 3
+    assert not any("different sets of images" in line for line in lines)
+    path = tmp_path / "b/selected/manifest.json"
+    path.write_text(path.read_text().replace("testtest", "tesstest", 1))
+    main(["compare", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert "tested on 2 different sets of images" in capsys.readouterr().out
+
+
+def test_compare_says_which_directory_is_no_run(made, tmp_path, capsys):
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(SystemExit) as caught:
+        main(["compare", str(made), str(tmp_path / "nothing")])
+    assert caught.value.code == 2
+    assert f"{tmp_path / 'nothing'} holds no run" in capsys.readouterr().err
+
+
 # --- in a browser -----------------------------------------------------------------------------------------------------
 
 needs_browser = pytest.mark.skipif(not BROWSER, reason="no Chromium here (Debian: chromium-headless-shell)")

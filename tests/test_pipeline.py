@@ -1,9 +1,11 @@
 """The road end to end, as a user walks it: by the command line, on a model of the user's own, killed and resumed."""
 
+import contextlib
 import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from treesurgeon.models import ModelError
 from treesurgeon.search import Config, RunError, open_source, run, split_roles
 from treesurgeon.search.budget import Budget
 from treesurgeon.search.certificate import claim_opening
+from treesurgeon.search.cli import main
 from treesurgeon.search.conclusion import find_certificate
 from treesurgeon.search.config import Criterion
 from treesurgeon.search.latency import profile_plan
@@ -146,6 +149,36 @@ def test_a_run_leaves_all_that_a_report_needs(whole):
     assert undropped
     assert sum(row["searched"] == "True" for row in found.tables["blocks"]) == len(genome) - len(searched)
     assert found.environment["jax"] == jax.__version__
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "words"),
+    [
+        ({}, 0, "Verified: "),
+        ({"test_accuracy": 0.5}, 1, "the manifest says 50.00%"),
+        ({"params": 1}, 1, "the manifest says 1"),
+        ({"macs": 2}, 1, "the manifest says 2"),
+        ({"seed": 5}, 1, "other test images"),
+        ({"seed": None}, 2, "does not say 'seed'"),
+    ],
+)
+def test_verify_compares_with_the_manifest(place, whole, tmp_path, monkeypatch, capsys, changes, code, words):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(place / "tfds"))
+    monkeypatch.chdir(place)
+    monkeypatch.syspath_prepend(str(place))
+    shutil.copytree(whole[0] / "selected", tmp_path / "elsewhere")
+    path = tmp_path / "elsewhere/manifest.json"
+    manifest = json.loads(path.read_text())
+    for name, value in changes.items():
+        within = manifest if name == "seed" else manifest["metrics"][manifest["selected"]]
+        within[name] = value
+    if changes.get("seed", 0) is None:
+        del manifest["seed"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(SystemExit) if code else contextlib.nullcontext() as caught:
+        main(["verify", str(path.parent), "--data", "digits", "--allow-import"])
+    assert (caught.value.code if caught else 0) == code
+    assert words in "".join(capsys.readouterr())
 
 
 def test_the_outcome_as_json(place, whole):
