@@ -100,6 +100,12 @@ def number(text: str) -> float | None:
     return value if abs(value) < float("inf") else None
 
 
+def known(row: Row, name: str) -> float:
+    """A field that must hold a number; nan where that is not finite."""
+    value = number(row[name])
+    return float("nan") if value is None else value
+
+
 def numbers(text: str) -> list[int]:
     """A field that holds whole numbers joined by spaces."""
     try:

@@ -19,7 +19,8 @@ from treesurgeon.search import charts
 from treesurgeon.search.charts import Plane, Point
 from treesurgeon.search.cli import main
 from treesurgeon.search.config import RunError
-from treesurgeon.search.page import AXES, overfitting, write_page
+from treesurgeon.search.page import write_page
+from treesurgeon.search.panels import AXES, overfitting
 from treesurgeon.search.records import TABLES, open_run
 
 VOID = {"meta", "link", "br", "img", "input", "hr", "wbr"}
