@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import statistics
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+
+from treesurgeon.search import certificate
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -35,11 +36,10 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def wilson(share: float, count: int, z: float = 1.96) -> str:
-    """A share of `count` cases in percent, with E. B. Wilson's 95 % interval (1927)."""
-    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return f"{100 * share:.1f} ({100 * max(middle - half, 0.0):.1f} to {100 * (middle + half):.1f})"
+def wilson(share: float, count: int) -> str:
+    """A share of `count` cases in percent, with its 95 % interval."""
+    low, high = certificate.wilson(share, count)
+    return f"{100 * share:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def device() -> str:

@@ -19,6 +19,7 @@ falsely. Failing to find a difference is no evidence that there is none, so McNe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,13 @@ __all__ = [
     "p_value",
     "smallest_margin",
 ]
+
+
+def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """The interval of a share of `count` cases, at 95 %: E. B. Wilson: "Probable inference", JASA 1927."""
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 @dataclass(frozen=True)

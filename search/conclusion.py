@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from treesurgeon import engine
 from treesurgeon.search import crossval, report
 from treesurgeon.search.budget import Budget, measured_dense
-from treesurgeon.search.certificate import Certificate, certify, not_certified
+from treesurgeon.search.certificate import Certificate, Step, certify, not_certified, wilson
 from treesurgeon.search.crossval import Estimate, cross_validate
 from treesurgeon.search.data import Split
 from treesurgeon.search.evaluate import answering, measurer
 from treesurgeon.search.finalists import Tuned
-from treesurgeon.search.metrics import Metric
+from treesurgeon.search.metrics import ACCURACY, Metric
 from treesurgeon.search.openings import claim_opening, record_opening
 from treesurgeon.search.selection import Finalist, Verdict, WithinMargins
 from treesurgeon.search.setting import Setting
@@ -33,13 +34,18 @@ class Outcome:
 
     Attributes:
         lines: the table: dense, the finalists, the selected one marked.
-        sentence: the selection in one sentence.
+        verdict: `sentence`, the selection in one; `passed`, by the numbers or by the tests; `certified`.
         path: the saved model.
     """
 
     lines: tuple[report.Line, ...]
-    sentence: str
+    verdict: Mapping[str, Any]
     path: Path
+
+    @property
+    def sentence(self) -> str:
+        """The selection in one sentence."""
+        return self.verdict["sentence"]
 
 
 def conclude(
@@ -48,7 +54,6 @@ def conclude(
     budget: Budget,
     genomes: Sequence[np.ndarray],
     tuned: Sequence[Tuned],
-    say: Callable[[str], None],
 ) -> Outcome:
     """Measure the frozen finalists, select and certify, measure on test once, and save."""
     config, subject, graph, roles = setting.config, setting.subject, setting.subject.graph, setting.roles
@@ -77,21 +82,21 @@ def conclude(
     if estimates:
         outcome["sentence"] += " " + crossval.sentence(setting, estimates.get(selected.name), selected.name)
     chosen: Tuned = selected.ref
-    lines = []
+    lines, results = [], []
     for finalist in (dense, *sorted(others, key=lambda f: -f.cost["params"])):
         each: Tuned = finalist.ref
-        lines.append(
-            report.Line(
-                each.name,
-                int(each.cost["params"]),
-                int(each.cost["macs"]),
-                metric.score(finalist.train_error),
-                metric.score(finalist.search_error),
-                metric.score(error_on(each, roles.test, metric)),
-                selected=finalist is selected,
-                metric=metric,
-            )
+        line = report.Line(
+            each.name,
+            int(each.cost["params"]),
+            int(each.cost["macs"]),
+            metric.score(finalist.train_error),
+            metric.score(finalist.search_error),
+            metric.score(error_on(each, roles.test, metric)),
+            selected=finalist is selected,
+            metric=metric,
         )
+        lines.append(line)
+        results.append(_result(line, each, {split: len(getattr(roles, split)) for split in report.SPLITS}))
     records = [
         {
             "variant": f.name,
@@ -110,6 +115,11 @@ def conclude(
         for f, genome in zip(others, genomes, strict=True)
     ]
     report.write_front(config.directory / "front.csv", records)
+    report.write_table(config.directory / "results.csv", report.RESULT_COLUMNS, results)
+    report.write_table(config.directory / "curves.csv", report.CURVE_COLUMNS, _curves(tuned))
+    report.write_table(
+        config.directory / "certificate.csv", report.CERTIFICATE_COLUMNS, certificate_rows(certificate.steps)
+    )
     path = engine.save(
         config.directory / "selected",
         subject.spec,
@@ -119,10 +129,7 @@ def conclude(
         card=_card(setting, outcome, lines, estimates),
         module=subject.module,
     )
-    report.show(lines, title=f"metric: {metric.name}")
-    say(outcome["sentence"])
-    say(f"saved {path}")
-    return Outcome(tuple(lines), outcome["sentence"], path)
+    return Outcome(tuple(lines), outcome, path)
 
 
 def estimate(setting: Setting, dense: Tuned, tuned: Sequence[Tuned]) -> dict[str, Estimate]:
@@ -205,7 +212,7 @@ def _outcome(verdict: Verdict, certificate: Certificate, limited: bool) -> dict[
     }
 
 
-def recall(setting: Setting, say: Callable[[str], None]) -> Outcome:
+def recall(setting: Setting) -> Outcome:
     """The outcome of a run that is complete, from its manifest."""
     path = setting.config.directory / "selected"
     manifest = engine.load(path, module=setting.subject.module).manifest
@@ -222,9 +229,53 @@ def recall(setting: Setting, say: Callable[[str], None]) -> Outcome:
         for name, found in manifest["metrics"].items()
     ]
     lines.sort(key=lambda line: -line.params)
-    report.show(lines, title=f"metric: {metric.name}")
-    say(manifest["verdict"]["sentence"])
-    return Outcome(tuple(lines), manifest["verdict"]["sentence"], path)
+    return Outcome(tuple(lines), manifest["verdict"], path)
+
+
+def _result(line: report.Line, model: Tuned, images: Mapping[str, int]) -> dict[str, Any]:
+    """A row of results.csv: costs, and each score, an accuracy with its Wilson interval."""
+    row: dict[str, Any] = {"variant": line.variant, "selected": line.selected, "gap": line.gap}
+    row |= {name: value for name, value in model.cost.items() if name != "size"}
+    row["bytes"] = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(model.variables))
+    for split, count in images.items():
+        share = getattr(line, split)
+        low, high = wilson(share, count) if line.metric is ACCURACY else (None, None)
+        row |= {split: share, f"{split}_low": low, f"{split}_high": high, f"{split}_images": count}
+    return row
+
+
+def _curves(tuned: Sequence[Tuned]) -> list[dict[str, Any]]:
+    """The rows of curves.csv."""
+    return [
+        {
+            "variant": each.name,
+            "epoch": epoch.number,
+            "train_loss": epoch.train_loss,
+            "search_loss": epoch.search_loss,
+            "search_error": epoch.search_error,
+            "best": epoch.number == each.fitted.best_epoch,
+        }
+        for each in tuned
+        if each.fitted
+        for epoch in each.fitted.history
+    ]
+
+
+def certificate_rows(steps: Sequence[Step]) -> list[dict[str, Any]]:
+    """The rows of certificate.csv."""
+    return [
+        {
+            "variant": step.name,
+            "worse": step.worse,
+            "better": step.better,
+            "error_margin": step.margins[0],
+            "gap_margin": step.margins[1],
+            "error_p_value": step.p_values[0],
+            "gap_p_value": step.p_values[1],
+            "passed": step.passed,
+        }
+        for step in steps
+    ]
 
 
 def _manifest(
@@ -260,7 +311,13 @@ def _manifest(
         "certificate": asdict(certificate) | {"epsilon": config.epsilon, "eta": config.eta},
         "cross_validation": cross_validation if estimates else None,
         "normalisation": {"mean": list(setting.mean), "std": list(setting.std)},
-        "data": {"spec": config.data, "clean": roles.clean, "fingerprints": roles.fingerprints},
+        "data": {
+            "spec": config.data,
+            "clean": roles.clean,
+            "fitted": None if setting.fitted is None else list(setting.fitted),
+            "images": {role: len(getattr(roles, role)) for role in roles.fingerprints},
+            "fingerprints": roles.fingerprints,
+        },
         "labels": list(roles.label_names),
         "seed": config.seed,
         **({"head": asdict(setting.head)} if setting.head else {}),

@@ -7,10 +7,13 @@ bit.
 
 from __future__ import annotations
 
+import json
+import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import jax
@@ -26,6 +29,7 @@ from treesurgeon.search.conclusion import Outcome, conclude, recall
 from treesurgeon.search.config import Config, RunError, claim, identity
 from treesurgeon.search.evaluate import Batches, Evaluator, batches, in_precision, loss_and_error
 from treesurgeon.search.finalists import finish, pick
+from treesurgeon.search.page import write_page
 from treesurgeon.search.setting import Setting, prepare
 from treesurgeon.search.space import Space, build, first_stage
 from treesurgeon.search.state import States
@@ -35,6 +39,7 @@ Say = Callable[[str], None]
 
 CALIBRATION = 256  # images of train that units are ranked on
 SWEEP_IMAGES = 128  # of search
+PACKAGES = ("treesurgeon", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 FISHER_IMAGES = 64  # each takes a backward pass of its own
 
 
@@ -62,17 +67,52 @@ def run(config: Config, say: Say = print) -> Outcome:
     claim(config, identity(config, {"data": roles.fingerprints, "checkpoint": setting.checkpoint}))
     if (config.directory / "selected").exists():
         say("this run is complete; choose another --out to run again")
-        return recall(setting, say)
+        if not (config.directory / "report.html").exists():
+            say(f"it has no report: treesurgeon report {config.directory} writes it")
+        return recall(setting)
     states = States(config.directory / "state")
     scores = states.arrays("scores", lambda: rank(setting))
     space = build_space(setting, scores)
+    record(setting, space)
     variants = np.prod(space.cardinality.astype(float))
     say(f"searching {len(space.groups)} groups and {len(space.blocks)} blocks: {variants:.1e} variants")
     budget = make_budget(setting, space, states, say)
     front = search(setting, space, budget, states, say)
     picked = pick(setting, space, budget, front, say)
     tuned = [finish(setting, f"v{i}", space.to_plan(genome), found, say) for i, (genome, found) in enumerate(picked, 1)]
-    return conclude(setting, space, budget, [genome for genome, _ in picked], tuned, say)
+    outcome = conclude(setting, space, budget, [genome for genome, _ in picked], tuned)
+    say(f"wrote {write_page(config.directory)}")
+    return outcome
+
+
+def record(setting: Setting, space: Space) -> None:
+    """Write down what is searched, and where: `groups.csv`, `blocks.csv`, `pinned.csv`, `environment.json`."""
+    graph, directory = setting.subject.graph, setting.config.directory
+    groups = []
+    for name, group in graph.groups.items():
+        made = {member.path for member in group.members if member.makes}
+        inside = [i for i, block in enumerate(graph.blocks.values()) if made and made <= set(block.leaves)]
+        groups.append({"group": name, "size": group.size, "widths": space.widths.get(name), "blocks": inside})
+    blocks = [
+        {"block": name, "parent": block.parent, "searched": name in space.blocks, "leaves": block.leaves}
+        for name, block in graph.blocks.items()
+    ]
+    pins = [{"axis": axis, "reason": str(reason)} for axis, reason in graph.pinned.items()]
+    report.write_table(directory / "groups.csv", report.GROUP_COLUMNS, groups)
+    report.write_table(directory / "blocks.csv", report.BLOCK_COLUMNS, blocks)
+    report.write_table(directory / "pinned.csv", report.PIN_COLUMNS, pins)
+    (directory / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """The versions and the device that results belong to; nothing that tells whose machine it is."""
+    device = jax.devices()[0]
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": f"{device.device_kind} ({device.platform}), {jax.device_count()} of them",
+    }
 
 
 def rank(setting: Setting, criterion: str | None = None) -> dict[str, np.ndarray]:
@@ -201,6 +241,7 @@ def search(setting: Setting, space: Space, budget: Budget, states: States, say: 
             references = references.joined(size[within], losses)
         state = evolve.tell(state, children, np.stack([size, loss], 1), violation)
         seen = {"genome": np.asarray(children), "loss": loss, "error": error, "violation": violation, **costs}
+        seen["kept"] = kept_units(space, masks)
         seen.pop("size")
         rows = [{name: values[i] for name, values in seen.items()} for i in range(config.population)]
         report.write_generation(config.directory / "candidates.csv", done, rows)
@@ -209,6 +250,14 @@ def search(setting: Setting, space: Space, budget: Budget, states: States, say: 
     if evaluator.compiled > 2:
         raise RunError(f"the search compiled {evaluator.compiled} programs instead of 2: please report this")
     return evolve.front(state)
+
+
+def kept_units(space: Space, masks: Any) -> np.ndarray:
+    """Units that candidates keep of every group, `int[candidates, groups]`, from their stacked masks."""
+    count = len(next(iter([*masks["units"].values(), *masks["blocks"].values()])))
+    units = {group: np.asarray(mask).sum(-1) for group, mask in masks["units"].items()}
+    kept = [units.get(group, np.full(count, size)) for group, size in space.sizes.items()]
+    return np.array(kept, int).reshape(-1, count).T
 
 
 def make_evaluator(setting: Setting, space: Space) -> Evaluator:

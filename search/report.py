@@ -1,4 +1,4 @@
-"""What a search leaves for people and for spreadsheets: the table, `candidates.csv`, `front.csv`."""
+"""What a search leaves for people and for spreadsheets: the table, and a CSV file for all that a report shows."""
 
 import csv
 import io
@@ -27,9 +27,37 @@ CANDIDATE_COLUMNS = (
     "activation_bytes",
     "latency",
     "memory",
-    "genome",
+    "kept",  # units of each group of groups.csv, in its order
+    "genome",  # the last genes are the searched blocks of blocks.csv, in its order: 1 keeps, 0 drops
 )
 SENSITIVITY_COLUMNS = ("kind", "name", "kept", "rise")
+GROUP_COLUMNS = ("group", "size", "widths", "blocks")  # the last: rows of blocks.csv, from 0, it goes away with
+BLOCK_COLUMNS = ("block", "parent", "searched", "leaves")
+PIN_COLUMNS = ("axis", "reason")
+CURVE_COLUMNS = ("variant", "epoch", "train_loss", "search_loss", "search_error", "best")
+SPLITS = ("train", "search", "test")
+RESULT_COLUMNS = (
+    "variant",
+    "selected",
+    "params",
+    "macs",
+    "bytes",
+    "activation_bytes",
+    "latency",
+    "memory",
+    *(f"{split}{end}" for split in SPLITS for end in ("", "_low", "_high", "_images")),
+    "gap",
+)
+CERTIFICATE_COLUMNS = (
+    "variant",
+    "worse",
+    "better",
+    "error_margin",
+    "gap_margin",
+    "error_p_value",
+    "gap_p_value",
+    "passed",
+)
 FRONT_COLUMNS = (
     "variant",
     "selected",
@@ -93,7 +121,12 @@ def show(lines: Sequence[Line], console: Console | None = None, title: str | Non
 
 def text(lines: Sequence[Line]) -> str:
     """The table as aligned plain text."""
-    rows = [COLUMNS, *_cells(lines)]
+    return aligned([COLUMNS, *_cells(lines)])
+
+
+def aligned(table: Sequence[Sequence[str]]) -> str:
+    """A table with its head as plain text: the first column to the left, the others to the right."""
+    rows = list(map(tuple, table))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, tuple("-" * width for width in widths))
     first, *others = widths
@@ -115,12 +148,17 @@ def markdown(lines: Sequence[Line]) -> str:
 
 def write_front(path: str | os.PathLike[str], records: Sequence[Mapping[str, Any]]) -> None:
     """Write `front.csv`, a record for each finalist: keys from `FRONT_COLUMNS`, any may be absent."""
-    _write(Path(path), FRONT_COLUMNS, [_row(FRONT_COLUMNS, record) for record in records])
+    write_table(path, FRONT_COLUMNS, records)
 
 
 def write_sensitivity(path: str | os.PathLike[str], records: Sequence[Mapping[str, Any]]) -> None:
     """Write `sensitivity.csv`: the rise of the loss for each change by itself."""
-    _write(Path(path), SENSITIVITY_COLUMNS, [_row(SENSITIVITY_COLUMNS, record) for record in records])
+    write_table(path, SENSITIVITY_COLUMNS, records)
+
+
+def write_table(path: str | os.PathLike[str], columns: Sequence[str], records: Sequence[Mapping[str, Any]]) -> None:
+    """Write a table as CSV: keys from `columns`, any may be absent."""
+    _write(Path(path), columns, [_row(columns, record) for record in records])
 
 
 def write_depth(path: str | os.PathLike[str], records: Sequence[Mapping[str, Any]]) -> None:
@@ -153,20 +191,26 @@ def _cells(lines: Sequence[Line]) -> list[tuple[str, ...]]:
     return [
         (
             line.variant,
-            _count(line.params, lines[0].params),
-            _count(line.macs, lines[0].macs),
-            *(UNKNOWN if score is None else line.metric.show(score) for score in (line.train, line.search, line.test)),
+            count(line.params, lines[0].params),
+            count(line.macs, lines[0].macs),
+            *(shown(line.metric, score) for score in (line.train, line.search, line.test)),
             UNKNOWN if line.gap is None else line.metric.amount(line.gap, sign=True).split()[0],
         )
         for line in lines
     ]
 
 
-def _count(value: int, dense: int) -> str:
+def count(value: float, dense: float) -> str:
+    """A count in few digits, and its share of the dense model's."""
     for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= scale:
             return f"{value / scale:.2f} {unit} ({value / dense:.0%})"
-    return f"{value} ({value / dense:.0%})" if dense else str(value)
+    return f"{value:g} ({value / dense:.0%})" if dense else f"{value:g}"
+
+
+def shown(metric: Metric, score: float | None) -> str:
+    """A score, or an error, as the metric is written."""
+    return UNKNOWN if score is None else metric.show(score)
 
 
 def _row(columns: Sequence[str], record: Mapping[str, Any]) -> list[str]:

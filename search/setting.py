@@ -29,6 +29,7 @@ class Setting:
         mean, std: what images are normalised with.
         budget: absolute limits.
         checkpoint: SHA-256 of the variables as the checkpoint holds them.
+        fitted: splits that the checkpoint was fitted on; None where that is unknown.
         head: what replaced the checkpoint's head, if anything did.
     """
 
@@ -39,6 +40,7 @@ class Setting:
     std: tuple[float, ...]
     budget: Mapping[str, float]
     checkpoint: str
+    fitted: tuple[str, ...] | None
     head: NewHead | None = None
 
 
@@ -51,6 +53,7 @@ class Opened:
     labels: Labels
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    fitted: tuple[str, ...] | None
 
 
 def open_parts(config: Config) -> Opened:
@@ -79,7 +82,7 @@ def open_parts(config: Config) -> Opened:
     )
     seen = {role: getattr(roles, role).labels for role in ROLES}
     config.judged_by.check(seen, roles.label_names)
-    return Opened(subject, roles, labels, tuple(mean), tuple(std))
+    return Opened(subject, roles, labels, tuple(mean), tuple(std), fitted)
 
 
 def prepare(config: Config) -> Setting:
@@ -92,7 +95,7 @@ def prepare(config: Config) -> Setting:
         subject, head = with_new_head(subject, opened.labels, opened.roles)
     dense = engine.cost(subject.graph, engine.Plan())._asdict()
     budget = limits(config.budget, dense)
-    return Setting(config, subject, opened.roles, opened.mean, opened.std, budget, checkpoint, head)
+    return Setting(config, subject, opened.roles, opened.mean, opened.std, budget, checkpoint, opened.fitted, head)
 
 
 def fingerprint(tree: Any) -> str:

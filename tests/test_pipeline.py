@@ -1,9 +1,11 @@
 """The road end to end, as a user walks it: by the command line, on a model of the user's own, killed and resumed."""
 
+import contextlib
 import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,11 +24,13 @@ from treesurgeon.engine import TreesurgeonError
 from treesurgeon.models import ModelError
 from treesurgeon.search import Config, RunError, open_source, run, split_roles
 from treesurgeon.search.budget import Budget
+from treesurgeon.search.cli import main
 from treesurgeon.search.conclusion import find_certificate
 from treesurgeon.search.config import Criterion
 from treesurgeon.search.latency import profile_plan
 from treesurgeon.search.openings import claim_opening
 from treesurgeon.search.pipeline import rank, starting_points
+from treesurgeon.search.records import numbers, open_run
 from treesurgeon.search.selection import Finalist, Verdict
 from treesurgeon.search.setting import fingerprint, prepare
 from treesurgeon.search.space import build
@@ -83,7 +87,7 @@ def command(place: Path, out: str, *more: str, model: str = "mine:Tiny", checkpo
 
 
 def finish(process) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=900)  # a safety net, not a measure: others may be at work
     return process.returncode, out, err
 
 
@@ -115,6 +119,81 @@ def test_run_selects_saves_and_reports(place, whole):
     assert {row["generation"] for row in rows} == {"0", "1", "2", "3"}
 
 
+def test_a_run_leaves_all_that_a_report_needs(whole):
+    run_dir, out = whole
+    assert f"wrote {run_dir / 'report.html'}" in out
+    found = open_run(run_dir)
+    metrics = found.manifest["metrics"]
+    for row in found.tables["results"]:
+        named = metrics[row["variant"]]
+        assert int(row["params"]) == named["params"]
+        assert float(row["test"]) == named["test_accuracy"]
+        assert float(row["test_low"]) < named["test_accuracy"] < float(row["test_high"])
+        assert int(row["test_images"]) == found.manifest["data"]["images"]["test"]
+    assert int(found.dense["bytes"]) == sum(
+        leaf.nbytes for leaf in jax.tree.leaves(ocp.load(str(run_dir.parent / "checkpoint")))
+    )
+    finalists = {row["variant"] for row in found.tables["front"]}
+    curves = found.tables["curves"]
+    assert [row["variant"] for row in curves if row["best"] == "True"] == sorted(finalists)
+    assert {row["epoch"] for row in curves} == {"0", "1"}
+    searched = [(i, row) for i, row in enumerate(found.tables["groups"]) if row["widths"]]
+    undropped = 0
+    for row in found.tables["candidates"]:
+        kept, genome = numbers(row["kept"]), numbers(row["genome"])
+        assert all(k <= int(group["size"]) for k, group in zip(kept, found.tables["groups"], strict=True))
+        if all(genome[len(searched) :]):  # no ties
+            undropped += 1
+            levels = [(kept[i], numbers(group["widths"])) for i, group in searched]
+            assert all(k == widths[gene] for (k, widths), gene in zip(levels, genome, strict=False))
+    assert undropped
+    assert sum(row["searched"] == "True" for row in found.tables["blocks"]) == len(genome) - len(searched)
+    assert found.environment["jax"] == jax.__version__
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "words"),
+    [
+        ({}, 0, "Verified: "),
+        ({"test_accuracy": 0.5}, 1, "the manifest says 50.00%"),
+        ({"params": 1}, 1, "the manifest says 1"),
+        ({"macs": 2}, 1, "the manifest says 2"),
+        ({"seed": 5}, 1, "other test images"),
+        ({"seed": None}, 2, "does not say 'seed'"),
+    ],
+)
+def test_verify_compares_with_the_manifest(place, whole, tmp_path, monkeypatch, capsys, changes, code, words):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(place / "tfds"))
+    monkeypatch.chdir(place)
+    monkeypatch.syspath_prepend(str(place))
+    shutil.copytree(whole[0] / "selected", tmp_path / "elsewhere")
+    path = tmp_path / "elsewhere/manifest.json"
+    manifest = json.loads(path.read_text())
+    for name, value in changes.items():
+        within = manifest if name == "seed" else manifest["metrics"][manifest["selected"]]
+        within[name] = value
+    if changes.get("seed", 0) is None:
+        del manifest["seed"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(SystemExit) if code else contextlib.nullcontext() as caught:
+        main(["verify", str(path.parent), "--data", "digits", "--allow-import"])
+    assert (caught.value.code if caught else 0) == code
+    assert words in "".join(capsys.readouterr())
+
+
+def test_the_outcome_as_json(place, whole):
+    code, out, err = finish(command(place, "whole", "--json"))
+    assert code == 0, err
+    assert "this run is complete" in err
+    found = json.loads(out)
+    manifest = json.loads((whole[0] / "selected/manifest.json").read_text())
+    assert found["verdict"] == manifest["verdict"]
+    assert {m["variant"]: m["test"] for m in found["models"]} == {
+        name: entry["test_accuracy"] for name, entry in manifest["metrics"].items()
+    }
+    assert [m["variant"] for m in found["models"] if m["selected"]] == [manifest["selected"]]
+
+
 def test_selected_model_scores_as_the_manifest_says_in_another_process(place, whole, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(place / "tfds"))
     run_dir, _ = whole
@@ -137,6 +216,16 @@ def test_killed_runs_go_on_bit_for_bit(place, whole):
     process = command(place, "killed")
     assert process.stdout
     for line in process.stdout:
+        if line.startswith("generation   1/"):
+            break
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process)
+    assert code == 130
+    assert f"saved in {place / 'killed'}: run the same command again" in err
+    assert "Traceback" not in err
+    process = command(place, "killed")
+    assert process.stdout
+    for line in process.stdout:
         if line.startswith("generation   2/"):
             break
     process.send_signal(signal.SIGKILL)
@@ -152,7 +241,7 @@ def test_a_complete_run_is_shown_again(place, whole, monkeypatch):
     code, out, err = finish(command(place, "whole"))
     assert code == 0, err
     assert "complete" in out
-    assert out.splitlines()[-1] == whole[1].splitlines()[-2]
+    assert out.splitlines()[-7:] == whole[1].splitlines()[-7:]  # the table, the sentence, the place
     assert contents(whole[0]) == before
 
 

@@ -1,0 +1,185 @@
+"""`report.html`: one file that works offline, and the plots beside it as SVG.
+
+Everything comes from the run's directory (see records.py), so that a report can be made again at any time, anywhere.
+The page may load nothing: its security policy names its one script by hash, and forbids all else.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from treesurgeon.search import charts, markup, panels
+from treesurgeon.search.charts import short
+from treesurgeon.search.markup import Html, element, join, table
+from treesurgeon.search.metrics import ACCURACY
+from treesurgeon.search.records import DENSE, FAILS, NONE, PASSED, Run, known, number, open_run
+from treesurgeon.search.report import SPLITS, UNKNOWN, shown
+
+BADGES = {
+    PASSED: ("good", "Certificate: passed"),
+    FAILS: ("bad", "Certificate: fails"),
+    NONE: ("open", "Not certified"),
+    DENSE: ("open", "Certificate: nothing smaller passed"),
+}
+
+
+def write_page(directory: Path) -> Path:
+    """Write `report.html` and its plots into a run's directory, and return its path.
+
+    Raises:
+        RunError: the directory holds no complete run.
+    """
+    run = open_run(directory)
+    plots = {
+        "pareto": [panels.pareto(run)],
+        "network": [panels.network(run)],
+        "sensitivity": [panels.sensitivity(run)],
+        "curves": [chart for _, chart, _ in panels.learning(run)],
+    }
+    for name, drawn in plots.items():
+        if drawn:
+            _write(directory / f"{name}.svg", charts.document(drawn))
+    path = directory / "report.html"
+    _write(path, page(run))
+    return path
+
+
+def page(run: Run) -> str:
+    """The text of `report.html`."""
+    beside = Path(__file__).parent
+    script = (beside / "page.js").read_text(encoding="utf-8")
+    kind, badge = BADGES[run.status]
+    return Template((beside / "page.html").read_text(encoding="utf-8")).substitute(
+        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        style=charts.CSS + (beside / "page.css").read_text(encoding="utf-8"),
+        script=script,
+        data=markup.embedded("data", panels.plot_data(run)),
+        title=markup.escape(f"{run.config['model']}, pruned"),
+        badge=element("p", badge, class_=f"badge {kind}"),
+        verdict=element("p", run.manifest["verdict"]["sentence"], class_="verdict"),
+        results=results(run),
+        plot=panels.pareto(run).inline(),
+        axes_x=panels.options(run, panels.default_axes(run)[0]),
+        axes_y=panels.options(run, panels.default_axes(run)[1]),
+        unscored=markup.escape(panels.unscored(run)),
+        front=panels.front(run),
+        network=panels.before_and_after(run),
+        sensitivity=panels.sensitivities(run),
+        curves=panels.learning_curves(run),
+        certificate=certificate(run),
+        pinned=pinned(run),
+        settings=settings(run),
+    )
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def results(run: Run) -> Html:
+    """Dense and the finalists, the selected one marked."""
+    rows = run.tables["results"]
+    reasons = {row["variant"]: row["reason"] for row in run.tables["front"]}
+    measured = [name for name in ("latency", "memory") if number(run.dense[name]) is not None]
+    units = {"latency": "latency, ms", "memory": "peak memory, bytes"}
+    head = [
+        "model",
+        "parameters",
+        "MACs",
+        "bytes",
+        *(units[name] for name in measured),
+        *SPLITS,
+        f"gap, {run.metric.unit}",
+        "verdict",
+    ]
+    cells = []
+    for row in rows:
+        line: list[str] = [row["variant"] + (" (selected)" if row["selected"] == "True" else "")]
+        for name in ("params", "macs", "bytes"):
+            share = element("span", f"{known(row, name) / max(known(run.dense, name), 1):.1%}", class_="small")
+            line.append(join([short(known(row, name)), share]))
+        line += [short(known(row, name)) for name in measured]
+        for split in SPLITS:
+            cell = [shown(run.metric, number(row[split]))]
+            low, high = number(row[f"{split}_low"]), number(row[f"{split}_high"])
+            if low is not None and high is not None:
+                cell.append(element("span", f"{100 * low:.2f} to {100 * high:.2f}", class_="small"))
+            line.append(join(cell))
+        gap = number(row["gap"])
+        wider = UNKNOWN if gap is None else run.metric.amount(gap, sign=True).split()[0]
+        line += [wider, reasons.get(row["variant"], UNKNOWN)]
+        cells.append(line)
+    images = ", ".join(f"{known(run.dense, f'{split}_images'):,.0f} of {split}" for split in SPLITS)
+    what = "Accuracy with its 95 % interval (Wilson)" if run.metric is ACCURACY else run.metric.description
+    caption = f"{what}, on images: {images}. Quote test: no choice went by it."
+    chosen = [i for i, row in enumerate(rows) if row["selected"] == "True"]
+    return table(caption, head, cells, "w".ljust(len(head) - 1, "n") + "t", chosen)
+
+
+def certificate(run: Run) -> Html:
+    """The tests that were made on `certify`, and what they mean."""
+    found, steps = run.manifest["certificate"], run.tables["certificate"]
+    out: list[str] = [element("p", found["sentence"])]
+    if steps:
+        caption = f"Tests on {found['count']:,} images of certify, in their order, each at level {found['delta']:g}"
+        head = ("variant", "images lost", "gained", "error margin", "p", "gap margin", "p", "outcome")
+        cells = [
+            (
+                *(step[name] for name in ("variant", "worse", "better")),
+                run.metric.amount(known(step, "error_margin")),
+                f"{known(step, 'error_p_value'):.2g}",
+                run.metric.amount(known(step, "gap_margin")),
+                f"{known(step, 'gap_p_value'):.2g}",
+                "passed" if step["passed"] == "True" else "failed",
+            )
+            for step in steps
+        ]
+        out.append(table(caption, head, cells, "wnnnnnnw"))
+    return join(out)
+
+
+# --- the rest ---------------------------------------------------------------------------------------------------------
+
+
+def pinned(run: Run) -> Html:
+    """What may not change, and why."""
+    rows = [(row["axis"], row["reason"]) for row in run.tables["pinned"]]
+    return table(f"{len(rows)} axes of parameters that may not change", ("axis", "why"), rows, "wt")
+
+
+def settings(run: Run) -> Html:
+    """Configuration, versions, seed, fingerprints."""
+    config = {name: _shown(value) for name, value in run.config.items() if name not in ("data", "checkpoint")}
+    data = run.manifest["data"]
+    fitted = data["fitted"]
+    facts = {
+        "seed": str(run.manifest["seed"]),
+        "data": data["spec"],
+        "checkpoint": element("code", run.config["checkpoint"]),
+        "the checkpoint was fitted on": "unknown" if fitted is None else ", ".join(fitted) or "none of this data",
+        **{
+            f"{role}, {data['images'][role]:,} images": element("code", digest)
+            for role, digest in data["fingerprints"].items()
+        },
+    }
+    normalisation = run.manifest["normalisation"]
+    facts |= {f"{name} of images": ", ".join(map(str, values)) for name, values in normalisation.items()}
+    parts = {"Data and seed": facts, "Versions": run.environment, "Configuration": config}
+    return join([part for title, entries in parts.items() for part in (element("h3", title), markup.pairs(entries))])
+
+
+def _shown(value: Any) -> str:
+    if value is None or value in ("", []):
+        return UNKNOWN
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _write(path: Path, content: str) -> None:
+    """In one step, so that nobody meets half a file."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(content, encoding="utf-8")
+    beside.replace(path)

@@ -1,0 +1,291 @@
+"""The panels of a report: candidates, the network before and after, sensitivities, learning curves.
+
+Each is there as a static chart (see charts.py), and as HTML or as data for the page's script.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from treesurgeon.search import charts
+from treesurgeon.search.charts import Bar, Chart, Point, short
+from treesurgeon.search.markup import Html, element, join, table
+from treesurgeon.search.metrics import ACCURACY
+from treesurgeon.search.records import Row, Run, known, number, numbers
+from treesurgeon.search.report import UNKNOWN, shown
+
+AXES = {
+    "params": "parameters",
+    "macs": "multiply-accumulates",
+    "activation_bytes": "activation bytes",
+    "latency": "latency (predicted), ms",
+    "memory": "peak memory (predicted), bytes",
+    "error": "error on search",
+    "loss": "loss on search",
+    "generation": "generation",
+}
+RISE = 0.05  # below this the loss on `search` counts as level
+
+
+# --- candidates -------------------------------------------------------------------------------------------------------
+
+
+def plot_data(run: Run) -> dict[str, Any]:
+    """What the interactive plot knows: `candidates.csv` with the models that were finished, as JSON values."""
+    names = [name for name in AXES if name in _axes(run)]
+    candidates = [
+        {
+            "candidate": int(row["candidate"]),
+            **{name: number(row[name]) for name in dict.fromkeys([*names, "generation"])},
+            "within": number(row["violation"]) == 0,
+            "kept": numbers(row["kept"]),
+            "dropped": _dropped(run, row),
+        }
+        for row in run.tables["candidates"]
+    ]
+    words = {row["variant"]: row["description"] for row in run.tables["front"]}
+    models = [
+        {
+            "name": row["variant"],
+            "selected": row["selected"] == "True",
+            "description": words.get(row["variant"], "everything kept"),
+            **{name: _model_value(run, row, name) for name in names},
+        }
+        for row in run.tables["results"]
+    ]
+    return {
+        "axes": {name: AXES[name] for name in names},
+        "groups": [
+            {"name": row["group"], "size": int(row["size"]), "blocks": numbers(row["blocks"])}
+            for row in run.tables["groups"]
+        ],
+        "blocks": [row["block"] for row in run.tables["blocks"]],
+        "candidates": candidates,
+        "models": models,
+    }
+
+
+def pareto(run: Run) -> Chart:
+    """The plot as it is before any script runs."""
+    x, y = default_axes(run)
+    points = [
+        Point(a, b) for row in _scored(run) if (a := number(row[x])) is not None and (b := number(row[y])) is not None
+    ]
+    models = [
+        Point(a, b, row["variant"], row["selected"] == "True")
+        for row in run.tables["results"]
+        if (a := _model_value(run, row, x)) is not None and (b := _model_value(run, row, y)) is not None
+    ]
+    label = (
+        f"{len(points)} candidates by {AXES[x]} and {AXES[y]}, with the finished models; the table below names the best"
+    )
+    return charts.pareto(points, models, AXES[x], AXES[y], label)
+
+
+def front(run: Run) -> Html:
+    """The candidates that no other beats on the plot's first axes, as a table."""
+    x, y = default_axes(run)
+    rows = {Point(number(row[x]) or 0, number(row[y]) or 0): row for row in reversed(_scored(run))}
+    best = [rows[point] for point in charts.front(list(rows))]
+    names = [name for name in AXES if name in _axes(run) and name != "generation"]
+    cells = [
+        [f"{row['generation']}.{row['candidate']}", *(short(known(row, name)) for name in names), _changes(run, row)]
+        for row in best
+    ]
+    caption = f"Candidates that no other beats by both {AXES[x]} and {AXES[y]}, as generation.candidate"
+    head = ["candidate", *(AXES[name] for name in names), "units kept, and blocks dropped"]
+    return table(caption, head, cells, "w".ljust(len(head) - 1, "n") + "t")
+
+
+def _scored(run: Run) -> list[Row]:
+    return [
+        row for row in run.tables["candidates"] if number(row["violation"]) == 0 and number(row["loss"]) is not None
+    ]
+
+
+def unscored(run: Run) -> str:
+    """How many candidates are not in the plot, and why."""
+    missing = len(run.tables["candidates"]) - len(_scored(run))
+    return f"{missing} more were over the budget and have no score." if missing else ""
+
+
+def _axes(run: Run) -> list[str]:
+    """The axes on which anything is known."""
+    return [name for name in AXES if any(number(row[name]) is not None for row in run.tables["candidates"])]
+
+
+def default_axes(run: Run) -> tuple[str, str]:
+    """What the plot shows first: the budget's cost and the error."""
+    limits = (name for name in ("macs", "params", "activation_bytes", "latency", "memory") if run.config.get(name))
+    return next(limits, "params"), "error"
+
+
+def _model_value(run: Run, row: Row, axis: str) -> float | None:
+    """A finished model on an axis; its latency and memory are measured, the candidates' predicted.
+
+    The error of candidates is the share of wrong answers, whatever models were judged by.
+    """
+    if axis == "error":
+        score = number(row["search"])
+        return 1 - score if score is not None and run.metric is ACCURACY else None
+    return number(row[axis]) if axis in ("params", "macs", "activation_bytes") else None
+
+
+def options(run: Run, chosen: str) -> Html:
+    """The axes to pick from."""
+
+    def option(name: str) -> Html:
+        return element("option", AXES[name], value=name, **({"selected": ""} if name == chosen else {}))
+
+    return join([option(name) for name in _axes(run)])
+
+
+def _dropped(run: Run, row: Row) -> list[int]:
+    """The blocks that a candidate drops, as rows of blocks.csv."""
+    searched = [i for i, block in enumerate(run.tables["blocks"]) if block["searched"] == "True"]
+    genes = numbers(row["genome"])
+    return [i for i, gene in zip(searched, genes[len(genes) - len(searched) :], strict=True) if not gene]
+
+
+def _changes(run: Run, row: Row) -> str:
+    groups, blocks = run.tables["groups"], run.tables["blocks"]
+    gone = _dropped(run, row)
+    kept = [
+        f"{group['group']} {units} of {group['size']}"
+        for group, units in zip(groups, numbers(row["kept"]), strict=True)
+        if units != int(group["size"]) and not set(gone) & set(numbers(group["blocks"]))
+    ]
+    return "; ".join(kept + [f"without {blocks[i]['block']}" for i in gone]) or "everything kept"
+
+
+# --- the network ------------------------------------------------------------------------------------------------------
+
+
+def _groups(run: Run) -> list[tuple[str, int, int, bool]]:
+    """Name, size, kept units of every group, and whether it went away with a block."""
+    plan = run.manifest["plan"]
+    gone = {i for i, row in enumerate(run.tables["blocks"]) if row["block"] in plan["drop"]}
+    out = []
+    for row in run.tables["groups"]:
+        name, size = row["group"], int(row["size"])
+        struck = bool(gone & set(numbers(row["blocks"])))
+        out.append((name, size, 0 if struck else len(plan["keep"].get(name, range(size))), struck))
+    return out
+
+
+def network(run: Run) -> Chart:
+    """A bar per group: kept of size."""
+    rows = [Bar(name, size, kept, f"{kept} of {size}", struck) for name, size, kept, struck in _groups(run)]
+    title = f"{run.config['model']}: units kept in {run.selected['variant']}, struck out with a dropped block"
+    return charts.bars(title, rows, title)
+
+
+def before_and_after(run: Run) -> Html:
+    """The network before and after."""
+    rows = _groups(run)
+    most = max((size for _, size, _, _ in rows), default=1)
+    cells = [
+        (
+            element("del", name) if struck else name,
+            _bar(size / most, kept / size),
+            "dropped" if struck else f"{kept} of {size}",
+        )
+        for name, size, kept, struck in rows
+    ]
+    units = table(f"Units that {run.selected['variant']} keeps of each group", ("group", "units", "kept"), cells, "www")
+    drop = set(run.manifest["plan"]["drop"])
+    blocks = [
+        element("li", join([element("del", row["block"]), " dropped"]) if row["block"] in drop else row["block"])
+        for row in run.tables["blocks"]
+    ]
+    if not blocks:
+        return join([units, element("p", "The network has no block that can be dropped.")])
+    title = element("h3", f"Blocks that can be dropped: {len(drop)} of {len(blocks)} are")
+    return join([units, title, element("ul", join(blocks), class_="blocks")])
+
+
+def sensitivity(run: Run) -> Chart:
+    """A bar per group and block: how far one change by itself moves the answers."""
+    rows = _rises(run)
+    title = "How far one change by itself moves the dense model's answers, in nats"
+    return charts.bars(title, [Bar(f"{name}, {what}", rise, rise, f"{rise:.3g}") for name, what, rise in rows], title)
+
+
+def sensitivities(run: Run) -> Html:
+    """The same, as a table."""
+    rows = _rises(run)
+    if not rows:
+        return element("p", "Nothing was measured.")
+    most = max(rise for _, _, rise in rows) or 1.0
+    caption = "How far each change by itself moves the dense model's answers (Kullback-Leibler divergence), most first"
+    cells = [(name, what, _bar(rise / most, 1), f"{rise:.2g}") for name, what, rise in rows]
+    return table(caption, ("group or block", "change", "divergence", "nats"), cells, "www")
+
+
+def _rises(run: Run) -> list[tuple[str, str, float]]:
+    """Name, change and rise: for a block without it, for a group near half of its units. The largest come first."""
+    sizes = {row["group"]: int(row["size"]) for row in run.tables["groups"]}
+    out, halves = [], {}
+    for row in run.tables["sensitivity"]:
+        name, kept, rise = row["name"], int(row["kept"]), number(row["rise"])
+        if rise is None:
+            continue
+        if row["kind"] == "block":
+            out.append((name, "dropped", rise))
+        elif name not in halves or abs(2 * kept - sizes[name]) < abs(2 * halves[name][0] - sizes[name]):
+            halves[name] = kept, rise
+    out += [(name, f"{kept} of {sizes[name]}", rise) for name, (kept, rise) in halves.items()]
+    return sorted(out, key=lambda entry: -entry[2])
+
+
+# --- learning ---------------------------------------------------------------------------------------------------------
+
+
+def overfitting(train: Sequence[float | None], search: Sequence[float]) -> int | None:
+    """The first epoch of overfitting: after it the loss on `search` ends `RISE` above its least, `train`'s falls on."""
+    least = search.index(min(search))
+    before, last = train[min(max(least, 1), len(train) - 1)], train[-1]
+    falls = before is not None and last is not None and last < before
+    return least + 1 if falls and search[-1] > (1 + RISE) * search[least] else None
+
+
+def learning(run: Run) -> list[tuple[str, Chart, Html]]:
+    """For each finalist its name, its curves, and the same as a table."""
+    out = []
+    for name in dict.fromkeys(row["variant"] for row in run.tables["curves"]):
+        rows = [row for row in run.tables["curves"] if row["variant"] == name]
+        train, search = [number(row["train_loss"]) for row in rows], [known(row, "search_loss") for row in rows]
+        best = next(i for i, row in enumerate(rows) if row["best"] == "True")
+        start = overfitting(train, search)
+        words = "no overfitting is seen" if start is None else f"overfitting starts at epoch {start}"
+        label = f"{name}: loss on search from {search[0]:.3g} to {search[-1]:.3g}, epoch {best} is kept, {words}"
+        head = ("epoch", "train loss", "search loss", "search error")
+        cells = [
+            (
+                row["epoch"] + (" (kept)" if row["best"] == "True" else ""),
+                UNKNOWN if loss is None else f"{loss:.4f}",
+                f"{known(row, 'search_loss'):.4f}",
+                shown(run.metric, number(row["search_error"])),
+            )
+            for row, loss in zip(rows, train, strict=True)
+        ]
+        out.append(
+            (name, charts.curves(name, train, search, best, start, label), table(label, head, cells, "w", [best]))
+        )
+    return out
+
+
+def learning_curves(run: Run) -> Html:
+    """The curves side by side, their numbers folded away."""
+    found = learning(run)
+    if not found:
+        return element("p", "The finalists were not fine-tuned (--epochs 0), or there are none.")
+    figures = join([element("div", Html(chart.inline())) for _, chart, _ in found])
+    numbers_ = element("details", join([element("summary", "The numbers"), *(rows for _, _, rows in found)]))
+    return join([element("div", figures, class_="curves"), numbers_])
+
+
+def _bar(length: float, part: float) -> Html:
+    inner = element("span", "", style=f"width:{100 * part:.1f}%")
+    return element("span", inner, class_="bar", style=f"width:{max(100 * length, 1):.1f}%", aria_hidden="true")

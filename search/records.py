@@ -1,0 +1,153 @@
+"""A run's directory read back: all that a report or a comparison needs, from plain files."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from treesurgeon.search import report
+from treesurgeon.search.config import RunError
+from treesurgeon.search.metrics import METRICS, Metric
+
+TABLES: Mapping[str, Sequence[str]] = {
+    "results": report.RESULT_COLUMNS,
+    "front": report.FRONT_COLUMNS,
+    "candidates": report.CANDIDATE_COLUMNS,
+    "sensitivity": report.SENSITIVITY_COLUMNS,
+    "curves": report.CURVE_COLUMNS,
+    "certificate": report.CERTIFICATE_COLUMNS,
+    "groups": report.GROUP_COLUMNS,
+    "blocks": report.BLOCK_COLUMNS,
+    "pinned": report.PIN_COLUMNS,
+}
+Row = Mapping[str, str]
+PASSED, FAILS, NONE, DENSE = "passed", "fails", "not certified", "nothing smaller passed"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A complete run.
+
+    Attributes:
+        directory: where it is.
+        config, manifest, environment: `config.json`, `selected/manifest.json`, `environment.json`.
+        tables: the rows of every CSV file by its name without `.csv`.
+    """
+
+    directory: Path
+    config: Mapping[str, Any]
+    manifest: Mapping[str, Any]
+    environment: Mapping[str, str]
+    tables: Mapping[str, Sequence[Row]]
+
+    @property
+    def metric(self) -> Metric:
+        """What models were judged by."""
+        return METRICS[self.manifest["metric"]]
+
+    @property
+    def status(self) -> str:
+        """What became of the certificate: `PASSED`, `FAILS`, `NONE` or `DENSE`."""
+        found = self.manifest["certificate"]
+        if not found["valid"]:
+            return NONE
+        if found["selected"] == "dense":
+            return DENSE
+        return PASSED if found["passed"] else FAILS
+
+    @property
+    def dense(self) -> Row:
+        """The dense model's row of `results.csv`."""
+        return next(row for row in self.tables["results"] if row["variant"] == "dense")
+
+    @property
+    def selected(self) -> Row:
+        """The selected model's row of `results.csv`."""
+        return next(row for row in self.tables["results"] if row["selected"] == "True")
+
+
+def open_run(path: Path) -> Run:
+    """Read a run's directory.
+
+    Raises:
+        RunError: it is not one, it is not finished, or a file of it is missing or damaged.
+    """
+    if not path.is_dir():
+        raise RunError(f"{path} is not a directory: pass that of a run, such as runs/NAME")
+    if not (path / "config.json").is_file():
+        hint = "; pass the run's directory, one level up" if (path / "manifest.json").is_file() else ""
+        raise RunError(f"{path} holds no run: it has no config.json{hint}")
+    if not (path / "selected").is_dir():
+        raise RunError(f"{path} is not finished: run the same search again to go on, then come back")
+    run = Run(
+        path,
+        _json(path / "config.json"),
+        _json(path / "selected/manifest.json"),
+        _json(path / "environment.json"),
+        {name: _rows(path / f"{name}.csv", columns) for name, columns in TABLES.items()},
+    )
+    for name, wanted in (("dense", "variant=dense"), ("selected", "selected=True")):
+        key, value = wanted.split("=")
+        if sum(row.get(key) == value for row in run.tables["results"]) != 1:
+            raise RunError(f"{path}/results.csv does not have exactly one row of the {name} model: copy the run again")
+    return run
+
+
+def number(text: str) -> float | None:
+    """A field of a CSV file as a number; None where it is empty, not a number, or infinite."""
+    try:
+        value = float(text) if text else float("nan")
+    except ValueError:
+        raise RunError(f"expected a number in a table of the run, got {text!r}: copy the run again") from None
+    return value if abs(value) < float("inf") else None
+
+
+def known(row: Row, name: str) -> float:
+    """A field that must hold a number; nan where that is not finite."""
+    value = number(row[name])
+    return float("nan") if value is None else value
+
+
+def numbers(text: str) -> list[int]:
+    """A field that holds whole numbers joined by spaces."""
+    try:
+        return [int(part) for part in text.split()]
+    except ValueError:
+        raise RunError(f"expected whole numbers in a table of the run, got {text!r}: copy the run again") from None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise _missing(path) from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read ({error}): copy the run again") from error
+    if not isinstance(found, dict):
+        raise RunError(f"{path} does not hold a JSON object: copy the run again")
+    return found
+
+
+def _rows(path: Path, columns: Sequence[str]) -> list[Row]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            head, *rows = list(csv.reader(file)) or [[]]
+    except FileNotFoundError:
+        raise _missing(path) from None
+    except (OSError, ValueError, csv.Error) as error:
+        raise RunError(f"{path} cannot be read ({error}): copy the run again") from error
+    if tuple(head) != tuple(columns):
+        raise RunError(f"{path}: expected the columns {', '.join(columns)}, got {', '.join(head)}: repeat the run")
+    if short := [i for i, row in enumerate(rows, 2) if len(row) != len(columns)]:
+        raise RunError(f"{path}, line {short[0]}: expected {len(columns)} fields: copy the run again")
+    return [dict(zip(columns, row, strict=True)) for row in rows]
+
+
+def _missing(path: Path) -> RunError:
+    return RunError(
+        f"{path} is missing: the run was copied in part, or made by an older version; copy it again or repeat it"
+    )

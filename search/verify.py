@@ -1,0 +1,101 @@
+"""`treesurgeon verify`: does a selected model still do what its manifest says?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from treesurgeon import engine
+from treesurgeon.search.certificate import wilson
+from treesurgeon.search.config import RunError
+from treesurgeon.search.data import open_source, split_roles
+from treesurgeon.search.evaluate import measurer
+from treesurgeon.search.metrics import ACCURACY, METRICS
+from treesurgeon.search.selection import SLACK
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What to measure again, and on what."""
+
+    selected: Annotated[Path, tyro.conf.Positional]
+    """The `selected` directory of a run, wherever it was copied."""
+    data: str
+    """The data that the run was on, as for `treesurgeon search`."""
+    data_dir: str = ""
+    """Where TFDS datasets are. Default: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    tolerance: float = 0.002
+    """Share of the test images, one image at least, whose answers may differ: devices and versions round differently,
+    and an image whose two best answers are nearly equal then turns out otherwise."""
+    allow_import: bool = False
+    """Import a model outside the zoo, by the package.module:factory that the directory names."""
+
+
+def verify(options: Verification, say: Callable[[str], None]) -> bool:
+    """Measure a selected model and compare it with its manifest; whether they agree.
+
+    Raises:
+        ArtifactError: the directory is damaged.
+        RunError: the manifest says too little to measure it again.
+        DataError: the data cannot be read.
+    """
+    model = engine.load(options.selected, allow_import=options.allow_import)
+    claimed, data, seed, normalisation = _claims(options.selected, model.manifest)
+    shape = tuple(model.manifest["model"]["input_shape"])
+    source = open_source(options.data, options.data_dir or None)
+    fitted = None if data["fitted"] is None else tuple(data["fitted"])
+    mean, std = normalisation["mean"], normalisation["std"]
+    others: dict[str, int] = dict.fromkeys(("train", "search", "certify"), source.num_classes)  # not looked at
+    test = split_roles(source, fitted, input_shape=shape, mean=mean, std=std, seed=seed, caps=others).test
+    if test.fingerprint != data["fingerprints"]["test"]:
+        say(
+            f"Not verified: {options.data} gives other test images than the {data['images']['test']:,} that the "
+            f"manifest is about ({data['spec']}, seed {seed}): pass the same data."
+        )
+        return False
+    cost = engine.cost(model.graph, model.plan)
+    metric = METRICS[model.manifest["metric"]]
+    error = measurer(lambda variables, x: model.apply(variables, x), test, metric=metric)(model.variables)[1]
+    score, promised = metric.score(error), claimed[f"test_{metric.name}"]
+    allowed = max(options.tolerance, 1 / len(test))
+    apart = metric.amount(abs(score - promised))
+    interval = ""
+    if metric is ACCURACY:
+        interval = " ({:.2%} to {:.2%})".format(*wilson(score, len(test)))
+    faults = [
+        f"it has {found:,} {words}, the manifest says {claimed[name]:,}"
+        for name, words, found in (("params", "parameters", cost.params), ("macs", "multiply-accumulates", cost.macs))
+        if int(found) != claimed[name]
+    ]
+    if not abs(score - promised) <= allowed + SLACK:
+        faults.append(
+            f"its {metric.name} on {len(test):,} test images is {metric.show(score)}, the manifest says "
+            f"{metric.show(promised)}: {apart} apart, {metric.amount(allowed)} allowed for rounding"
+        )
+    if faults:
+        say(f"Not verified: {'; '.join(faults)}.")
+        return False
+    agreement = "as in the manifest" if score == promised else f"the manifest says {metric.show(promised)}"
+    say(
+        f"Verified: {int(cost.params):,} parameters and {int(cost.macs):,} multiply-accumulates, as in the manifest; "
+        f"{metric.name} {metric.show(score)}{interval} on {len(test):,} test images, {agreement}."
+    )
+    return True
+
+
+def _claims(path: Path, manifest: Any) -> tuple[Any, Any, int, Any]:
+    """What the manifest says of the selected model and of its data."""
+    try:
+        claimed, data = manifest["metrics"][manifest["selected"]], manifest["data"]
+        found = claimed, data, manifest["seed"], manifest["normalisation"]
+        _ = (claimed["params"], claimed["macs"], claimed[f"test_{manifest['metric']}"], data["spec"], data["fitted"])
+        _ = (data["fingerprints"]["test"], data["images"]["test"])
+    except (KeyError, TypeError) as error:
+        raise RunError(
+            f"{path}/manifest.json does not say {error}: it was not made by a search of this version; search again"
+        ) from error
+    return found

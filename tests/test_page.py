@@ -1,0 +1,385 @@
+"""The report: what it shows is what the run's files say, nothing in them becomes code, and it works in a browser."""
+
+import base64
+import csv
+import hashlib
+import json
+import re
+import shutil
+import tomllib
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from browser import BROWSER, browser
+from rundir import HOSTILE, make_run
+
+from treesurgeon.search import charts
+from treesurgeon.search.charts import Plane, Point
+from treesurgeon.search.cli import main
+from treesurgeon.search.config import RunError
+from treesurgeon.search.page import write_page
+from treesurgeon.search.panels import AXES, overfitting
+from treesurgeon.search.records import TABLES, open_run
+
+VOID = {"meta", "link", "br", "img", "input", "hr", "wbr"}
+
+
+class Reader(HTMLParser):
+    """Elements with their attributes and their text; fails where they are not closed in order."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.found, self._open = [], []
+        self.feed(text)
+        assert not self._open, self._open
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs), []))
+        if tag not in VOID:
+            self._open.append(self.found[-1])
+
+    def handle_startendtag(self, tag, attrs):
+        self.found.append((tag, dict(attrs), []))
+
+    def handle_endtag(self, tag):
+        assert self._open.pop()[0] == tag
+
+    def handle_data(self, data):
+        for _, _, text in self._open:
+            text.append(data)
+
+    def all(self, tag):
+        return [(attrs, "".join(text)) for name, attrs, text in self.found if name == tag]
+
+
+def rows(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def read(directory):
+    return Reader(write_page(directory).read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def made(tmp_path):
+    return make_run(tmp_path)
+
+
+def test_headings_tables_and_pictures_are_named(made):
+    page = read(made)
+    assert [text for _, text in page.all("h1")] == ["digits_cnn, pruned"]
+    identities = {attrs["id"] for attrs, _ in page.all("h2")}
+    assert {attrs["aria-labelledby"] for attrs, _ in page.all("section")} == identities
+    assert {attrs["href"][1:] for attrs, _ in page.all("a") if attrs["href"][0] == "#"} == identities
+    assert len(page.all("table")) == len(page.all("caption")) >= 8
+    assert all(attrs.get("scope") in ("col", "row") for attrs, _ in page.all("th"))
+    assert all(attrs["aria-label"] for attrs, _ in page.all("svg"))
+    assert [attrs["lang"] for attrs, _ in page.all("html")] == ["en"]
+    for attrs, _ in page.all("a"):
+        if not attrs["href"].startswith("#"):
+            assert (made / attrs["href"]).is_file()
+
+
+def test_nothing_is_asked_from_outside(made):
+    text = write_page(made).read_text()
+    assert "http" not in text.replace("http-equiv", "")
+    page = Reader(text)
+    assert not any(name in ("link", "img", "iframe", "object") or "src" in attrs for name, attrs, _ in page.found)
+    assert "url(" not in text
+    assert "@import" not in text
+    (policy,) = [attrs["content"] for attrs, _ in page.all("meta") if "http-equiv" in attrs]
+    (script,) = [body for attrs, body in page.all("script") if "type" not in attrs]
+    assert policy.startswith("default-src 'none'")
+    assert f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" in policy
+
+
+@pytest.mark.parametrize("budget", [None, 0.5])
+def test_the_data_of_the_plot_are_those_of_the_tables(tmp_path, budget):
+    made = make_run(tmp_path, budget=budget)
+    page = read(made)
+    (data,) = [json.loads(body) for attrs, body in page.all("script") if "type" in attrs]
+    table = rows(made / "candidates.csv")
+    assert len(data["candidates"]) == len(table) == 40
+    blocks = rows(made / "blocks.csv")
+    for found, row in zip(data["candidates"], table, strict=True):
+        for name in ("candidate", "generation", "params", "macs", "activation_bytes", "error"):
+            assert found[name] == float(row[name])
+        assert found["loss"] == (None if row["loss"] == "inf" else float(row["loss"]))
+        assert found["within"] == (row["violation"] == "0.0")
+        assert found["kept"] == [int(n) for n in row["kept"].split()]
+        genes = row["genome"].split()[-2:]
+        kept = [block["block"] for block, gene in zip(blocks[1:], genes, strict=True) if gene == "1"]
+        assert sorted(data["blocks"][i] for i in found["dropped"]) == sorted({b["block"] for b in blocks[1:]} - {*kept})
+    assert data["axes"] == {name: AXES[name] for name in AXES if name not in ("latency", "memory")}
+    assert [m["error"] for m in data["models"]] == [1 - float(row["search"]) for row in rows(made / "results.csv")]
+    over = sum(row["violation"] != "0.0" for row in table)
+    assert (f"{over} more were over the budget" in "".join(t for _, t in page.all("p"))) == bool(over)
+    chosen = [text for attrs, text in page.all("option") if "selected" in attrs]
+    assert chosen == [AXES["macs" if budget else "params"], AXES["error"]]
+
+
+def test_tables_say_what_the_files_say(made):
+    page = read(made)
+    cells = [text for _, text in page.all("td")]
+    for row in rows(made / "results.csv"):
+        for split in ("train", "search", "test"):
+            value, low, high = (100 * float(row[split + end]) for end in ("", "_low", "_high"))
+            assert f"{value:.2f}%{low:.2f} to {high:.2f}" in cells
+    assert "20 of 64" in cells  # the plan of the manifest
+    assert [text for _, text in page.all("del")] == ["layer1/conv", "layer1"]
+    for row in rows(made / "pinned.csv"):
+        assert row["reason"] in cells
+    values = [text for _, text in page.all("dd")]
+    assert {"c0ffee", "3.11", "first-stage", *open_run(made).manifest["data"]["fingerprints"].values()} <= {*values}
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        ("passed", "Certificate: passed"),
+        ("fails", "Certificate: fails"),
+        ("not certified", "Not certified"),
+        ("nothing smaller passed", "nothing smaller passed"),
+    ],
+)
+def test_the_verdict_comes_with_its_certificate(tmp_path, status, words):
+    made = make_run(tmp_path, status=status)
+    assert open_run(made).status == status
+    found = [text for attrs, text in read(made).all("p") if attrs.get("class", "").startswith("badge")]
+    assert len(found) == 1
+    assert words in found[0]
+
+
+def test_hostile_names_stay_text(tmp_path):
+    made = make_run(tmp_path, extra=HOSTILE)
+    page = read(made)
+    assert not page.all("img")
+    assert len(page.all("script")) == 2
+    assert not any(key.startswith("on") for _, attrs, _ in page.found for key in attrs)
+    (data,) = [json.loads(body) for attrs, body in page.all("script") if "type" in attrs]
+    assert data["groups"][0]["name"] == "layer0/conv" + HOSTILE
+    assert data["models"][1]["name"] == "v1" + HOSTILE
+    text = "".join(page.found[0][2])
+    for name in ("digits_cnn", "layer0/conv", "an axis of the output", "0.10", "Certified, as it were.", "passes"):
+        assert name + HOSTILE in text
+    for name in ("pareto", "network", "sensitivity", "curves"):
+        tags = {element.tag.rpartition("}")[2] for element in ET.parse(made / f"{name}.svg").iter()}
+        assert tags <= {"svg", "style", "g", "title", "text", "path", "rect", "circle"}
+
+
+def test_a_run_without_fine_tuning(tmp_path):
+    made = make_run(tmp_path, epochs=0)
+    assert any("not fine-tuned" in text for _, text in read(made).all("p"))
+    assert not (made / "curves.svg").exists()
+
+
+@pytest.mark.parametrize(
+    ("train", "search", "start"),
+    [
+        ([None, 0.5, 0.4, 0.3, 0.2], [0.9, 0.5, 0.4, 0.5, 0.6], 3),
+        ([None, 0.5, 0.4, 0.3, 0.2], [0.9, 0.8, 0.7, 0.6, 0.5], None),
+        ([None, 0.5, 0.4, 0.5, 0.6], [0.9, 0.5, 0.4, 0.5, 0.6], None),  # both rise: it diverges
+        ([None, 0.5, 0.4], [0.9, 0.5, 0.51], None),  # level
+        ([None, 0.5, 0.4], [0.3, 0.5, 0.6], 1),
+        ([None], [0.3], None),
+    ],
+)
+def test_where_overfitting_starts(train, search, start):
+    assert overfitting(train, search) == start
+
+
+def test_planes_map_numbers_to_pixels():
+    plane = Plane.around([1, 3], [10, 20], (200, 100))
+    x, y = plane.at(1, 10)
+    assert plane.left <= x < plane.at(3, 10)[0] <= 200 - plane.right
+    assert plane.top <= plane.at(1, 20)[1] < y <= 100 - plane.bottom
+    assert charts.ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert charts.ticks(-3, 13) == [0, 5, 10]
+    one = Plane.around([5.0], [0.0], (200, 100))  # a single candidate
+    assert all(abs(value) < 1000 for value in one.at(5, 0))
+    points = [Point(1, 5), Point(2, 5), Point(3, 1), Point(0, 9), Point(4, 2)]
+    assert charts.front(points) == [Point(0, 9), Point(1, 5), Point(3, 1)]
+
+
+def test_the_page_is_part_of_the_package():
+    root = Path(__file__).parents[1]
+    package_data = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    beside = {path.name for path in (root / "search").iterdir() if path.suffix in (".html", ".css", ".js")}
+    assert beside == set(package_data["treesurgeon.search"])
+
+
+# --- runs that cannot be read -----------------------------------------------------------------------------------------
+
+
+def damage(made, how):
+    if how == "absent":
+        return made / "nowhere"
+    if how == "selected":
+        return made / "selected"
+    if how == "empty":
+        (made / "new").mkdir()
+        return made / "new"
+    if how == "unfinished":
+        shutil.rmtree(made / "selected")
+    elif how == "older":
+        (made / "curves.csv").unlink()
+    elif how == "columns":
+        (made / "groups.csv").write_text("group,size\nconv,8\n")
+    elif how == "short":
+        path = made / "pinned.csv"
+        path.write_text(path.read_text() + "half a line")
+    elif how == "no dense":
+        path = made / "results.csv"
+        path.write_text(path.read_text().replace("dense,", "dens,"))
+    elif how == "number":
+        path = made / "results.csv"
+        path.write_text(path.read_text().replace("0.947", "o.947"))
+    elif how == "widths":
+        path = made / "groups.csv"
+        path.write_text(path.read_text().replace(",1\n", ",one\n"))
+    elif how == "json":
+        (made / "config.json").write_text("{")
+    elif how == "list":
+        (made / "environment.json").write_text("[]")
+    return made
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("absent", "is not a directory"),
+        ("empty", "holds no run: it has no config.json"),
+        ("selected", "one level up"),
+        ("unfinished", "is not finished: run the same search again"),
+        ("older", r"curves.csv is missing"),
+        ("columns", r"groups.csv: expected the columns group, size, widths, blocks, got group, size"),
+        ("short", r"pinned.csv, line 5: expected 2 fields"),
+        ("no dense", "exactly one row of the dense model"),
+        ("number", "expected a number in a table of the run, got 'o.947'"),
+        ("widths", "expected whole numbers in a table of the run, got 'one'"),
+        ("json", r"config.json cannot be read"),
+        ("list", r"environment.json does not hold a JSON object"),
+    ],
+)
+def test_clear_errors(made, capsys, how, message):
+    directory = damage(made, how)
+    with pytest.raises(RunError, match=message):
+        write_page(directory)
+    with pytest.raises(SystemExit) as caught:
+        main(["report", str(directory)])
+    assert caught.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (made / "report.html").exists()
+
+
+def test_every_table_is_read(made):
+    assert set(open_run(made).tables) == set(TABLES) == {path.stem for path in made.glob("*.csv")}
+
+
+# --- side by side -----------------------------------------------------------------------------------------------------
+
+
+def test_compare_puts_runs_side_by_side(tmp_path, capsys):
+    for name, status in (("a", "passed"), ("b", "fails"), ("c", "not certified")):
+        (tmp_path / name).mkdir()
+        make_run(tmp_path / name, status=status)
+    main(["compare", *(str(tmp_path / name) for name in "abc")])
+    head, _, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["run", "selected", "params", "MACs", "train", "search", "test", "gap", "certificate"]
+    for name, line, ending in zip("abc", lines[:6:2], ("passed", "fails", "not certified"), strict=True):
+        assert line.startswith(f"{name} ")
+        assert line.endswith(f" {ending}")
+        assert "200.00 k (67%)" in line
+        assert "93.50% (90.99% to 95.35%)" in line
+    assert all("dense" in line for line in lines[1:6:2])
+    assert sum("Certified, as it were." in line for line in lines) == 3
+    assert not any("different sets of images" in line for line in lines)
+    path = tmp_path / "b/selected/manifest.json"
+    path.write_text(path.read_text().replace("testtest", "tesstest", 1))
+    main(["compare", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert "tested on 2 different sets of images" in capsys.readouterr().out
+
+
+def test_compare_says_which_directory_is_no_run(made, tmp_path, capsys):
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(SystemExit) as caught:
+        main(["compare", str(made), str(tmp_path / "nothing")])
+    assert caught.value.code == 2
+    assert f"{tmp_path / 'nothing'} holds no run" in capsys.readouterr().err
+
+
+# --- in a browser -----------------------------------------------------------------------------------------------------
+
+needs_browser = pytest.mark.skipif(not BROWSER, reason="no Chromium here (Debian: chromium-headless-shell)")
+
+
+@needs_browser
+def test_the_plot_answers_to_mouse_keys_and_axes(made, tmp_path_factory):
+    path = write_page(made)
+    with browser(tmp_path_factory.mktemp("profile")) as page:
+        page.open(path)
+        assert page.run("document.querySelectorAll('#plot circle').length") == 40
+        detail = "document.getElementById('detail').innerText"
+        assert page.run(detail) == ""
+        x, y = page.run(
+            "(() => { document.getElementById('plot').scrollIntoView();"
+            "const b = document.querySelector('#plot circle').getBoundingClientRect();"
+            "return [b.x + b.width / 2, b.y + b.height / 2] })()"
+        )
+        page.point(x, y)
+        first = page.run(detail)
+        number, generation = map(int, re.match(r"Candidate (\d+) of generation (\d+)", first).groups())
+        row = next(
+            r
+            for r in rows(made / "candidates.csv")
+            if (int(r["candidate"]), int(r["generation"])) == (number, generation)
+        )
+        groups = rows(made / "groups.csv")
+        gone = [i for i, gene in zip((1, 2), row["genome"].split()[-2:], strict=True) if gene == "0"]
+        for i, (group, kept) in enumerate(zip(groups, row["kept"].split(), strict=True)):
+            told = f"{group['group']} {kept} of {group['size']}" in first
+            assert told == (kept != group["size"] and i not in gone)
+        page.run("document.getElementById('plot').focus()")
+        page.key("Home")
+        seen = {page.run(detail)}
+        for _ in range(43):  # 40 candidates and 4 models
+            page.key("ArrowRight")
+            seen.add(page.run(detail))
+        assert len(seen) == 44
+        page.key("ArrowRight")
+        assert page.run(detail) in seen
+        before = page.run("document.querySelector('#plot svg').innerHTML")
+        page.run(
+            "(() => { const s = document.getElementById('axis-x'); s.value = 'macs';"
+            "s.dispatchEvent(new Event('change')) })()"
+        )
+        after = page.run("document.querySelector('#plot svg').innerHTML")
+        assert after != before
+        assert AXES["macs"] in after
+        page.run(
+            "(() => { const s = document.getElementById('axis-x'); s.value = 'generation';"
+            "s.dispatchEvent(new Event('change')) })()"
+        )
+        assert page.run("document.querySelectorAll('#plot .model, #plot .selected').length") == 0
+        assert page.requests == [path.absolute().as_uri()]
+        assert page.errors == []
+
+
+@needs_browser
+def test_the_page_fits_and_runs_nothing_foreign(tmp_path, tmp_path_factory):
+    path = write_page(make_run(tmp_path, extra=HOSTILE, groups=30, blocks=9))
+    with browser(tmp_path_factory.mktemp("profile")) as page:
+        for width, dark in ((1280, False), (360, True)):
+            page.open(path, width, dark=dark)
+            assert page.run("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+            assert page.run("document.querySelectorAll('img').length") == 0
+            page.run("document.getElementById('plot').focus()")
+            page.key("ArrowDown")
+            assert HOSTILE in page.run("document.getElementById('detail').textContent")
+            paper = page.run("getComputedStyle(document.body).backgroundColor")
+            assert paper == ("rgb(13, 17, 23)" if dark else "rgb(255, 255, 255)")
+        assert {*page.requests} == {path.absolute().as_uri()}
+        assert page.errors == []
