@@ -55,7 +55,7 @@ class Step:
 
     Attributes:
         name: the variant's.
-        worse, better: images that only it, that only the dense model gets wrong (see `metrics.Comparison`).
+        worse, better: images that only it, that only the dense model gets wrong (see `judging.Comparison`).
         difference: of the errors on `certify`, less the dense model's.
         margins: those it was tested against, ε and that of the gap.
         p_values: of the two tests.
@@ -84,7 +84,7 @@ class Certificate:
         delta: the level.
         sentence: the outcome, or why there is none.
         metric, test: what the errors are of, and how they were compared.
-        approximate: whether the level is no more than about right (see `metrics.Metric`).
+        approximate: whether the level is no more than about right (see `judging.Metric`).
     """
 
     valid: bool

@@ -5,7 +5,7 @@ import pytest
 from scipy import optimize, stats
 from sklearn import metrics as oracle
 
-from treesurgeon.search import metrics
+from treesurgeon.search import metrics, resampling
 from treesurgeon.search.certificate import certify
 from treesurgeon.search.metrics import METRICS, Answers, MetricError
 from treesurgeon.search.paired import (
@@ -67,7 +67,7 @@ def test_a_large_loss_counts_as_the_cap_and_so_does_one_that_is_not_a_number():
 
 @pytest.mark.parametrize("name", METRICS)
 def test_p_values_fall_with_the_margin_and_nobody_beats_identical_answers_for_free(name, monkeypatch):
-    monkeypatch.setattr(metrics, "REPLICATES", 400)
+    monkeypatch.setattr(resampling, "REPLICATES", 400)
     metric = METRICS[name]
     labels = answers(150, 3, 2).labels
     noise = [answers(150, 3, seed, signal=0).logits for seed in (1, 2)]
@@ -191,7 +191,7 @@ def population(classes, excess, count=4000):
 @pytest.mark.parametrize("name", ["balanced_accuracy", "cross_entropy", "f1", "auroc"])
 def test_false_claims_at_a_tight_null(name, monkeypatch):
     """The margin is the true excess: every claim is false. The bootstrap is only about right."""
-    monkeypatch.setattr(metrics, "REPLICATES", 400)
+    monkeypatch.setattr(resampling, "REPLICATES", 400)
     metric, rounds, delta = METRICS[name], 250, 0.1
     dense, ours = population(3, 0.1)
     margin = metric.error(metric.observe(ours)) - metric.error(metric.observe(dense))
@@ -209,7 +209,7 @@ def test_false_claims_at_a_tight_null(name, monkeypatch):
 
 @pytest.mark.parametrize("name", METRICS)
 def test_the_walk_certifies_by_any_metric_and_says_by_what(name, monkeypatch):
-    monkeypatch.setattr(metrics, "REPLICATES", 400)
+    monkeypatch.setattr(resampling, "REPLICATES", 400)
     metric = METRICS[name]
     dense, worse = population(3, 0.6, 1200)
     by_name = {"dense": dense, "same": dense, "worse": worse}
