@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -94,10 +93,10 @@ def _sayer(quiet: bool, as_json: bool) -> Callable[[str], None]:
 
 def _tell(outcome: Outcome, as_json: bool) -> None:
     if not as_json:
-        show(outcome.lines)
+        show(outcome.lines, title=f"metric: {outcome.lines[0].metric.name}")
         print(f"{outcome.sentence}\nsaved {outcome.path}")
         return
-    models = [{**asdict(line), "gap": line.gap} for line in outcome.lines]
+    models = [{**vars(line), "metric": line.metric.name, "gap": line.gap} for line in outcome.lines]
     found = {"verdict": outcome.verdict, "selected": str(outcome.path), "models": models}
     print(json.dumps(found, indent=1))
 
