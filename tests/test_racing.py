@@ -83,10 +83,14 @@ def test_probes_change_one_thing_and_rises_go_through_them():
     dense = space.dense_genome()
     probed = sensitivity.probes(space, dense)
     assert ((probed != space.dense_genome()).sum(1) == 1).all()
-    rise = np.array([0.1, 1.0, 0.2, 1.5, 0.3])
-    found = sensitivity.rises(space, dense, probed, rise)
-    np.testing.assert_allclose(found[0], [0, 0.1, 0.55, 1.0], atol=1e-3)
-    np.testing.assert_allclose(found[1], [0, 0.2, 0.85, 1.5], atol=1e-3)
+    assert len(probed) == 3
+    widths = space.widths[space.groups[0]]
+    energy = np.linspace(1, 0, widths[0] + 1) ** 2
+    found = sensitivity.rises(space, dense, probed, np.array([0.1, 0.2, 0.3]), {space.groups[0]: energy})
+    at = probed[0, 0]
+    np.testing.assert_allclose(found[0], np.maximum(0.1 * energy[widths] / energy[widths[at]], 0), atol=1e-3)
+    others = 1 - space.widths[space.groups[1]] / space.widths[space.groups[1]][0]  # nothing was measured of it
+    np.testing.assert_allclose(found[1], 0.2 * others / others[probed[1, 1]], atol=1e-3)
     np.testing.assert_allclose(found[2, :2], [0.3, 0])
     assert len(sensitivity.table(space, found)) == 9
 
@@ -112,12 +116,18 @@ def test_the_descent_stops_where_nothing_is_left():
     assert path[-1].tolist() == [3, 3, 0]
 
 
+def energies_of(space):
+    """Of the first group: each step down costs the same."""
+    widths = space.widths[space.groups[0]]
+    return np.interp(np.arange(widths[0] + 1), widths[::-1], np.arange(len(widths))[::-1])
+
+
 def test_a_later_stage_tries_what_is_left():
     space, start = Toy(), np.array([1, 3, 0])
     probed = sensitivity.probes(space, start)
-    assert probed.tolist() == [[2, 3, 0], [3, 3, 0]]
-    found = sensitivity.rises(space, start, probed, np.array([0.5, 2.0]))
-    np.testing.assert_allclose(found[0], [np.inf, 0, 0.5, 2.0])
+    assert probed.tolist() == [[2, 3, 0]]
+    found = sensitivity.rises(space, start, probed, np.array([0.5]), {space.groups[0]: energies_of(space)})
+    np.testing.assert_allclose(found[0], [np.inf, 0, 0.5, 1.0])
     assert found[1, 3] == found[2, 0] == 0
     assert sensitivity.descend(space, found, cost, 0.0, start)[-1].tolist() == [3, 3, 0]
 
