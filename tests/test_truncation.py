@@ -41,6 +41,14 @@ def relu(x):
 
 
 # Model, points in order, and for some of them the module whose output (through what follows it) stands there.
+QUICK = ("mlp", "resnet20", "vgg11", "mixer", "llama-tied")
+
+
+def some(names):
+    """The names, most of them behind the slow marker."""
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 POINTS = {
     "resnet20": (
         ["before layer1_0", "layer1_0", "layer1_1", "layer1_2", "before layer2_1", "layer2_1", "layer2_2",
@@ -71,7 +79,7 @@ POINTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", POINTS)
+@pytest.mark.parametrize("name", some(POINTS))
 def test_features_are_what_the_modules_return(name):
     module, fn, graph, params, args = opened(name)
     found = jax.jit(engine.features(fn, graph))(params, *args)
@@ -89,7 +97,7 @@ def test_features_are_what_the_modules_return(name):
 HEADS = ["mlp", "resnet20", "vgg11", "vit", "mixer", "bert", "mobilenet_v3", "unet", "llama", "llama-tied", "gpt"]
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", some(HEADS))
 def test_head_on_its_features_is_the_function(name):
     _, fn, graph, params, args = opened(name)
     head = engine.find_head(fn, graph, *args)
