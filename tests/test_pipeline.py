@@ -68,10 +68,32 @@ def place(tmp_path_factory):
     return home
 
 
-def command(place: Path, out: str, *more: str, model: str = "mine:Tiny", checkpoint: str = "checkpoint"):
+# The command line, which sends itself a signal as soon as it prints a line that starts so.
+STRUCK = """
+import builtins, os, sys
+start, number, show = sys.argv.pop(1), int(sys.argv.pop(1)), print
+def say(text="", *rest, **more):
+    show(text, *rest, **more)
+    if str(text).startswith(start):
+        os.kill(os.getpid(), number)
+builtins.print = say
+from treesurgeon.search.cli import main
+main()
+"""
+
+
+def command(
+    place: Path,
+    out: str,
+    *more: str,
+    model: str = "mine:Tiny",
+    checkpoint: str = "checkpoint",
+    struck: tuple[str, int] | None = None,
+):
     arguments = ["search", "--model", model, "--checkpoint", checkpoint, "--out", out, *SMALL, *more]
+    start = ["-m", "treesurgeon.search.cli"] if struck is None else ["-c", STRUCK, struck[0], str(int(struck[1]))]
     return subprocess.Popen(
-        [sys.executable, "-m", "treesurgeon.search.cli", *arguments],
+        [sys.executable, *start, *arguments],
         cwd=place,
         env={
             **os.environ,
@@ -213,23 +235,12 @@ def test_selected_model_scores_as_the_manifest_says_in_another_process(place, wh
 
 
 def test_killed_runs_go_on_bit_for_bit(place, whole):
-    process = command(place, "killed")
-    assert process.stdout
-    for line in process.stdout:
-        if line.startswith("generation   1/"):
-            break
-    process.send_signal(signal.SIGINT)
-    code, _, err = finish(process)
+    code, _, err = finish(command(place, "killed", struck=("generation   1/", signal.SIGINT)))
     assert code == 130
     assert f"saved in {place / 'killed'}: run the same command again" in err
     assert "Traceback" not in err
-    process = command(place, "killed")
-    assert process.stdout
-    for line in process.stdout:
-        if line.startswith("generation   2/"):
-            break
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    code, _, _ = finish(command(place, "killed", struck=("generation   2/", signal.SIGKILL)))
+    assert code == -signal.SIGKILL
     code, out, err = finish(command(place, "killed"))
     assert code == 0, err
     assert "resumed after generation" in out

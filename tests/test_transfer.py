@@ -22,7 +22,7 @@ from treesurgeon.search.transfer import count_argument, match_labels, replaceabl
 
 RNG = np.random.default_rng(0)
 SMALL = {"population": 4, "generations": 1, "search_images": 32, "calibration_images": 8, "refit_images": 32,
-         "finalists": 1, "epochs": 1, "certify": False}  # fmt: skip
+         "finalists": 1, "epochs": 1, "certify": False, "reconstruct": "none"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
