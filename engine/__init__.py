@@ -15,6 +15,7 @@ from treesurgeon.engine.reconstruction import Reconstruction, fold, reconstruct
 from treesurgeon.engine.refit import MaskedRefit, Refit, refit, refit_masked
 from treesurgeon.engine.rules import Rule, register
 from treesurgeon.engine.splitting import Split, split
+from treesurgeon.engine.statistics import momenta, reestimate
 from treesurgeon.engine.truncation import Head, Truncated, features, find_head, headless, points, truncate
 
 __all__ = [
@@ -56,10 +57,12 @@ __all__ = [
     "headless",
     "importance",
     "load",
+    "momenta",
     "narrow",
     "normalise",
     "points",
     "reconstruct",
+    "reestimate",
     "refit",
     "refit_masked",
     "register",

@@ -123,7 +123,7 @@ def prepared(setting: Setting, plan: engine.Plan) -> Any:
         if not subject.momenta:
             step(small, x, key)
             return new
-        return {**subject.reestimate(step, small, x, key), "params": new["params"]}
+        return {**engine.reestimate(step, subject.momenta)(small, x, key), "params": new["params"]}
 
     return fitted(subject.variables, small, x)
 

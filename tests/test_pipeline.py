@@ -357,7 +357,7 @@ def test_reestimated_statistics_are_those_of_the_batch(zoo):
     setting = prepare(config(zoo))
     subject = setting.subject
     x = setting.roles.train.images[:64]
-    found = subject.reestimate(subject.train, subject.variables, x, jax.random.key(0))
+    found = engine.reestimate(subject.train, subject.momenta)(subject.variables, x, jax.random.key(0))
     kernel = subject.variables["params"]["stage1_0"]["conv"]
     first = nn.Conv(16, (3, 3), padding=1, use_bias="bias" in kernel).apply({"params": kernel}, x)
     stats = found["batch_stats"]["stage1_0"]["bn"]
