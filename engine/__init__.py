@@ -15,7 +15,7 @@ from treesurgeon.engine.reconstruction import Reconstruction, fold, reconstruct
 from treesurgeon.engine.refit import MaskedRefit, Refit, refit, refit_masked
 from treesurgeon.engine.rules import Rule, register
 from treesurgeon.engine.splitting import Split, split
-from treesurgeon.engine.truncation import Head, Truncated, features, find_head, headless, points, truncate
+from treesurgeon.engine.truncation import Head, Truncated, features, find_head, headless, levels, points, truncate
 
 __all__ = [
     "CRITERIA",
@@ -55,6 +55,7 @@ __all__ = [
     "gram_matrices",
     "headless",
     "importance",
+    "levels",
     "load",
     "narrow",
     "normalise",
