@@ -168,10 +168,8 @@ def sentence(metric: Metric, selected: str, params: float, found: Mapping[str, C
         each = [f"{name} by {_by(metric, found[name], -1)}, {size(name)}" for name in ahead]
         return f"On test these are ahead of {selected}, which may be chance: {'; '.join(each)}."
     near = min(found, key=lambda name: found[name].difference)
-    return (
-        f"On test none of the {len(found)} baselines is ahead of {selected}; the nearest is {near}, behind by "
-        f"{_by(metric, found[near], 1)}."
-    )
+    apart = f"behind by {_by(metric, found[near], 1)}" if found[near].difference else "level with it"
+    return f"On test none of the {len(found)} baselines is ahead of {selected}; the nearest is {near}, {apart}."
 
 
 def record(metric: Metric, selected: str, params: float, found: Mapping[str, Contrast]) -> dict[str, Any]:
@@ -185,6 +183,8 @@ def record(metric: Metric, selected: str, params: float, found: Mapping[str, Con
 
 def _remark(metric: Metric, selected: str, found: Contrast) -> str:
     """A baseline in a few words, for a table."""
+    if not found.difference:
+        return f"{found.what}; level with {selected} on test"
     ahead = found.difference < 0
     apart = _by(metric, found, -1 if ahead else 1)
     return f"{found.what}; {'ahead of' if ahead else 'behind'} {selected} by {apart} on test"
