@@ -86,9 +86,6 @@ def train(setting: Setting, selected: Tuned, whole: Tuned, say: Callable[[str], 
     random, how = "from random weights", {"epochs": epochs, "learning_rate": config.scratch_learning_rate}
     words = f"{random}, {_epochs(epochs)}"
     add("dense from scratch", f"the dense architecture {words}", whole.plan, whole, scratch(setting, whole.plan), **how)
-    if selected.name != whole.name:
-        start = scratch(setting, selected.plan)
-        add(f"{selected.name} from scratch", f"its architecture {words}", selected.plan, selected, start, **how)
     try:
         variables = probe(setting)
     except (SubjectError, StructureError, HeadError) as error:
@@ -96,6 +93,9 @@ def train(setting: Setting, selected: Tuned, whole: Tuned, say: Callable[[str], 
     else:
         model = Tuned(PROBE, whole.plan, variables, whole.infer, None, whole.cost)
         out[PROBE] = model, "a linear head on the dense model's features"
+    if selected.name != whole.name:
+        start = scratch(setting, selected.plan)
+        add(f"{selected.name} from scratch", f"its architecture {words}", selected.plan, selected, start, **how)
     return out
 
 
