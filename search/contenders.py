@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
@@ -78,24 +78,23 @@ def train(setting: Setting, selected: Tuned, whole: Tuned, say: Callable[[str], 
     )
     out = {}
 
-    def add(name: str, what: str, plan: engine.Plan, start: Tuned, variables: Any, **how: Any) -> None:
-        untuned = Tuned(name, plan, variables, start.infer, None, start.cost)
-        out[name] = tune(setting, untuned, say, **how), what
+    def add(name: str, what: str, like: Tuned, variables: Any, **how: Any) -> None:
+        start = replace(like, name=name, variables=variables, fitted=None, trail=())
+        out[name] = tune(setting, start, say, **how), what
 
-    add("dense fine-tuned", "the dense model, fine-tuned", whole.plan, whole, whole.variables, policy=setting.policy)
-    random, how = "from random weights", {"epochs": epochs, "learning_rate": config.scratch_learning_rate}
-    words = f"{random}, {_epochs(epochs)}"
-    add("dense from scratch", f"the dense architecture {words}", whole.plan, whole, scratch(setting, whole.plan), **how)
+    add("dense fine-tuned", "the dense model, fine-tuned", whole, whole.variables, policy=setting.policy)
+    how = {"epochs": epochs, "learning_rate": config.scratch_learning_rate}
+    words = f"from random weights, {_epochs(epochs)}"
+    add("dense from scratch", f"the dense architecture {words}", whole, scratch(setting, whole.plan), **how)
     try:
         variables = probe(setting)
     except (SubjectError, StructureError, HeadError) as error:
         say(f"no linear probe: {error}")
     else:
-        model = Tuned(PROBE, whole.plan, variables, whole.infer, None, whole.cost)
-        out[PROBE] = model, "a linear head on the dense model's features"
+        out[PROBE] = replace(whole, name=PROBE, variables=variables), "a linear head on the dense model's features"
     if selected.name != whole.name:
         start = scratch(setting, selected.plan)
-        add(f"{selected.name} from scratch", f"its architecture {words}", selected.plan, selected, start, **how)
+        add(f"{selected.name} from scratch", f"its architecture {words}", selected, start, **how)
     return out
 
 

@@ -25,6 +25,7 @@ POWER = 0.8
 BETS = 24
 SMALLEST_BET = 1e-3  # of the largest one
 HALVINGS = 50
+ENDS = 30  # halvings for the ends of an interval
 NORMAL = NormalDist()
 
 
@@ -183,7 +184,7 @@ def interval(
 
     def least(p_value: Callable[[float], float]) -> float:
         low, high = -reach, reach
-        for _ in range(HALVINGS):
+        for _ in range(ENDS):
             middle = (low + high) / 2
             low, high = (low, middle) if p_value(middle) <= alpha else (middle, high)
         return high

@@ -21,15 +21,15 @@ RNG = np.random.default_rng(0)
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
-    """A zoo model with random weights on images of four kinds, under labels that are not its own."""
+    """A zoo model with random weights on images of four kinds."""
     home = tmp_path_factory.mktemp("baselines")
-    variables = models.resolve("digits_cnn").init(jax.random.key(3), np.zeros((1, 8, 8, 1), np.float32))
+    variables = models.resolve("mlp").init(jax.random.key(3), np.zeros((1, 8, 8, 1), np.float32))
     ocp.save(str(home / "checkpoint"), jax.tree.map(np.asarray, variables))
     y = np.arange(160) % 4
     x = (RNG.random((4, 8, 8, 1))[y] + 0.15 * RNG.normal(size=(160, 8, 8, 1))).astype(np.float32)
     np.savez(home / "data.npz", x_train=x[:80], y_train=y[:80], x_test=x[80:], y_test=y[80:])
     config = Config(
-        "digits_cnn", str(home / "checkpoint"), f"npz:{home / 'data.npz'}", epochs=1, fitted_split=("none",)
+        "mlp", str(home / "checkpoint"), f"npz:{home / 'data.npz'}", epochs=1, fitted_split=("none",), head="keep"
     )
     return prepare(config)
 
@@ -46,12 +46,12 @@ def test_random_weights_are_as_the_initialiser_makes_them_at_the_small_shapes(se
     for path, leaf in small.items():
         assert leaf.shape == shapes[path]
         if leaf.ndim < 2:
-            np.testing.assert_array_equal(leaf, np.unique(leaf))  # all zeros, or all ones
-        elif leaf.size >= 1000:
-            fan_in, before = np.prod(leaf.shape[:-1]), np.prod(dense[path].shape[:-1])
-            assert leaf.std() == pytest.approx(np.sqrt(1 / fan_in), rel=0.1)  # flax's default, LeCun's
-            assert dense[path].std() == pytest.approx(np.sqrt(1 / before), rel=0.1)
-            assert fan_in < before
+            np.testing.assert_array_equal(leaf, 0)
+        else:
+            for found in (leaf, dense[path]):  # flax's default initialiser, LeCun's
+                assert found.std() == pytest.approx(np.sqrt(1 / len(found)), rel=0.15)
+    before, after = (len(found["params/dense1/kernel"]) for found in (dense, small))
+    assert (before, after) == (256, 128)
     assert not any(np.array_equal(leaf, leaves_of(setting.subject.variables)[path]) for path, leaf in dense.items()
                    if leaf.ndim > 1)  # fmt: skip
 
@@ -87,10 +87,6 @@ def test_baselines_are_trained_on_the_same_data(setting):
     z = head_features(subject, setting.roles.train)
     right = (z @ probe[kernel] + probe[bias]).argmax(1) == setting.roles.train.labels
     assert right.mean() > 0.9
-    again = contenders.train(setting, small, whole, said.append)
-    for name, (model, _) in found.items():
-        assert all(map(np.array_equal, leaves_of(model.variables).values(),
-                       leaves_of(again[name][0].variables).values()))  # fmt: skip
 
 
 def test_there_may_be_none(setting):
@@ -113,13 +109,13 @@ def answers(right, labels):
 
 @pytest.mark.parametrize("name", ["accuracy", "balanced_accuracy", "cross_entropy", "auroc"])
 def test_contrasts_have_their_difference_inside_and_turn_round(name):
-    metric, labels = METRICS[name], np.arange(400) % 4
+    metric, labels = METRICS[name], np.arange(160) % 4
     good, bad = (metric.observe(answers(share, labels)) for share in (0.9, 0.7))
     found, back = contrast(metric, good, bad, "good", 1.0), contrast(metric, bad, good, "bad", 1.0)
     assert found.low < found.difference < found.high < 0
     assert found.difference == pytest.approx(metric.error(good) - metric.error(bad))
     assert back.difference == pytest.approx(-found.difference)
-    assert (back.low, back.high) == pytest.approx((-found.high, -found.low), abs=1e-6)
+    assert (back.low, back.high) == pytest.approx((-found.high, -found.low), abs=1e-4)
 
 
 def test_intervals_are_what_the_tests_leave():
@@ -128,13 +124,13 @@ def test_intervals_are_what_the_tests_leave():
     assert tango(4, 9, 200, -low) == pytest.approx(0.025, abs=1e-6)
     assert -1 < low < 5 / 200 < high < 1
     misses = 0
-    for _ in range(400):  # the interval is an interval of its level
+    for _ in range(200):  # the interval is an interval of its level
         worse, better, _ = RNG.multinomial(150, [0.12, 0.06, 0.82])
         ends = interval(
             lambda m, w=worse, b=better: tango(w, b, 150, m), lambda m, w=worse, b=better: tango(b, w, 150, m), 1.0
         )
         misses += not ends[0] <= 0.06 <= ends[1]
-    assert misses <= 34  # 20 expected; 34 or more have a chance of 0.2 %
+    assert misses <= 20  # 10 expected; more have a chance of 0.1 %
 
 
 def made(difference, low, high, params=1.0):

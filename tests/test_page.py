@@ -215,6 +215,14 @@ def test_where_overfitting_starts(train, search, start):
     assert overfitting(train, search) == start
 
 
+def test_curves_that_diverge_are_drawn_as_far_as_they_go():
+    nan = float("nan")
+    chart = charts.curves("v1", [None, 2.0, None, nan], [1.0, 3.0, nan, nan], 0, None, "label")
+    assert "nan" not in chart.inside
+    assert chart.inside.count("<circle") == 1
+    assert "<circle" not in charts.curves("v1", [None], [nan], 0, None, "label").inside
+
+
 def test_planes_map_numbers_to_pixels():
     plane = Plane.around([1, 3], [10, 20], (200, 100))
     x, y = plane.at(1, 10)
