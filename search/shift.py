@@ -36,8 +36,8 @@ LEVEL = 0.05
 # Distances from which inputs count as far, and, for norm statistics, up to which they count as alike. Chosen on a
 # ResNet-20 for CIFAR-10. Features of changed images from those of others: 0.04 for unchanged ones, 0.09 for less
 # contrast (95 % of the answers stay), 0.24 for a blur (66 %), 0.48 for noise of deviation 0.1 (17 %), but 0.15 for
-# negatives (41 %): a distance is not the harm. Norm statistics: 0.03 for JPEG images, which cost this net 11 points, 0.11
-# for noise in place of images; a net for digits on new digits: 0.
+# negatives (41 %): a distance is not the harm. Norm statistics: 0.03 for JPEG images, which cost this net 11 points,
+# 0.11 for noise in place of images; a net for digits on new digits: 0.
 FAR_FEATURES, FAR_NORMS, NEAR_NORMS = 0.3, 0.1, 0.02
 DEPTHS = 4  # points whose features are looked at
 STATISTICS = 256  # images that norm statistics are estimated on, at most
