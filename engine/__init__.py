@@ -16,7 +16,7 @@ from treesurgeon.engine.refit import MaskedRefit, Refit, refit, refit_masked
 from treesurgeon.engine.rules import Rule, register
 from treesurgeon.engine.splitting import Split, split
 from treesurgeon.engine.statistics import momenta, reestimate
-from treesurgeon.engine.truncation import Head, Truncated, features, find_head, headless, points, truncate
+from treesurgeon.engine.truncation import Head, Truncated, features, find_head, headless, levels, points, truncate
 
 __all__ = [
     "CRITERIA",
@@ -56,6 +56,7 @@ __all__ = [
     "gram_matrices",
     "headless",
     "importance",
+    "levels",
     "load",
     "momenta",
     "narrow",

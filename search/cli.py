@@ -94,10 +94,15 @@ def _sayer(quiet: bool, as_json: bool) -> Callable[[str], None]:
 def _tell(outcome: Outcome, as_json: bool) -> None:
     if not as_json:
         show(outcome.lines, title=f"metric: {outcome.lines[0].metric.name}")
-        print(f"{outcome.sentence}\nsaved {outcome.path}")
+        print("\n".join(filter(None, [outcome.sentence, outcome.baselines, f"saved {outcome.path}"])))
         return
     models = [{**vars(line), "metric": line.metric.name, "gap": line.gap} for line in outcome.lines]
-    found = {"verdict": outcome.verdict, "selected": str(outcome.path), "models": models}
+    found = {
+        "verdict": outcome.verdict,
+        "selected": str(outcome.path),
+        "models": models,
+        "baselines": outcome.baselines,
+    }
     print(json.dumps(found, indent=1))
 
 

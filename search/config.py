@@ -17,6 +17,7 @@ from treesurgeon.search.metrics import METRICS, Metric, MetricName
 Criterion = Literal[
     "l1", "l2", "fpgm", "lamp", "norm_scale", "taylor", "fisher", "activation", "apoz", "reconstruction", "random"
 ]
+AugmentName = Literal["none", "flip-crop"]
 
 
 class RunError(TreesurgeonError, ValueError):
@@ -82,6 +83,9 @@ class Config:
     takes the labels for the checkpoint's, `fit` fits every row."""
     source_labels: tuple[str, ...] = ()
     """Names of the checkpoint's classes, in their order. Default: the zoo's."""
+    source_data: str = ""
+    """Images like those that the checkpoint was trained on, if possible not the very same, as for --data: a two-sample
+    test then says whether the inputs are shifted. By default the checkpoint's norm statistics are compared."""
     max_train: int = 5000
     """Images of `train` that are used, at most."""
     data_dir: str = ""
@@ -119,8 +123,26 @@ class Config:
     """Peak learning rate of fine-tuning (SGD with Nesterov momentum, cosine schedule)."""
     batch_size: int = 128
     """Images a step of fine-tuning."""
+    weight_decay: float = 5e-4
+    """Weight decay of fine-tuning; norm scales and biases are left alone."""
+    layer_decay: float = 1.0
+    """Learning rates by depth: each level (what comes before the first block, every block, the head, as data flow
+    through them) learns at so many times the rate of the next. 1: all alike."""
+    freeze: tuple[str, ...] = ()
+    """What fine-tuning leaves as it is, running statistics included: the first so many levels, or prefixes of
+    parameter paths, such as `layer1_0`."""
+    augment: AugmentName = "none"
+    """What is done to the images of a batch: `flip-crop` mirrors and moves them at random."""
     distill: float = 0.0
     """Weight of the dense model's answers in the fine-tuning loss, 0 to 1."""
+    baselines: bool = True
+    """Whether to train what the selected variant has to beat, on the same data for as many steps: the dense model
+    fine-tuned, dense and selected from scratch, and a linear head on the dense model's features. They are reported
+    beside it, and no choice goes by them. Without epochs there are none."""
+    scratch_epochs: int | None = None
+    """Epochs of those from scratch. Default: as many as the finalists'."""
+    scratch_learning_rate: float = 0.1
+    """Their peak learning rate."""
     seed: int = 0
     """Seed of everything: the split, the search, fine-tuning."""
 
@@ -155,13 +177,15 @@ class Config:
             "population": 2, "generations": 1, "search_images": 1, "calibration_images": 0, "chunk": 1,
             "finalists": 1, "refit_images": 1, "epochs": 0, "batch_size": 1, "max_train": 1, "seed": 0,
             "latency_batch": 1, "cv_folds": 2, "cv_repeats": 1,
-            "epsilon": 0, "eta": 0,
+            "epsilon": 0, "eta": 0, "weight_decay": 0, "scratch_epochs": 1,
         }  # fmt: skip
         for name, bound in least.items():
             if getattr(self, name) is not None and not getattr(self, name) >= bound:
                 raise RunError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least {bound}")
         if not self.learning_rate > 0 or not 0 <= self.distill <= 1:
             raise RunError("--learning-rate must be above 0, and --distill from 0 to 1")
+        if not self.scratch_learning_rate > 0 or not 0 < self.layer_decay <= 1:
+            raise RunError("--scratch-learning-rate must be above 0, and --layer-decay above 0 and at most 1")
         if self.metric not in METRICS:
             raise RunError(f"--metric {self.metric}: expected one of {', '.join(METRICS)}")
         if not 0 < self.delta < 1:

@@ -38,7 +38,8 @@ class Depth:
     data: str
     """digits, tfds:NAME (prepared), tfds-dir:PATH, or npz:PATH; its labels need not be the checkpoint's."""
     out: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
-    """Where depth.csv and depth.svg go; earlier ones are replaced. Default: runs/MODEL-depth."""
+    """Where depth.csv and depth.svg go; earlier ones are replaced. In a run's directory `treesurgeon report` shows
+    them too. Default: runs/MODEL-depth."""
     head: Literal["ridge", "logistic"] = "ridge"
     """What is fitted to the features: least squares to one-hot labels, or logistic regression (slower)."""
     fitted_split: tuple[str, ...] = ()

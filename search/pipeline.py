@@ -11,7 +11,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -23,7 +23,7 @@ import optax
 from jax import Array
 
 from treesurgeon import engine
-from treesurgeon.search import crossval, evolve, racing, report, sensitivity
+from treesurgeon.search import crossval, evolve, racing, report, sensitivity, shift
 from treesurgeon.search.budget import Budget, make_budget
 from treesurgeon.search.conclusion import Outcome, conclude, recall
 from treesurgeon.search.config import Config, RunError, claim, identity
@@ -70,6 +70,9 @@ def run(config: Config, say: Say = print) -> Outcome:
         if not (config.directory / "report.html").exists():
             say(f"it has no report: treesurgeon report {config.directory} writes it")
         return recall(setting)
+    shifted = shift.look(setting)
+    say(shifted.sentence)
+    (config.directory / "shift.json").write_text(json.dumps(asdict(shifted), indent=1) + "\n")
     states = States(config.directory / "state")
     scores = states.arrays("scores", lambda: rank(setting))
     space = build_space(setting, scores)
@@ -80,7 +83,7 @@ def run(config: Config, say: Say = print) -> Outcome:
     front = search(setting, space, budget, states, say)
     picked = pick(setting, space, budget, front, say)
     tuned = [finish(setting, f"v{i}", space.to_plan(genome), found, say) for i, (genome, found) in enumerate(picked, 1)]
-    outcome = conclude(setting, space, budget, [genome for genome, _ in picked], tuned)
+    outcome = conclude(setting, space, budget, [genome for genome, _ in picked], tuned, say)
     say(f"wrote {write_page(config.directory)}")
     return outcome
 

@@ -119,7 +119,7 @@ def contents(out: Path) -> dict:
     return {
         "variables": fingerprint(ocp.load(str(out / "selected/variables"))),
         "manifest": {k: v for k, v in manifest.items() if k != "files"},
-        "tables": [(out / name).read_text() for name in ("candidates.csv", "front.csv")],
+        "tables": [(out / f"{name}.csv").read_text() for name in ("candidates", "front", "results", "curves")],
     }
 
 
@@ -157,7 +157,11 @@ def test_a_run_leaves_all_that_a_report_needs(whole):
     )
     finalists = {row["variant"] for row in found.tables["front"]}
     curves = found.tables["curves"]
-    assert [row["variant"] for row in curves if row["best"] == "True"] == sorted(finalists)
+    trained = sorted(set(found.baselines) - {"linear probe"})
+    assert [row["variant"] for row in curves if row["best"] == "True"] == [*sorted(finalists), *trained]
+    assert {"dense fine-tuned", "dense from scratch", "linear probe"} <= set(found.baselines)
+    assert found.manifest["baselines"]["sentence"] in out
+    assert found.shift["sentence"] in out
     assert {row["epoch"] for row in curves} == {"0", "1"}
     searched = [(i, row) for i, row in enumerate(found.tables["groups"]) if row["widths"]]
     undropped = 0
@@ -252,7 +256,7 @@ def test_a_complete_run_is_shown_again(place, whole, monkeypatch):
     code, out, err = finish(command(place, "whole"))
     assert code == 0, err
     assert "complete" in out
-    assert out.splitlines()[-7:] == whole[1].splitlines()[-7:]  # the table, the sentence, the place
+    assert out.splitlines()[-12:] == whole[1].splitlines()[-12:]  # the table, the sentences, the place
     assert contents(whole[0]) == before
 
 
@@ -317,6 +321,10 @@ def zoo(place):
         ({"metric": "f2"}, "--metric f2: expected one of accuracy"),
         ({"metric": "f1", "data": "npz:lacking.npz"}, "--metric f1: class '3' has no image in search"),
         ({"cv_folds": 1}, "--cv-folds"),
+        ({"freeze": ("stage9",)}, "--freeze stage9: no parameter's path"),
+        ({"layer_decay": 2.0}, "--layer-decay"),
+        ({"source_data": "npz:absent.npz"}, "absent.npz"),
+        ({"source_data": "npz:shape.npz"}, r"\[8, 8, 1\]"),
     ],
 )
 def test_bad_input(zoo, monkeypatch, changes, message):
@@ -455,7 +463,7 @@ def test_what_is_not_certified_and_why(zoo, tmp_path, why):
 
 
 def test_cross_validation_where_certify_is_too_small_and_another_metric(place, monkeypatch):
-    more = "--metric", "cross_entropy", "--epsilon", "0.04", "--eta", "9", "--cv-repeats", "2"
+    more = "--metric", "cross_entropy", "--epsilon", "0.04", "--eta", "9", "--cv-repeats", "2", "--no-baselines"
     code, out, err = finish(command(place, "crossed", *more))
     assert code == 0, err
     assert "nats can be certified" in out
