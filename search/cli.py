@@ -16,6 +16,7 @@ from treesurgeon.search.compare import Comparison, compare
 from treesurgeon.search.conclusion import Outcome
 from treesurgeon.search.config import Config
 from treesurgeon.search.depth import Depth, depth
+from treesurgeon.search.exporting import Export, export
 from treesurgeon.search.inspecting import Inspection, inspect
 from treesurgeon.search.page import write_page
 from treesurgeon.search.pipeline import run
@@ -74,6 +75,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         """Measure a selected model again and compare it with its manifest: exit code 0 if they agree, else 1."""
         if not verify(options, print):
             sys.exit(1)
+
+    @parser.command(name="export")
+    def away(options: Annotated[Export, tyro.conf.arg(name="")]) -> None:
+        """Write a selected model as StableHLO, ONNX, safetensors, msgpack or Orbax."""
+        export(options, print)
 
     try:
         parser.cli(prog="treesurgeon", args=arguments)
