@@ -15,6 +15,7 @@ from treesurgeon.models.errors import ModelError
 from treesurgeon.search.compare import Comparison, compare
 from treesurgeon.search.conclusion import Outcome
 from treesurgeon.search.config import Config
+from treesurgeon.search.config_file import defaults, named_in, write
 from treesurgeon.search.depth import Depth, depth
 from treesurgeon.search.exporting import Export, export
 from treesurgeon.search.inspecting import Inspection, inspect
@@ -28,17 +29,44 @@ STOPPED = 130  # as a shell reports Ctrl-C
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Errors of ours take one screen and exit code 2; nothing is overwritten."""
+    try:
+        _command(sys.argv[1:] if arguments is None else arguments)
+    except (TreesurgeonError, ModelError) as error:
+        print(f"treesurgeon: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ntreesurgeon: stopped", file=sys.stderr)
+        sys.exit(STOPPED)
+
+
+def _command(arguments: Sequence[str]) -> None:
     parser = tyro.extras.SubcommandApp()
+    from_file = defaults(named_in(arguments) if arguments[:1] == ["search"] else None)
 
     @parser.command(name="search")
     def search(
-        config: Annotated[Config, tyro.conf.arg(name="")],
+        config: Annotated[Config, tyro.conf.arg(name="")] = from_file,
+        config_file: Annotated[
+            Path | None,
+            tyro.conf.arg(
+                name="config",
+                metavar="FILE",
+                help="A .toml or .yaml file of these options, with underscores; flags come before what it says.",
+            ),
+        ] = None,
+        print_config: Annotated[
+            bool, tyro.conf.arg(help="Write the options in effect to stdout as TOML, and do nothing else.")
+        ] = False,
         quiet: Annotated[bool, tyro.conf.arg(help="Say nothing on the way, only the outcome.")] = False,
         as_json: Annotated[
             bool, tyro.conf.arg(name="json", help="The outcome as JSON on stdout, the way to it on stderr.")
         ] = False,
     ) -> None:
         """Search the smallest good variant of a pretrained Flax model."""
+        if print_config:
+            config.check()
+            print(write(config), end="")
+            return
         try:
             outcome = run(config, _sayer(quiet, as_json))
         except KeyboardInterrupt:
@@ -81,14 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         """Write a selected model as StableHLO, ONNX, safetensors, msgpack or Orbax."""
         export(options, print)
 
-    try:
-        parser.cli(prog="treesurgeon", args=arguments)
-    except (TreesurgeonError, ModelError) as error:
-        print(f"treesurgeon: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ntreesurgeon: stopped", file=sys.stderr)
-        sys.exit(STOPPED)
+    parser.cli(prog="treesurgeon", args=arguments)
 
 
 def _sayer(quiet: bool, as_json: bool) -> Callable[[str], None]:
