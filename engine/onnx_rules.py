@@ -262,8 +262,8 @@ def _pool(op: str) -> Rule:
             return w.refuse(eqn, f"the window {p['window_dimensions']}")
         kernel, strides, pads, dilations = zip(*(windows[axis] for axis in spatial), strict=True)
         low, high = zip(*pads, strict=True)
-        shape = {"kernel_shape": list(kernel), "strides": list(strides), "pads": [*low, *high]}
-        more = {"dilations": list(dilations)} if op == "MaxPool" else {"count_include_pad": 1}
+        shape: dict[str, Any] = {"kernel_shape": list(kernel), "strides": list(strides), "pads": [*low, *high]}
+        more: dict[str, Any] = {"dilations": list(dilations)} if op == "MaxPool" else {"count_include_pad": 1}
         out = w.node(op, [w.transpose(x, others + spatial)], **shape, **more)
         if op != "MaxPool":  # the mean of each window, times its size
             out = w.node("Mul", [out, np.asarray(np.prod(kernel), program.aval(eqn.outs[0]).dtype)])

@@ -48,11 +48,30 @@ Indices = Mapping[str, tuple[np.ndarray, ...] | None]
 class Pruned(Protocol):
     """What `treesurgeon.engine.load` returns."""
 
-    module: nn.Module
-    variables: Any
-    graph: Any
-    plan: Any
-    manifest: Mapping[str, Any]
+    @property
+    def module(self) -> nn.Module:
+        """See `treesurgeon.engine.Model`."""
+        ...
+
+    @property
+    def variables(self) -> Any:
+        """See `treesurgeon.engine.Model`."""
+        ...
+
+    @property
+    def graph(self) -> Any:
+        """See `treesurgeon.engine.Model`."""
+        ...
+
+    @property
+    def plan(self) -> Any:
+        """See `treesurgeon.engine.Model`."""
+        ...
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        """See `treesurgeon.engine.Model`."""
+        ...
 
     def __call__(self, x: Any) -> Any:
         """Inference."""

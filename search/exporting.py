@@ -102,7 +102,8 @@ def _onnx(model: engine.Model, path: Path, options: Export) -> None:
 
 def _safetensors(model: engine.Model, path: Path, options: Export) -> None:
     metadata = {"format": "flax", "treesurgeon": json.dumps(essentials(model), sort_keys=True)}
-    save_file(flatten_dict(model.variables, sep="/"), path, metadata=metadata)
+    arrays: dict[str, Any] = flatten_dict(model.variables, sep="/")  # pyright: ignore[reportAssignmentType]
+    save_file(arrays, path, metadata=metadata)
 
 
 def _msgpack(model: engine.Model, path: Path, options: Export) -> None:
