@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import tyro
 
@@ -25,6 +28,17 @@ from treesurgeon.search.report import show
 from treesurgeon.search.verify import Verification, verify
 
 STOPPED = 130  # as a shell reports Ctrl-C
+_AGAIN = "and run the same command again"
+FIXES = {
+    errno.ENOSPC: f"the disk is full: make room, {_AGAIN}",
+    errno.EDQUOT: f"your quota is used up: make room, {_AGAIN}",
+    errno.EFBIG: f"files may not be that large here: raise the limit, {_AGAIN}",
+    errno.EROFS: "choose a place that can be written",
+    errno.EACCES: f"see to its permissions, {_AGAIN}",
+    errno.EPERM: f"see to its permissions, {_AGAIN}",
+    errno.ENOTDIR: "choose another place",
+    errno.EEXIST: "choose another place",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -34,9 +48,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (TreesurgeonError, ModelError) as error:
         print(f"treesurgeon: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in FIXES:
+            raise
+        print(f"treesurgeon: {error.strerror}: {error.filename or 'a file'}; {FIXES[error.errno]}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        print("\ntreesurgeon: stopped", file=sys.stderr)
-        sys.exit(STOPPED)
+        _stop("stopped")
+
+
+def _stop(text: str) -> NoReturn:
+    """End after Ctrl-C; a second one ends at once, whatever is still being written."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(STOPPED))
+    print(f"\ntreesurgeon: {text}", file=sys.stderr)
+    sys.exit(STOPPED)
 
 
 def _command(arguments: Sequence[str]) -> None:
@@ -70,8 +95,7 @@ def _command(arguments: Sequence[str]) -> None:
         try:
             outcome = run(config, _sayer(quiet, as_json))
         except KeyboardInterrupt:
-            print(f"\ntreesurgeon: stopped; {_resuming(config.directory)}", file=sys.stderr)
-            sys.exit(STOPPED)
+            _stop(f"stopped; {_resuming(config.directory)}")
         _tell(outcome, as_json)
 
     @parser.command(name="inspect")

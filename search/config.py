@@ -192,8 +192,8 @@ def claim(config: Config, content: Mapping[str, Any]) -> None:
     path = config.directory / "config.json"
     if path.exists():
         try:
-            there = json.loads(path.read_text())
-        except ValueError as error:
+            there = dict(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise RunError(
                 f"{path} cannot be read ({error}): move the directory away, or choose another --out"
             ) from error

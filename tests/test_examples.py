@@ -98,6 +98,7 @@ def test_training_goes_on_with_a_train_state(selected, capsys):
     assert last < first
 
 
+@pytest.mark.slow
 def test_training_goes_on_in_an_nnx_loop(selected, logits, capsys):
     module = example("train_nnx")
     x = (IMAGES - 0.5) / 0.25

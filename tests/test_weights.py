@@ -1,6 +1,7 @@
 """Checkpoints: PyTorch's names and axes, flat names, Orbax directories, and everything that does not fit."""
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import jax
@@ -264,12 +265,8 @@ def test_damaged_msgpack_is_told(tmp_path, mlp):
         if not i % 2:
             data[rng.integers(120)] ^= 1 << rng.integers(8)
         path.write_bytes(data)
-        try:
-            models.load_checkpoint(path, module, shapes)
-        except models.CheckpointError as error:
-            assert "x.msgpack" in str(error)
-        else:
-            assert not i % 2  # a changed number may still be one
+        with pytest.raises(models.CheckpointError, match=r"x\.msgpack") if i % 2 else suppress(models.CheckpointError):
+            models.load_checkpoint(path, module, shapes)  # a changed number may still be one
     path.write_bytes(serialization.msgpack_serialize([1, 2]))
     with pytest.raises(models.CheckpointError, match="cannot be read as msgpack"):
         models.load_checkpoint(path, module, shapes)
