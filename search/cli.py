@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import tyro
 
@@ -15,7 +18,9 @@ from treesurgeon.models.errors import ModelError
 from treesurgeon.search.compare import Comparison, compare
 from treesurgeon.search.conclusion import Outcome
 from treesurgeon.search.config import Config
+from treesurgeon.search.config_file import defaults, named_in, write
 from treesurgeon.search.depth import Depth, depth
+from treesurgeon.search.exporting import Export, export
 from treesurgeon.search.inspecting import Inspection, inspect
 from treesurgeon.search.page import write_page
 from treesurgeon.search.pipeline import run
@@ -23,26 +28,74 @@ from treesurgeon.search.report import show
 from treesurgeon.search.verify import Verification, verify
 
 STOPPED = 130  # as a shell reports Ctrl-C
+_AGAIN = "and run the same command again"
+FIXES = {
+    errno.ENOSPC: f"the disk is full: make room, {_AGAIN}",
+    errno.EDQUOT: f"your quota is used up: make room, {_AGAIN}",
+    errno.EFBIG: f"files may not be that large here: raise the limit, {_AGAIN}",
+    errno.EROFS: "choose a place that can be written",
+    errno.EACCES: f"see to its permissions, {_AGAIN}",
+    errno.EPERM: f"see to its permissions, {_AGAIN}",
+    errno.ENOTDIR: "choose another place",
+    errno.EEXIST: "choose another place",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Errors of ours take one screen and exit code 2; nothing is overwritten."""
+    try:
+        _command(sys.argv[1:] if arguments is None else arguments)
+    except (TreesurgeonError, ModelError) as error:
+        print(f"treesurgeon: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in FIXES:
+            raise
+        print(f"treesurgeon: {error.strerror}: {error.filename or 'a file'}; {FIXES[error.errno]}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _stop("stopped")
+
+
+def _stop(text: str) -> NoReturn:
+    """End after Ctrl-C; a second one ends at once, whatever is still being written."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(STOPPED))
+    print(f"\ntreesurgeon: {text}", file=sys.stderr)
+    sys.exit(STOPPED)
+
+
+def _command(arguments: Sequence[str]) -> None:
     parser = tyro.extras.SubcommandApp()
+    from_file = defaults(named_in(arguments) if arguments[:1] == ["search"] else None)
 
     @parser.command(name="search")
     def search(
-        config: Annotated[Config, tyro.conf.arg(name="")],
+        config: Annotated[Config, tyro.conf.arg(name="")] = from_file,
+        config_file: Annotated[
+            Path | None,
+            tyro.conf.arg(
+                name="config",
+                metavar="FILE",
+                help="A .toml or .yaml file of these options, with underscores; flags come before what it says.",
+            ),
+        ] = None,
+        print_config: Annotated[
+            bool, tyro.conf.arg(help="Write the options in effect to stdout as TOML, and do nothing else.")
+        ] = False,
         quiet: Annotated[bool, tyro.conf.arg(help="Say nothing on the way, only the outcome.")] = False,
         as_json: Annotated[
             bool, tyro.conf.arg(name="json", help="The outcome as JSON on stdout, the way to it on stderr.")
         ] = False,
     ) -> None:
         """Search the smallest good variant of a pretrained Flax model."""
+        if print_config:
+            config.check()
+            print(write(config), end="")
+            return
         try:
             outcome = run(config, _sayer(quiet, as_json))
         except KeyboardInterrupt:
-            print(f"\ntreesurgeon: stopped; {_resuming(config.directory)}", file=sys.stderr)
-            sys.exit(STOPPED)
+            _stop(f"stopped; {_resuming(config.directory)}")
         _tell(outcome, as_json)
 
     @parser.command(name="inspect")
@@ -75,14 +128,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not verify(options, print):
             sys.exit(1)
 
-    try:
-        parser.cli(prog="treesurgeon", args=arguments)
-    except (TreesurgeonError, ModelError) as error:
-        print(f"treesurgeon: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ntreesurgeon: stopped", file=sys.stderr)
-        sys.exit(STOPPED)
+    @parser.command(name="export")
+    def away(options: Annotated[Export, tyro.conf.arg(name="")]) -> None:
+        """Write a selected model as StableHLO, ONNX, safetensors, msgpack or Orbax."""
+        export(options, print)
+
+    parser.cli(prog="treesurgeon", args=arguments)
 
 
 def _sayer(quiet: bool, as_json: bool) -> Callable[[str], None]:

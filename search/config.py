@@ -34,9 +34,11 @@ class Config:
     model: str
     """A model of the zoo (resnet56, vgg16, digits_cnn, …), or package.module:factory that returns a linen module."""
     checkpoint: str
-    """An Orbax directory, or a .safetensors file (PyTorch's names and layout are read for the zoo's models)."""
+    """An Orbax directory, or a .safetensors, .msgpack or .pth file (torchvision's and timm's names are read for the
+    zoo's models)."""
     data: str
-    """digits, tfds:NAME (prepared), tfds-dir:PATH, or npz:PATH (x_train, y_train, x_test, y_test, label_names)."""
+    """digits, tfds:NAME (prepared), tfds-dir:PATH, npz:PATH (x_train, y_train, x_test, y_test, label_names), or
+    folder:PATH (PATH/CLASS/*.png or PATH/SPLIT/CLASS/*.png)."""
     out: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
     """The run's directory. Default: runs/MODEL."""
 
@@ -77,6 +79,9 @@ class Config:
     """Subtracted from images in 0 to 1, one number or one a channel. Default: the zoo's, else 0."""
     std: tuple[float, ...] = ()
     """Divides images, likewise. Default: the zoo's, else 1."""
+    image_size: tuple[int, ...] = ()
+    """Side, or height and width, to which the images of folder: are scaled and cropped. Default: what the zoo's model
+    takes, else as they are."""
     head: Literal["auto", "keep", "fit"] = "auto"
     """Labels that are not the checkpoint's: by default the head is replaced where their number differs, or their names
     where both are known, rows of classes that both name are carried over, and the others fitted to `train`. `keep`
@@ -182,6 +187,8 @@ class Config:
         for name, bound in least.items():
             if getattr(self, name) is not None and not getattr(self, name) >= bound:
                 raise RunError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least {bound}")
+        if len(self.image_size) > 2 or any(side < 1 for side in self.image_size):
+            raise RunError("--image-size takes a side, or a height and a width, of at least 1")
         if not self.learning_rate > 0 or not 0 <= self.distill <= 1:
             raise RunError("--learning-rate must be above 0, and --distill from 0 to 1")
         if not self.scratch_learning_rate > 0 or not 0 < self.layer_decay <= 1:
@@ -209,8 +216,8 @@ def claim(config: Config, content: Mapping[str, Any]) -> None:
     path = config.directory / "config.json"
     if path.exists():
         try:
-            there = json.loads(path.read_text())
-        except ValueError as error:
+            there = dict(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise RunError(
                 f"{path} cannot be read ({error}): move the directory away, or choose another --out"
             ) from error

@@ -34,9 +34,9 @@ class Depth:
     model: str
     """A model of the zoo, or package.module:factory that returns a linen module."""
     checkpoint: str
-    """An Orbax directory, or a .safetensors file."""
+    """An Orbax directory, or a .safetensors, .msgpack or .pth file."""
     data: str
-    """digits, tfds:NAME (prepared), tfds-dir:PATH, or npz:PATH; its labels need not be the checkpoint's."""
+    """digits, tfds:NAME (prepared), tfds-dir:PATH, npz:PATH, or folder:PATH; labels need not be the checkpoint's."""
     out: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
     """Where depth.csv and depth.svg go; earlier ones are replaced. In a run's directory `treesurgeon report` shows
     them too. Default: runs/MODEL-depth."""

@@ -29,6 +29,7 @@ from treesurgeon.search.conclusion import Outcome, conclude, recall
 from treesurgeon.search.config import Config, RunError, claim, identity
 from treesurgeon.search.evaluate import Batches, Evaluator, batches, in_precision, loss_and_error
 from treesurgeon.search.finalists import finish, pick
+from treesurgeon.search.lock import alone
 from treesurgeon.search.page import write_page
 from treesurgeon.search.setting import Setting, prepare
 from treesurgeon.search.space import Space, build, first_stage
@@ -65,6 +66,13 @@ def run(config: Config, say: Say = print) -> Outcome:
     if crossval.needed(setting):
         say("which is too few for yours: cross-validation on search and certify will take the certificate's place")
     claim(config, identity(config, {"data": roles.fingerprints, "checkpoint": setting.checkpoint}))
+    with alone(config.directory):
+        return go_on(setting, say)
+
+
+def go_on(setting: Setting, say: Say) -> Outcome:
+    """Run a search from where it is to its end, or show the outcome of one that is complete."""
+    config = setting.config
     if (config.directory / "selected").exists():
         say("this run is complete; choose another --out to run again")
         if not (config.directory / "report.html").exists():

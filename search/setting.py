@@ -67,7 +67,9 @@ class Opened:
 def open_parts(config: Config) -> Opened:
     """Open the data and the model, and check that they fit each other but for their labels."""
     preset = models.get(config.model) if ":" not in config.model else None
-    source = open_source(config.data, config.data_dir or None)
+    size = config.image_size * 2 if len(config.image_size) == 1 else config.image_size
+    wanted = (*(size or preset.input_shape[:2]), preset.input_shape[2]) if preset else size or None
+    source = open_source(config.data, config.data_dir or None, wanted)
     split = next((name for name, size in source.splits.items() if size), None)
     if split is None:
         raise RunError(f"--data {config.data}: no split has an image")
@@ -88,6 +90,9 @@ def open_parts(config: Config) -> Opened:
         seed=config.seed,
         caps={"train": config.max_train},
     )
+    for role in ("train", "test"):
+        if len(np.unique(getattr(roles, role).labels)) < 2:
+            raise RunError(f"--data {config.data}: all images of {role} are of one class; a classifier needs two")
     seen = {role: getattr(roles, role).labels for role in ROLES}
     config.judged_by.check(seen, roles.label_names)
     return Opened(subject, roles, labels, tuple(mean), tuple(std), fitted)
