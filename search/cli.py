@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +17,7 @@ from treesurgeon.search.conclusion import Outcome
 from treesurgeon.search.config import Config
 from treesurgeon.search.depth import Depth, depth
 from treesurgeon.search.inspecting import Inspection, inspect
+from treesurgeon.search.live import telling
 from treesurgeon.search.page import write_page
 from treesurgeon.search.pipeline import run
 from treesurgeon.search.report import show
@@ -39,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ) -> None:
         """Search the smallest good variant of a pretrained Flax model."""
         try:
-            outcome = run(config, _sayer(quiet, as_json))
+            with telling(quiet, as_json) as say:
+                outcome = run(config, say)
         except KeyboardInterrupt:
             print(f"\ntreesurgeon: stopped; {_resuming(config.directory)}", file=sys.stderr)
             sys.exit(STOPPED)
@@ -83,12 +85,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("\ntreesurgeon: stopped", file=sys.stderr)
         sys.exit(STOPPED)
-
-
-def _sayer(quiet: bool, as_json: bool) -> Callable[[str], None]:
-    if quiet:
-        return lambda line: None
-    return lambda line: print(line, file=sys.stderr if as_json else sys.stdout, flush=True)
 
 
 def _tell(outcome: Outcome, as_json: bool) -> None:
