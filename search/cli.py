@@ -1,4 +1,4 @@
-"""The command line: `treesurgeon search`, `inspect`, `depth`, `report`, `compare` and `verify`."""
+"""The command line: `treesurgeon search`, `inspect`, `depth`, `insight`, `report`, `compare` and `verify`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from treesurgeon.search.compare import Comparison, compare
 from treesurgeon.search.conclusion import Outcome
 from treesurgeon.search.config import Config
 from treesurgeon.search.depth import Depth, depth
+from treesurgeon.search.insight import Insight, insight
 from treesurgeon.search.inspecting import Inspection, inspect
 from treesurgeon.search.live import telling
 from treesurgeon.search.page import write_page
@@ -56,6 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def depths(options: Annotated[Depth, tyro.conf.arg(name="")]) -> None:
         """Accuracy against depth: truncate a model at every block, with a head in closed form."""
         depth(options, lambda line: print(line, flush=True))
+
+    @parser.command(name="insight")
+    def answers(options: Annotated[Insight, tyro.conf.arg(name="")]) -> None:
+        """Say what the units of a model answer to: class selectivity, directions, pictures."""
+        insight(options, lambda line: print(line, flush=True))
 
     @parser.command(name="report")
     def report(run: tyro.conf.Positional[Path]) -> None:

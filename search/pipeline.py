@@ -137,6 +137,9 @@ def rank(setting: Setting, criterion: str | None = None) -> dict[str, np.ndarray
         "energy": lambda: jax.jit(engine.activation_energy(subject.infer, graph))(variables, x),
         "zeros": lambda: jax.jit(engine.zero_share(subject.infer, graph))(variables, x),
         "grams": lambda: jax.jit(engine.gram_matrices(subject.infer, graph))(variables, x),
+        "selectivity": lambda: jax.jit(engine.class_selectivity(subject.infer, graph, subject.num_classes))(
+            variables, x, y
+        ),
         "key": lambda: jax.random.key(config.seed),
     }
     name = criterion or config.criterion

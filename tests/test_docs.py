@@ -19,13 +19,21 @@ from treesurgeon import engine, models, search
 from treesurgeon.search.compare import Comparison
 from treesurgeon.search.config import Config
 from treesurgeon.search.depth import Depth
+from treesurgeon.search.insight import Insight
 from treesurgeon.search.inspecting import Inspection
 from treesurgeon.search.verify import Verification
 
 ROOT = Path(__file__).parents[1]
 SITE = ROOT / "docs/pages"
 PAGES = {str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted(SITE.rglob("*.md")))}
-COMMANDS = {"search": Config, "inspect": Inspection, "depth": Depth, "compare": Comparison, "verify": Verification}
+COMMANDS = {
+    "search": Config,
+    "inspect": Inspection,
+    "depth": Depth,
+    "insight": Insight,
+    "compare": Comparison,
+    "verify": Verification,
+}
 BLOCK = re.compile(r"^(?:<!-- (?P<note>slow) -->\n)?```(?P<kind>\w+)(?P<rest>[^\n]*)\n(?P<text>.*?)^```$", re.M | re.S)
 
 
