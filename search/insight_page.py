@@ -15,7 +15,7 @@ from treesurgeon.search.activity import Looked, Units
 from treesurgeon.search.charts import Bar
 from treesurgeon.search.markup import Html, element, join, table
 
-GAP = 1  # pixels between images
+GAP, LEAST = 2, 48  # pixels between images, and of their height
 STYLE = ".strip { height: 3rem; image-rendering: pixelated; vertical-align: middle }"
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -45,7 +45,7 @@ def write_insight(directory: Path, looked: Looked, found: Sequence[Units], show:
     """Write `insight.html`, and its plot as `layers.svg`."""
     title = f"What the units of {looked.name} answer to"
     bars = charts.bars(
-        "Participation ratio of each group, of as many directions as it has units",
+        "Participation ratio, of as many units",
         [Bar(u.group, len(u.selectivity), u.ratio, f"{u.ratio:.1f} of {len(u.selectivity)}") for u in found],
         "Participation ratio of each group",
     )
@@ -92,7 +92,8 @@ def picture(looked: Looked, at: np.ndarray, names: str) -> Html:
     images = looked.split.images[at] * np.asarray(looked.std, np.float32) + np.asarray(looked.mean, np.float32)
     if images.shape[-1] not in (1, 3):
         images = images.mean(-1, keepdims=True)
-    pixels = np.round(255 * np.clip(images, 0, 1)).astype(np.uint8)
+    larger = -(-LEAST // images.shape[1])  # small images in large pixels
+    pixels = np.round(255 * np.clip(images, 0, 1)).astype(np.uint8).repeat(larger, 1).repeat(larger, 2)
     framed = np.pad(pixels, ((0, 0), (0, 0), (0, GAP), (0, 0)), constant_values=255)
     strip = np.concatenate(list(framed), 1)
     out = io.BytesIO()
