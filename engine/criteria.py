@@ -162,6 +162,7 @@ CRITERIA: Mapping[str, Criterion] = {
     "selectivity": Criterion(selectivity, "selectivity", "class_selectivity(fn, graph, classes)(params, x, labels)"),
     "random": Criterion(random, "key", "jax.random.key(seed)"),
 }
+"""Every criterion by name: its function, and what it needs besides the parameters."""
 
 
 def unexpressed(gram: Any, ridge: float) -> jax.Array:
