@@ -14,6 +14,13 @@ from treesurgeon.engine.readings import fisher_energy, gram_matrices, zero_share
 from treesurgeon.engine.reconstruction import Reconstruction, fold, reconstruct
 from treesurgeon.engine.refit import MaskedRefit, Refit, refit, refit_masked
 from treesurgeon.engine.rules import Rule, register
+from treesurgeon.engine.selectivity import (
+    class_means,
+    class_selectivity,
+    participation_ratio,
+    selectivity_index,
+    unit_activity,
+)
 from treesurgeon.engine.splitting import Split, split
 from treesurgeon.engine.statistics import momenta, reestimate
 from treesurgeon.engine.truncation import Head, Truncated, features, find_head, headless, levels, points, truncate
@@ -43,6 +50,8 @@ __all__ = [
     "TreesurgeonError",
     "Truncated",
     "activation_energy",
+    "class_means",
+    "class_selectivity",
     "contractions",
     "cost",
     "cut",
@@ -61,6 +70,7 @@ __all__ = [
     "momenta",
     "narrow",
     "normalise",
+    "participation_ratio",
     "points",
     "reconstruct",
     "reestimate",
@@ -69,8 +79,10 @@ __all__ = [
     "register",
     "residual_energy",
     "save",
+    "selectivity_index",
     "split",
     "trace",
     "truncate",
+    "unit_activity",
     "zero_share",
 ]

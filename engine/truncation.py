@@ -63,7 +63,8 @@ def find_head(fn: Callable, graph: Graph, *args: Any, **kwargs: Any) -> Head:
     Args:
         fn: the function; it returns an array whose last axis holds the classes.
         graph: the traced graph.
-        args, kwargs: example arguments, `jax.ShapeDtypeStruct`s do.
+        *args: example arguments, `jax.ShapeDtypeStruct`s do.
+        **kwargs: the same, by name.
 
     Raises:
         StructureError: there is no head, or there are several.
@@ -175,7 +176,8 @@ def truncate(fn: Callable, graph: Graph, at: str, *args: Any, **kwargs: Any) -> 
         fn: the function.
         graph: the traced graph.
         at: a point, as `features` names them.
-        args, kwargs: example arguments, `jax.ShapeDtypeStruct`s do: by them it is known which leaves are needed.
+        *args: example arguments, `jax.ShapeDtypeStruct`s do: by them it is known which leaves are needed.
+        **kwargs: the same, by name.
 
     Raises:
         PlanError: there is no such point.

@@ -1,4 +1,4 @@
-"""The command line: `treesurgeon search`, `inspect`, `depth`, `report`, `compare` and `verify`."""
+"""The command line: `treesurgeon search`, `inspect`, `depth`, `insight`, `report`, `compare` and `verify`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -21,7 +21,9 @@ from treesurgeon.search.config import Config
 from treesurgeon.search.config_file import defaults, named_in, write
 from treesurgeon.search.depth import Depth, depth
 from treesurgeon.search.exporting import Export, export
+from treesurgeon.search.insight import Insight, insight
 from treesurgeon.search.inspecting import Inspection, inspect
+from treesurgeon.search.live import telling
 from treesurgeon.search.page import write_page
 from treesurgeon.search.pipeline import run
 from treesurgeon.search.report import show
@@ -93,7 +95,8 @@ def _command(arguments: Sequence[str]) -> None:
             print(write(config), end="")
             return
         try:
-            outcome = run(config, _sayer(quiet, as_json))
+            with telling(quiet, as_json) as say:
+                outcome = run(config, say)
         except KeyboardInterrupt:
             _stop(f"stopped; {_resuming(config.directory)}")
         _tell(outcome, as_json)
@@ -107,6 +110,11 @@ def _command(arguments: Sequence[str]) -> None:
     def depths(options: Annotated[Depth, tyro.conf.arg(name="")]) -> None:
         """Accuracy against depth: truncate a model at every block, with a head in closed form."""
         depth(options, lambda line: print(line, flush=True))
+
+    @parser.command(name="insight")
+    def answers(options: Annotated[Insight, tyro.conf.arg(name="")]) -> None:
+        """Say what the units of a model answer to: class selectivity, directions, pictures."""
+        insight(options, lambda line: print(line, flush=True))
 
     @parser.command(name="report")
     def report(run: tyro.conf.Positional[Path]) -> None:
@@ -134,12 +142,6 @@ def _command(arguments: Sequence[str]) -> None:
         export(options, print)
 
     parser.cli(prog="treesurgeon", args=arguments)
-
-
-def _sayer(quiet: bool, as_json: bool) -> Callable[[str], None]:
-    if quiet:
-        return lambda line: None
-    return lambda line: print(line, file=sys.stderr if as_json else sys.stdout, flush=True)
 
 
 def _tell(outcome: Outcome, as_json: bool) -> None:

@@ -15,7 +15,18 @@ from treesurgeon.engine import TreesurgeonError
 from treesurgeon.search.metrics import METRICS, Metric, MetricName
 
 Criterion = Literal[
-    "l1", "l2", "fpgm", "lamp", "norm_scale", "taylor", "fisher", "activation", "apoz", "reconstruction", "random"
+    "l1",
+    "l2",
+    "fpgm",
+    "lamp",
+    "norm_scale",
+    "taylor",
+    "fisher",
+    "activation",
+    "apoz",
+    "reconstruction",
+    "selectivity",
+    "random",
 ]
 AugmentName = Literal["none", "flip-crop"]
 

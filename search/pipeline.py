@@ -29,6 +29,7 @@ from treesurgeon.search.conclusion import Outcome, conclude, recall
 from treesurgeon.search.config import Config, RunError, claim, identity
 from treesurgeon.search.evaluate import Batches, Evaluator, batches, in_precision, loss_and_error
 from treesurgeon.search.finalists import finish, pick
+from treesurgeon.search.live import Generation
 from treesurgeon.search.lock import alone
 from treesurgeon.search.page import write_page
 from treesurgeon.search.setting import Setting, prepare
@@ -147,6 +148,9 @@ def rank(setting: Setting, criterion: str | None = None) -> dict[str, np.ndarray
         "energy": lambda: jax.jit(engine.activation_energy(subject.infer, graph))(variables, x),
         "zeros": lambda: jax.jit(engine.zero_share(subject.infer, graph))(variables, x),
         "grams": lambda: jax.jit(engine.gram_matrices(subject.infer, graph))(variables, x),
+        "selectivity": lambda: jax.jit(engine.class_selectivity(subject.infer, graph, subject.num_classes))(
+            variables, x, y
+        ),
         "key": lambda: jax.random.key(config.seed),
     }
     name = criterion or config.criterion
@@ -242,14 +246,14 @@ def search(setting: Setting, space: Space, budget: Budget, states: States, say: 
         # Well below the budget smaller is no longer better, so that the search stays where the answer is.
         size = np.maximum(costs[measure] / dense[measure], 0.8 * budget.share)
         within = np.flatnonzero(violation == 0)  # the others are ranked by how far they are off alone
-        loss, error = np.full(len(children), np.inf), np.ones(len(children))
+        loss, error, scored = np.full(len(children), np.inf), np.ones(len(children)), 0
         if len(within):
             chosen = jax.tree.map(lambda leaf, rows=within: leaf[rows], masks)
             judge = partial(racing.judge, size[within], references=references, looks=len(evaluator.data.images))
             losses, wrong, _ = evaluator(chosen, judge)
             loss[within] = racing.estimates(losses, references)
             error[within] = wrong.sum(1, where=~np.isnan(losses)) / np.maximum((~np.isnan(losses)).sum(1), 1)
-            references = references.joined(size[within], losses)
+            references, scored = references.joined(size[within], losses), int((~np.isnan(losses)).sum())
         state = evolve.tell(state, children, np.stack([size, loss], 1), violation)
         seen = {"genome": np.asarray(children), "loss": loss, "error": error, "violation": violation, **costs}
         seen["kept"] = kept_units(space, masks)
@@ -257,7 +261,9 @@ def search(setting: Setting, space: Space, budget: Budget, states: States, say: 
         rows = [{name: values[i] for name, values in seen.items()} for i in range(config.population)]
         report.write_generation(config.directory / "candidates.csv", done, rows)
         states.save(done + 1, Progress(state, references))
-        say(_progress(evolve.front(state), done + 1, config, measure, time.perf_counter() - start))
+        took = time.perf_counter() - start
+        front, total = evolve.front(state), config.generations
+        say(Generation(front, done + 1, total, measure, took, config.population, scored))
     if evaluator.compiled > 2:
         raise RunError(f"the search compiled {evaluator.compiled} programs instead of 2: please report this")
     return evolve.front(state)
@@ -382,14 +388,3 @@ def starting_points(
     else:
         chosen = path[np.unique(np.linspace(0, len(path) - 1, half).round().astype(int))]
     return np.array(list(dict.fromkeys(map(tuple, [*chosen, *fitting(space.seeds())]))), np.int32)
-
-
-def _progress(front: evolve.Scored, done: int, config: Config, measure: str, took: float) -> str:
-    rate = config.population / took
-    left = (config.generations - done) * took
-    feasible = front.violation == 0
-    text = f"generation {done:>3}/{config.generations}  {rate:5.1f} candidates/s  {left:4.0f} s left  "
-    if not feasible.any():
-        return text + "nothing within the budget yet"
-    best = front.objectives[feasible][front.objectives[feasible][:, 1].argmin()]
-    return text + f"front {int(feasible.sum()):>3}, best loss {best[1]:.4f} at {best[0]:.0%} of dense's {measure}"

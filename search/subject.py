@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 
 from treesurgeon import engine, models
 from treesurgeon.engine import TreesurgeonError
@@ -92,19 +93,21 @@ def open_subject(
     """
     spec = engine.ModelSpec(model, tuple(input_shape), dict(kwargs or {}))
     module = spec.build(allow_import=True)
+    (count,) = export.symbolic_shape("n")  # any number of images, as it will be exported
     try:
         template = spec.template(module)
         variables_out, _ = jax.eval_shape(
             lambda v, x: (module.apply(v, x), 0),
             template,
-            jax.ShapeDtypeStruct((2, *input_shape), np.float32),
+            jax.ShapeDtypeStruct((count, *input_shape), np.float32),
         )
     except Exception as error:
         raise SubjectError(
-            f"model {model!r} does not take images of shape {list(input_shape)}, called as module(x): "
-            f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            f"model {model!r} does not take images of shape {list(input_shape)} in any number, called as module(x): "
+            f"{type(error).__name__}: {str(error).splitlines()[0]}; where it needs their number, expected x.shape[0] "
+            f"or -1, not len(x) or a constant"
         ) from error
-    if getattr(variables_out, "ndim", None) != 2 or variables_out.shape[0] != 2:
+    if getattr(variables_out, "ndim", None) != 2 or variables_out.shape[0] != count:
         shape = getattr(variables_out, "shape", type(variables_out).__name__)
         raise SubjectError(f"model {model!r}: expected logits [N, classes] for N images, got {shape}")
     known = models.get(model) if ":" not in model else module
