@@ -236,10 +236,11 @@ def search(setting: Setting, space: Space, budget: Budget, states: States, say: 
     state, references = progress.state, progress.references
     if int(state.generation):
         say(f"resumed after generation {int(state.generation)} of {config.generations}")
+    ask, tell = jax.jit(evolve.ask), jax.jit(evolve.tell)
     while int(state.generation) < config.generations:
         start = time.perf_counter()
         done = int(state.generation)
-        children = evolve.ask(state, space.cardinality)
+        children = ask(state, space.cardinality)
         masks, costs = masks_and_costs(children)
         costs = {name: np.asarray(values) for name, values in costs.items()}
         violation = budget.over(costs)
@@ -254,7 +255,7 @@ def search(setting: Setting, space: Space, budget: Budget, states: States, say: 
             loss[within] = racing.estimates(losses, references)
             error[within] = wrong.sum(1, where=~np.isnan(losses)) / np.maximum((~np.isnan(losses)).sum(1), 1)
             references, scored = references.joined(size[within], losses), int((~np.isnan(losses)).sum())
-        state = evolve.tell(state, children, np.stack([size, loss], 1), violation)
+        state = tell(state, children, np.stack([size, loss], 1), violation)
         seen = {"genome": np.asarray(children), "loss": loss, "error": error, "violation": violation, **costs}
         seen["kept"] = kept_units(space, masks)
         seen.pop("size")
