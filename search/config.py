@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from treesurgeon.engine import TreesurgeonError
+from treesurgeon.search.data import SHARES
 from treesurgeon.search.metrics import METRICS, Metric, MetricName
 
 Criterion = Literal[
@@ -102,6 +103,9 @@ class Config:
     source_data: str = ""
     """Images like those that the checkpoint was trained on, if possible not the very same, as for --data: a two-sample
     test then says whether the inputs are shifted. By default the checkpoint's norm statistics are compared."""
+    shares: tuple[float, float, float, float] = SHARES
+    """How the images are dealt out to `train`, `search`, `certify` and `test`. Where --fitted-split gives `train` its
+    own, the others share the rest likewise."""
     max_train: int = 5000
     """Images of `train` that are used, at most."""
     data_dir: str = ""

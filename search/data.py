@@ -12,7 +12,6 @@ the same in every version (NEP 19), and no method whose stream may change.
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 import numpy as np
 
@@ -21,8 +20,7 @@ from treesurgeon.search.sources import BATCH, DataError, Source, default_data_di
 __all__ = ["DataError", "Roles", "Source", "Split", "default_data_dir", "open_source", "sample_images", "split_roles"]
 
 ROLES = ("train", "search", "certify", "test")
-FRACTIONS: Mapping[str, float] = MappingProxyType({"search": 0.4, "certify": 0.2, "test": 0.4})
-TRAIN_FRACTION = 0.5  # of all images, where no split is known to be the one that was fitted
+SHARES = (0.5, 0.2, 0.1, 0.2)
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ def split_roles(
     mean: Sequence[float] = (0.0,),
     std: Sequence[float] = (1.0,),
     seed: int = 0,
-    fractions: Mapping[str, float] = FRACTIONS,
+    shares: Sequence[float] = SHARES,
     caps: Mapping[str, int] | None = None,
 ) -> Roles:
     """Give every image of a dataset one role, and read the images.
@@ -100,23 +98,23 @@ def split_roles(
         mean: subtracted, a number or one per channel, after uint8 images were scaled to 0..1.
         std: divided by, likewise.
         seed: of the split. Same dataset, same seed: same roles.
-        fractions: shares of the clean images of `search`, `certify` and `test`.
+        shares: of the images, for `train`, `search`, `certify` and `test`. Where `train` has splits of its own the
+            others share the rest, as the last three numbers are to each other.
         caps: the most images of a role, stratified. A cap changes no other role.
 
     Raises:
         DataError: splits, labels or images that do not fit, or too few of them.
     """
     num_classes = source.num_classes if num_classes is None else num_classes
-    _check_arguments(source, fractions, caps or {}, seed)
+    _check_arguments(source, shares, caps or {}, seed)
     unfitted = tuple(split for split in source.splits if split not in (fitted or ()))
-    shares = [fractions[role] for role in ROLES[1:]]
     if fitted:
         _check_fitted(source, fitted, unfitted)
         origins = {"train": tuple(dict.fromkeys(fitted)), **dict.fromkeys(ROLES[1:], unfitted)}
-        plan = {("train",): [1.0], ROLES[1:]: shares}
+        plan = {("train",): [1.0], ROLES[1:]: shares[1:]}
     else:
         origins = dict.fromkeys(ROLES, unfitted)
-        plan = {ROLES: [TRAIN_FRACTION, *(share * (1 - TRAIN_FRACTION) for share in shares)]}
+        plan = {ROLES: shares}
 
     splits: dict[str, Split] = {}
     for stream, (roles, weights) in enumerate(plan.items()):
@@ -158,11 +156,11 @@ def sample_images(
     return _read_split(source, tuple(source.splits), chosen, labels, input_shape, mean, std).images
 
 
-def _check_arguments(source: Source, fractions: Mapping[str, float], caps: Mapping[str, int], seed: int) -> None:
-    if set(fractions) != set(ROLES[1:]) or min(fractions.values()) <= 0 or abs(sum(fractions.values()) - 1) > 1e-9:
+def _check_arguments(source: Source, shares: Sequence[float], caps: Mapping[str, int], seed: int) -> None:
+    if len(shares) != len(ROLES) or not min(shares) > 0 or not abs(sum(shares) - 1) < 1e-6:
         raise DataError(
-            f"data {source.spec!r}: expected fractions above 0 of search, certify and test with sum 1, "
-            f"got {dict(fractions)}"
+            f"data {source.spec!r}: expected --shares above 0 of train, search, certify and test with sum 1, "
+            f"got {' '.join(map(str, shares))}"
         )
     if not set(caps) <= set(ROLES) or min(caps.values(), default=1) < 1:
         raise DataError(f"data {source.spec!r}: expected caps of at least 1 for roles {ROLES}, got {dict(caps)}")

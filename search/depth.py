@@ -21,6 +21,7 @@ import tyro
 from treesurgeon import engine
 from treesurgeon.search import report
 from treesurgeon.search.config import Config, RunError
+from treesurgeon.search.data import SHARES
 from treesurgeon.search.depth_chart import curves
 from treesurgeon.search.heads import LinearHead, best_logistic, ridge
 from treesurgeon.search.setting import open_parts
@@ -48,6 +49,9 @@ class Depth:
     """Subtracted from images in 0 to 1. Default: the zoo's, else 0."""
     std: tuple[float, ...] = ()
     """Divides images. Default: the zoo's, else 1."""
+    shares: tuple[float, float, float, float] = SHARES
+    """How the images are dealt out to `train`, `search`, `certify` and `test`: as in the search, so that `certify` and
+    `test` stay closed."""
     max_train: int = 5000
     """Images of `train` that are used, at most."""
     data_dir: str = ""
@@ -98,6 +102,7 @@ def depth(options: Depth, say: Callable[[str], None]) -> list[Cut]:
             fitted_split=options.fitted_split,
             mean=options.mean,
             std=options.std,
+            shares=options.shares,
             max_train=options.max_train,
             data_dir=options.data_dir,
             seed=options.seed,

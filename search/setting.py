@@ -88,6 +88,7 @@ def open_parts(config: Config) -> Opened:
         mean=mean,
         std=std,
         seed=config.seed,
+        shares=config.shares,
         caps={"train": config.max_train},
     )
     for role in ("train", "test"):

@@ -188,6 +188,15 @@ def test_clean_roles_may_come_from_several_splits(npz):
     assert split_roles(source, ("train", "val")).train.origin == ("train", "val")
 
 
+def test_shares_are_as_asked(npz):
+    shares = (0.1, 0.1, 0.5, 0.3)
+    assert sizes(split_roles(npz(), (), shares=shares)) == [5 * n for n in (3, 3, 14, 8)]
+    # Where train has a split of its own, the others share the rest as 1 : 5 : 3.
+    roles = split_roles(npz(), ("train",), shares=shares)
+    assert sizes(roles)[0] == sizes(split_roles(npz(), ("train",)))[0]
+    assert sizes(roles)[1:] == [10, 55, 35]
+
+
 def test_caps_shrink_one_role_and_change_no_other(npz):
     free, capped = (split_roles(npz(), ("train",), caps=caps) for caps in (None, {"train": 12, "search": 5}))
     assert sizes(capped) == [12, 5, 20, 40]
@@ -296,11 +305,9 @@ BAD = {
     ),
     "cap too small": ({"x": X, "y": Y}, {"caps": {"search": 4}}, r"cap on search of at least 5, .*got 4"),
     "cap of no role": ({"x": X, "y": Y}, {"caps": {"val": 4}}, r"expected caps .*got \{'val': 4\}"),
-    "fractions": (
-        {"x": X, "y": Y},
-        {"fractions": {"search": 0.5, "certify": 0.5, "test": 0.5}},
-        r"sum 1, got",
-    ),
+    "shares": ({"x": X, "y": Y}, {"shares": (0.5, 0.5, 0.5, 0.5)}, r"--shares above 0 .* sum 1, got 0.5 0.5 0.5 0.5"),
+    "three shares": ({"x": X, "y": Y}, {"shares": (0.5, 0.25, 0.25)}, r"--shares above 0 of train, search"),
+    "not a number": ({"x": X, "y": Y}, {"shares": (float("nan"), 0.25, 0.25, 0.25)}, r"--shares above 0"),
     "seed": ({"x": X, "y": Y}, {"seed": -1}, r"seed of at least 0, got -1"),
     "mean": (
         {"x": X, "y": Y},
