@@ -14,35 +14,49 @@ from treesurgeon.engine.solve import Solution, join, solve
 
 
 @dataclass(frozen=True, eq=False)
-class Analysis:
-    """A traced function, solved: its axes, what depends on what, its blocks and the contexts they make.
+class Solved:
+    """A traced function and its axes, which may still be pinned and unified by hand.
 
     `mirrors` are the outputs that return updated parameters, by leaf number; `roots` are all the others.
     """
 
     traced: Traced
+    paths: Sequence[str]
     solution: Solution
-    kinds: Kinds
-    regions: list[Region]
-    uses: Uses
     mirrors: Mapping[int, Operand]
     mirror_of: Mapping[int, int]
-    modules: Sequence[str]
+    roots: Sequence[Operand]
 
     @property
     def program(self) -> Program:
         """The program."""
         return self.traced.program
 
+    @property
+    def unused(self) -> list[int]:
+        """The numbers of the leaves that nothing reads."""
+        used = uses(self.program, (), self.roots, self.mirrors).values
+        return [i for i, v in enumerate(self.program.inputs[: len(self.paths)]) if used[v] is None]
 
-def analyse(
+
+@dataclass(frozen=True, eq=False)
+class Analysis(Solved):
+    """A traced function, solved: its axes, what depends on what, its blocks and the contexts they make."""
+
+    kinds: Kinds
+    regions: list[Region]
+    uses: Uses
+    modules: Sequence[str]
+
+
+def solve_axes(
     traced: Traced,
     paths: Sequence[str],
     leaf_axes: Sequence[Axes],
     input_names: Sequence[str],
     free: Mapping[str, Axes],
-) -> Analysis:
-    """Solve a traced function whose first inputs are the parameter leaves `paths` with axes `leaf_axes`.
+) -> Solved:
+    """Find the axes of a traced function whose first inputs are the parameter leaves `paths` with axes `leaf_axes`.
 
     The other inputs are pinned, except those that `free` gives axes.
     """
@@ -62,9 +76,15 @@ def analyse(
             solution.of(v),
             Reason(f"the output that mirrors {paths[leaf]} splits it differently"),
         )
+    return Solved(traced, paths, solution, mirrors, mirror_of, roots)
+
+
+def analyse(solved: Solved) -> Analysis:
+    """Find blocks and contexts, after which the axes must stay as they are: which loops have blocks is up to them."""
+    program, solution, roots = solved.program, solved.solution, solved.roots
     _pin_steps(solution, program, live(program, roots), roots)
-    found = main_kinds(program, n)
-    modules = _modules(program, paths, found)
+    found = main_kinds(program, len(solved.paths))
+    modules = _modules(program, solved.paths, found)
     stepping = {
         i
         for i, along in solution.lengths.items()
@@ -73,8 +93,8 @@ def analyse(
         and any(found.of(program.eqns[i].ins[k])[1] for k in wires.mapped_ins)
     }
     regions = find_regions(program, found, roots, lambda leaf: modules[leaf], stepping)
-    used = uses(program, [(r.entry, r.exit) for r in regions], roots, mirrors)
-    return Analysis(traced, solution, found, regions, used, mirrors, mirror_of, modules)
+    used = uses(program, [(r.entry, r.exit) for r in regions], roots, solved.mirrors)
+    return Analysis(**vars(solved), kinds=found, regions=regions, uses=used, modules=modules)
 
 
 def _pin_steps(solution: Solution, program: Program, alive: Iterable[int], roots: Sequence[Operand]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jax.tree_util import tree_structure
 
-from treesurgeon.engine.analysis import Analysis, analyse
+from treesurgeon.engine.analysis import Analysis, analyse, solve_axes
 from treesurgeon.engine.axes import Axis, Reason, atoms, fixed_reason, fresh, pin, resolve, unify
 from treesurgeon.engine.errors import StructureError
 from treesurgeon.engine.flow import Contexts
@@ -69,17 +69,16 @@ def trace(
     program = traced.program
     leaf_axes = [tuple(fresh(n) for n in program.avals[v].shape) for v in program.inputs[: len(paths)]]
     inputs = _free_inputs(tuple(free_inputs), call)
-    analysis = analyse(traced, paths, leaf_axes, call.names, inputs)
+    solved = solve_axes(traced, paths, leaf_axes, call.names, inputs)
     free = tuple(free_outputs)
     for i, (path, v) in enumerate(zip(traced.out_paths, program.outputs, strict=True)):
-        if i in analysis.mirror_of or _named(path, free):
+        if i in solved.mirror_of or _named(path, free):
             continue
-        for axis in analysis.solution.of(v):
+        for axis in solved.solution.of(v):
             pin(axis, Reason(f"an axis of the output {path}" if path else "an axis of the output"))
-    for path, axes, v in zip(paths, leaf_axes, program.inputs, strict=False):
-        if analysis.uses.values[v] is None:
-            for axis in axes:
-                pin(axis, Reason(f"{path} is not used"))
+    for i in solved.unused:
+        for axis in leaf_axes[i]:
+            pin(axis, Reason(f"{paths[i]} is not used"))
     known = {f"{path}[{d}]": axis for path, axes in zip(paths, leaf_axes, strict=True) for d, axis in enumerate(axes)}
     known_leaves = dict(zip(paths, leaf_axes, strict=True))
     for name in pin_axes:
@@ -92,7 +91,7 @@ def trace(
                 f"couple: {a} has {first.size} positions and {b} has {second.size}: they cannot be one"
             )
         unify(first, second, Reason(f"{a} and {b} were coupled by hand, and split differently"))
-    return _build(analysis, paths, leaf_axes, inputs, tree_structure(params))
+    return _build(analyse(solved), paths, leaf_axes, inputs, tree_structure(params))
 
 
 def _named(path: str, names: Iterable[str]) -> bool:

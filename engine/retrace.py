@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.tree_util import tree_unflatten
 
-from treesurgeon.engine.analysis import Analysis, analyse
+from treesurgeon.engine.analysis import Analysis, analyse, solve_axes
 from treesurgeon.engine.axes import Atom, Axis, Fixed, Prod, Reason, Sum, fixed_reason, product, resolve, total
 from treesurgeon.engine.errors import NarrowError
 from treesurgeon.engine.graph import Graph
@@ -118,7 +118,7 @@ def _retrace(fn: Callable, graph: Graph, dtypes: Sequence[Any], call: Call, unit
     paths = [leaf.path for leaf in leaves]
     call, free = _whole_inputs(graph, call, own, units)
     traced = trace_call(fn, tree_unflatten(graph.tree, structs), call)
-    analysis = analyse(traced, paths, axes, call.names, free)
+    analysis = analyse(solve_axes(traced, paths, axes, call.names, free))
     regions = {name: block for name, block in graph.blocks.items() if block.kernels}
     names = {(frozenset(block.kernels), block.turns, block.turn): name for name, block in regions.items()}
     turns_of = {kernels: turns for kernels, turns, _ in names}

@@ -166,3 +166,10 @@ def householder(p, x):
     for v in p["hh"]:
         x = x - 2 * jnp.outer(x @ v, v) / (v @ v)
     return x @ p["o"]
+
+
+@case({"a": arr(4, 4), "s": arr(3, 4, 4), "c": arr(4, 8), "d": arr(8, 4), "r": arr(2)}, arr(5, 4))
+def stack_that_an_output_pins(p, x):
+    """Only the output, which comes later, says that the steps of the loop cannot go."""
+    h = lax.scan(lambda c, t: (c + jnp.tanh(c @ p["c"] + t.sum()) @ p["d"], None), x @ p["a"], p["s"])[0]
+    return h, lax.scan(lambda c, t: (c * t, None), p["s"], p["r"])[0]
