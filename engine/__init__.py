@@ -22,6 +22,7 @@ from treesurgeon.engine.selectivity import (
     selectivity_index,
     unit_activity,
 )
+from treesurgeon.engine.shortened import Shortened
 from treesurgeon.engine.splitting import Split, split
 from treesurgeon.engine.statistics import momenta, reestimate
 from treesurgeon.engine.truncation import Head, Truncated, features, find_head, headless, levels, points, truncate
@@ -45,6 +46,7 @@ __all__ = [
     "Reconstruction",
     "Refit",
     "Rule",
+    "Shortened",
     "Split",
     "StructureError",
     "Tie",

@@ -35,8 +35,9 @@ from treesurgeon.engine.export import to_stablehlo
 from treesurgeon.engine.flax import from_linen
 from treesurgeon.engine.graph import Graph, Plan
 from treesurgeon.engine.narrowing import check_leaves, narrow
+from treesurgeon.engine.shortened import Shortened
 
-FORMAT = 1
+FORMAT = 2  # 2: a model may be cut in depth
 
 
 @dataclass(frozen=True)
@@ -48,26 +49,40 @@ class ModelSpec:
         kwargs: keyword arguments of the factory, JSON values.
         input_shape: the shape of one input, without the batch axis.
         input_dtype: its dtype.
+        at: the point at which the module is cut in depth, if it is, see `Shortened`.
+        outputs: of the head that it has there.
     """
 
     model: str
     input_shape: tuple[int, ...]
     kwargs: Mapping[str, Any]
     input_dtype: str = "float32"
+    at: str | None = None
+    outputs: int = 0
 
-    def build(self, allow_import: bool = False) -> nn.Module:
+    def build(self, allow_import: bool = False) -> nn.Module | Shortened:
         """The dense module."""
         if ":" in self.model and not allow_import:
             raise ArtifactError(
                 f"this model is built by {self.model}, which is not part of treesurgeon: pass module=…, or "
                 f"allow_import=True if you trust the directory to name what is imported"
             )
-        return importlib.import_module("treesurgeon.models").resolve(self.model, **self.kwargs)
+        return self.cut(importlib.import_module("treesurgeon.models").resolve(self.model, **self.kwargs))
 
-    def template(self, module: nn.Module) -> Any:
+    def cut(self, module: nn.Module | Shortened) -> nn.Module | Shortened:
+        """The module, cut in depth if it is to be and is not yet."""
+        if not self.at or isinstance(module, Shortened):
+            return module
+        return Shortened(module, self.at, self.outputs, self.example)
+
+    @property
+    def example(self) -> jax.ShapeDtypeStruct:
+        """One input."""
+        return jax.ShapeDtypeStruct((1, *self.input_shape), self.input_dtype)
+
+    def template(self, module: nn.Module | Shortened) -> Any:
         """The dense variables as shapes."""
-        x = jax.ShapeDtypeStruct((1, *self.input_shape), self.input_dtype)
-        return jax.eval_shape(module.init, jax.random.key(0), x)
+        return jax.eval_shape(module.init, jax.random.key(0), self.example)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,14 +90,14 @@ class Model:
     """A pruned model.
 
     Attributes:
-        module: the dense linen module.
+        module: the dense linen module, or one cut in depth.
         variables: the cut variables.
         graph: the dense model's graph.
         plan: what was kept and dropped.
         manifest: the manifest as read.
     """
 
-    module: nn.Module
+    module: nn.Module | Shortened
     variables: Any
     graph: Graph
     plan: Plan
@@ -113,7 +128,7 @@ def save(
     *,
     manifest: Mapping[str, Any] | None = None,
     card: str = "",
-    module: nn.Module | None = None,
+    module: nn.Module | Shortened | None = None,
 ) -> Path:
     """Write a pruned model to a new directory, whole or not at all.
 
@@ -133,7 +148,7 @@ def save(
     path = Path(path).absolute()
     if path.exists():
         raise ArtifactError(f"{path} exists: nothing was written; choose another directory or move it away")
-    module = module if module is not None else spec.build()
+    module = spec.cut(module) if module is not None else spec.build()
     model = _assemble(module, spec, variables, plan, {})
     path.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -143,12 +158,13 @@ def save(
         (work / "README.md").write_text(card)
         content = {
             **(manifest or {}),
-            "format": FORMAT,
+            "format": FORMAT if spec.at else 1,
             "model": {
                 "model": spec.model,
                 "kwargs": dict(spec.kwargs),
                 "input_shape": list(spec.input_shape),
                 "input_dtype": spec.input_dtype,
+                **({"at": spec.at, "outputs": spec.outputs} if spec.at else {}),
             },
             "plan": {
                 "keep": {name: units.tolist() for name, units in plan.keep.items()},
@@ -165,7 +181,7 @@ def save(
     return path
 
 
-def load(path: str | os.PathLike, module: nn.Module | None = None, allow_import: bool = False) -> Model:
+def load(path: str | os.PathLike, module: nn.Module | Shortened | None = None, allow_import: bool = False) -> Model:
     """Open a directory that `save` wrote.
 
     Args:
@@ -180,7 +196,8 @@ def load(path: str | os.PathLike, module: nn.Module | None = None, allow_import:
     manifest = _read_manifest(path)
     try:
         entry = manifest["model"]
-        spec = ModelSpec(entry["model"], tuple(entry["input_shape"]), entry["kwargs"], entry["input_dtype"])
+        shape, cut = tuple(entry["input_shape"]), (entry.get("at"), int(entry.get("outputs", 0)))
+        spec = ModelSpec(entry["model"], shape, entry["kwargs"], entry["input_dtype"], *cut)
         keep = {name: np.asarray(units, int) for name, units in manifest["plan"]["keep"].items()}
         plan = Plan(keep, frozenset(manifest["plan"]["drop"]))
         files = dict(manifest["files"])
@@ -194,7 +211,7 @@ def load(path: str | os.PathLike, module: nn.Module | None = None, allow_import:
             f"({', '.join(damaged[:3])}): copy the directory again"
         )
     try:
-        module = module if module is not None else spec.build(allow_import)
+        module = spec.cut(module) if module is not None else spec.build(allow_import)
         return _assemble(module, spec, ocp.load(str(path / "variables")), plan, manifest)
     except (TreesurgeonError, importlib.import_module("treesurgeon.models").ModelError):
         raise
@@ -230,9 +247,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _assemble(module: nn.Module, spec: ModelSpec, variables: Any, plan: Plan, manifest: Mapping[str, Any]) -> Model:
+def _assemble(
+    module: nn.Module | Shortened, spec: ModelSpec, variables: Any, plan: Plan, manifest: Mapping[str, Any]
+) -> Model:
     fn, template = from_linen(module, spec.template(module))
-    graph = trace(fn, template, jax.ShapeDtypeStruct((1, *spec.input_shape), spec.input_dtype))
+    graph = trace(fn, template, spec.example)
     check_leaves(variables, graph.shapes(graph.masks(plan)), "narrow")
     return Model(module, variables, graph, plan, manifest)
 

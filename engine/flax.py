@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,7 +13,14 @@ from flax.core import meta, unfreeze
 from treesurgeon.engine.errors import StructureError
 
 
-def from_linen(module: nn.Module, variables: Mapping[str, Any], **apply_kwargs: Any) -> tuple[Callable, dict[str, Any]]:
+class Appliable(Protocol):
+    """What has a linen module's `apply`."""
+
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """The module's output; with `mutable`, and the new values of these collections."""
+
+
+def from_linen(module: Appliable, variables: Mapping[str, Any], **apply_kwargs: Any) -> tuple[Callable, dict[str, Any]]:
     """A linen module as a pure function of its variables.
 
     Args:

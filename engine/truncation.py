@@ -160,9 +160,28 @@ class Truncated:
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
         """The pooled features at the point; `params` may hold more leaves than are needed."""
-        point = _point(_points(self.retracer({}, args, kwargs)[0]), self.at)
-        (value,) = _evaluate(self.retracer, params, args, kwargs, lambda _: [point.value])
-        return pooled(value, point.channels)
+        return self.with_updates(params, *args, **kwargs)[0]
+
+    def with_updates(self, params: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """The pooled features, and the new values, by path, of leaves that the function returns updated.
+
+        These are running statistics, as `module.apply(…, mutable=[…])` returns them.
+        """
+        kept = frozenset(self.leaves)
+        channels: tuple[int, ...] = ()
+        new: dict[str, int] = {}
+
+        def wanted(found: Retraced) -> list[int]:
+            nonlocal channels
+            point = _point(_points(found), self.at)
+            channels = point.channels
+            for leaf, v in found.analysis.mirrors.items():
+                if found.paths[leaf] in kept and isinstance(v, int):
+                    new[found.paths[leaf]] = v
+            return [point.value, *new.values()]
+
+        value, *values = _evaluate(self.retracer, params, args, kwargs, wanted)
+        return pooled(value, channels), dict(zip(new, values, strict=True))
 
 
 def truncate(fn: Callable, graph: Graph, at: str, *args: Any, **kwargs: Any) -> Truncated:

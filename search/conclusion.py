@@ -54,7 +54,7 @@ def conclude(
     setting: Setting,
     space: Space,
     budget: Budget,
-    genomes: Sequence[np.ndarray],
+    genomes: Mapping[str, np.ndarray],
     tuned: Sequence[Tuned],
     say: Callable[[str], None],
 ) -> Outcome:
@@ -68,6 +68,7 @@ def conclude(
         subject.infer,
         None,
         {k: int(v) for k, v in engine.cost(graph, engine.Plan())._asdict().items()} | measured_dense(setting, budget),
+        subject,
     )
     measured = {each.name: measure(setting, each) for each in (whole, *tuned)}
     dense, others = measured["dense"], [measured[each.name] for each in tuned]
@@ -118,10 +119,10 @@ def conclude(
             **({f"cv_{end}": getattr(estimates[f.name], end) for end in ENDS} if estimates else {}),
             "best_epoch": f.ref.fitted.best_epoch if f.ref.fitted else None,
             "reason": verdict.reasons[f.name],
-            "description": space.describe(genome),
-            "genome": genome,
+            "description": space.describe(genomes[f.name]) if f.name in genomes else f"up to {f.ref.subject.spec.at}",
+            "genome": genomes.get(f.name, ()),
         }
-        for f, genome in zip(others, genomes, strict=True)
+        for f in others
     ]
     report.write_front(config.directory / "front.csv", records)
     report.write_table(config.directory / "results.csv", report.RESULT_COLUMNS, results)
@@ -135,15 +136,15 @@ def conclude(
     )
     path = engine.save(
         config.directory / "selected",
-        subject.spec,
+        chosen.subject.spec,
         chosen.variables,
         chosen.plan,
         manifest={
-            **_manifest(setting, selected.name, outcome, lines, certificate, estimates),
+            **_manifest(setting, chosen, outcome, lines, certificate, estimates),
             "baselines": baselines,
         },
         card=_card(setting, outcome, lines, estimates, baselines["sentence"]),
-        module=subject.module,
+        module=chosen.subject.module,
     )
     return Outcome(tuple(lines), outcome, path, baselines["sentence"])
 
@@ -305,13 +306,14 @@ def certificate_rows(steps: Sequence[Step]) -> list[dict[str, Any]]:
 
 def _manifest(
     setting: Setting,
-    selected: str,
+    chosen: Tuned,
     outcome: Mapping[str, Any],
     lines: Sequence[report.Line],
     certificate: Certificate,
     estimates: Mapping[str, Estimate],
 ) -> dict[str, Any]:
     config, roles, metric = setting.config, setting.roles, setting.config.judged_by
+    graph, spec = chosen.subject.graph, chosen.subject.spec
     cross_validation = {
         "folds": crossval.fold_count(setting),
         "repeats": config.cv_repeats,
@@ -331,7 +333,7 @@ def _manifest(
             }
             for line in lines
         },
-        "selected": selected,
+        "selected": chosen.name,
         "verdict": outcome,
         "certificate": asdict(certificate) | {"epsilon": config.epsilon, "eta": config.eta},
         "cross_validation": cross_validation if estimates else None,
@@ -346,6 +348,7 @@ def _manifest(
         "labels": list(roles.label_names),
         "seed": config.seed,
         **({"head": asdict(setting.head)} if setting.head else {}),
+        **({"left": {"groups": list(graph.groups), "blocks": list(graph.blocks)}} if spec.at else {}),
     }
 
 

@@ -137,6 +137,9 @@ class Config:
 
     finalists: int = 3
     """Variants that are cut, fine-tuned and compared."""
+    truncations: int | None = None
+    """More finalists, cut in depth with a new head where a linear one on the features does as well as at full depth.
+    Default: 2 where the labels ask for a new head, else none."""
     epochs: int = 2
     """Epochs of fine-tuning for each finalist, stopped early on `search`; 0 only re-estimates statistics."""
     learning_rate: float = 0.01
@@ -197,7 +200,7 @@ class Config:
             "population": 2, "generations": 1, "search_images": 1, "calibration_images": 0, "chunk": 1,
             "finalists": 1, "refit_images": 1, "epochs": 0, "batch_size": 1, "max_train": 1, "seed": 0,
             "latency_batch": 1, "cv_folds": 2, "cv_repeats": 1,
-            "epsilon": 0, "eta": 0, "weight_decay": 0, "scratch_epochs": 1,
+            "epsilon": 0, "eta": 0, "weight_decay": 0, "scratch_epochs": 1, "truncations": 0,
         }  # fmt: skip
         for name, bound in least.items():
             if getattr(self, name) is not None and not getattr(self, name) >= bound:

@@ -30,7 +30,7 @@ from treesurgeon.search.heads import HeadError, best_logistic
 from treesurgeon.search.metrics import Metric
 from treesurgeon.search.paired import interval
 from treesurgeon.search.setting import Setting
-from treesurgeon.search.subject import SubjectError
+from treesurgeon.search.subject import Subject, SubjectError
 from treesurgeon.search.transfer import head_features, put_head, replaceable
 from treesurgeon.search.tuning import Tuned, tune
 
@@ -85,7 +85,13 @@ def train(setting: Setting, selected: Tuned, whole: Tuned, say: Callable[[str], 
     add("dense fine-tuned", "the dense model, fine-tuned", whole, whole.variables, policy=setting.policy)
     how = {"epochs": epochs, "learning_rate": config.scratch_learning_rate}
     words = f"from random weights, {_epochs(epochs)}"
-    add("dense from scratch", f"the dense architecture {words}", whole, scratch(setting, whole.plan), **how)
+    add(
+        "dense from scratch",
+        f"the dense architecture {words}",
+        whole,
+        scratch(whole.subject, whole.plan, config.seed),
+        **how,
+    )
     try:
         variables = probe(setting)
     except (SubjectError, StructureError, HeadError) as error:
@@ -93,20 +99,20 @@ def train(setting: Setting, selected: Tuned, whole: Tuned, say: Callable[[str], 
     else:
         out[PROBE] = replace(whole, name=PROBE, variables=variables), "a linear head on the dense model's features"
     if selected.name != whole.name:
-        start = scratch(setting, selected.plan)
+        start = scratch(selected.subject, selected.plan, config.seed)
         add(f"{selected.name} from scratch", f"its architecture {words}", selected, start, **how)
     return out
 
 
-def scratch(setting: Setting, plan: engine.Plan) -> Any:
+def scratch(subject: Subject, plan: engine.Plan, seed: int) -> Any:
     """Random variables at the shapes of a plan.
 
     The dense module's initial values, cut; kernels are then scaled up by the square root of what they lost of their
     inputs, so that they are as initialisers by fan-in make them at the small shapes.
     """
-    subject, graph = setting.subject, setting.subject.graph
+    graph = subject.graph
     x = jnp.zeros((1, *subject.spec.input_shape), subject.spec.input_dtype)
-    small = engine.cut(jax.jit(subject.module.init)(jax.random.key(setting.config.seed), x), graph, plan)
+    small = engine.cut(jax.jit(subject.module.init)(jax.random.key(seed), x), graph, plan)
     made = {(member.path, member.axis) for group in graph.groups.values() for member in group.members if member.makes}
 
     def scaled(path: Any, leaf: Any) -> Any:

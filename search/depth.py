@@ -12,20 +12,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-import jax
-import numpy as np
 import tyro
 
-from treesurgeon import engine
 from treesurgeon.search import report
 from treesurgeon.search.config import Config, RunError
 from treesurgeon.search.data import SHARES
 from treesurgeon.search.depth_chart import curves
-from treesurgeon.search.heads import LinearHead, best_logistic, ridge
 from treesurgeon.search.setting import open_parts
-from treesurgeon.search.transfer import by_batch
+from treesurgeon.search.survey import Cut, HeadName, survey
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,7 @@ class Depth:
     out: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
     """Where depth.csv and depth.svg go; earlier ones are replaced. In a run's directory `treesurgeon report` shows
     them too. Default: runs/MODEL-depth."""
-    head: Literal["ridge", "logistic"] = "ridge"
+    head: HeadName = "ridge"
     """What is fitted to the features: least squares to one-hot labels, or logistic regression (slower)."""
     fitted_split: tuple[str, ...] = ()
     """Splits that the checkpoint was trained on (`none`: it has seen none of this data). Default: the zoo's."""
@@ -63,27 +59,6 @@ class Depth:
     def directory(self) -> Path:
         """Where the results go."""
         return Path(self.out or f"runs/{self.model.replace(':', '.')}-depth").absolute()
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A truncated model with its head.
-
-    Attributes:
-        point: where it is cut.
-        features: how many there are.
-        params, macs: of all that is left, its head included; multiply-accumulates of one image.
-        train, search: accuracy, shares.
-        penalty: of the head.
-    """
-
-    point: str
-    features: int
-    params: int
-    macs: int
-    train: float
-    search: float
-    penalty: float
 
 
 def depth(options: Depth, say: Callable[[str], None]) -> list[Cut]:
@@ -114,31 +89,9 @@ def depth(options: Depth, say: Callable[[str], None]) -> list[Cut]:
         f"{options.data}: {classes} classes, train {len(roles.train):,} and search {len(roles.search):,} images"
         + ("" if roles.clean else "; it is unknown what the checkpoint was fitted on, so that gaps may be too small")
     )
-    every = jax.jit(engine.features(subject.infer, subject.graph))
-    on_train, on_search = (by_batch(lambda x: every(subject.variables, x), s) for s in (roles.train, roles.search))
-    x = jax.ShapeDtypeStruct((1, *subject.spec.input_shape), subject.spec.input_dtype)
-    cuts = []
-    for point in engine.points(subject.infer, subject.graph, x):
-        short = engine.truncate(subject.infer, subject.graph, point, x)
-        cost = engine.cost(engine.trace(short, short.take(subject.variables), x), engine.Plan())
-        z = on_train[point]
-        head = fit_head(options.head, z, roles.train.labels, classes)
-        right = [
-            float((np.asarray(head(found)).argmax(1) == split.labels).mean())
-            for found, split in ((z, roles.train), (on_search[point], roles.search))
-        ]
-        width = z.shape[1]
-        params, macs = int(cost.params) + (width + 1) * classes, int(cost.macs) + width * classes
-        cuts.append(Cut(point, width, params, macs, right[0], right[1], float(head.penalty)))
+    cuts = survey(subject, roles, classes, options.head)
     finish(options, cuts, say)
     return cuts
-
-
-def fit_head(kind: str, x: np.ndarray, labels: np.ndarray, classes: int) -> LinearHead:
-    """A head of a kind on features `[N, F]`."""
-    if kind == "ridge":
-        return ridge(x, np.eye(classes, dtype=np.float32)[labels])
-    return best_logistic(x, labels, classes)
 
 
 def finish(options: Depth, cuts: Sequence[Cut], say: Callable[[str], None]) -> None:

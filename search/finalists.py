@@ -117,17 +117,22 @@ def prepared(setting: Setting, plan: engine.Plan) -> Any:
 def finish(
     setting: Setting, name: str, plan: engine.Plan, measured: Mapping[str, float], say: Callable[[str], None]
 ) -> Tuned:
-    """Cut a variant, re-estimate its statistics and fine-tune it on its small shapes.
+    """Cut a variant, re-estimate its statistics and fine-tune it on its small shapes."""
+    subject, graph = setting.subject, setting.subject.graph
+    infer = engine.narrow(subject.infer, graph, plan)
+    small = prepared(setting, plan)
+    cost = {k: int(v) for k, v in engine.cost(graph, plan)._asdict().items()} | dict(measured)
+    return fine_tuned(setting, Tuned(name, plan, small, infer, None, cost, subject), say)
+
+
+def fine_tuned(setting: Setting, start: Tuned, say: Callable[[str], None]) -> Tuned:
+    """A finalist after as many epochs as are configured.
 
     Where a cross-validation has to take the certificate's place, what it answers to the pool is noted after each epoch;
     fine-tuning does not look at that.
     """
-    config, subject, graph = setting.config, setting.subject, setting.subject.graph
-    infer = engine.narrow(subject.infer, graph, plan)
-    small = prepared(setting, plan)
-    cost = {k: int(v) for k, v in engine.cost(graph, plan)._asdict().items()} | dict(measured)
-    start = Tuned(name, plan, small, infer, None, cost)
-    note = answering(infer, crossval.pool(setting.roles)) if crossval.needed(setting) else None
+    config = setting.config
+    note = answering(start.infer, crossval.pool(setting.roles)) if crossval.needed(setting) else None
     if not config.epochs:
-        return replace(start, trail=(note(small),)) if note else start
+        return replace(start, trail=(note(start.variables),)) if note else start
     return tune(setting, start, say, policy=setting.policy, distill=config.distill, note=note)

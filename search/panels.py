@@ -150,7 +150,7 @@ def options(run: Run, chosen: str) -> Html:
 def _dropped(run: Run, row: Row) -> list[int]:
     """The blocks that a candidate drops, as rows of blocks.csv."""
     searched = [i for i, block in enumerate(run.tables["blocks"]) if block["searched"] == "True"]
-    genes = numbers(row["genome"])
+    genes = numbers(row["genome"]) or [1] * len(searched)  # a truncated finalist has none
     return [i for i, gene in zip(searched, genes[len(genes) - len(searched) :], strict=True) if not gene]
 
 
@@ -169,15 +169,22 @@ def _changes(run: Run, row: Row) -> str:
 
 
 def _groups(run: Run) -> list[tuple[str, int, int, bool]]:
-    """Name, size, kept units of every group, and whether it went away with a block."""
-    plan = run.manifest["plan"]
-    gone = {i for i, row in enumerate(run.tables["blocks"]) if row["block"] in plan["drop"]}
+    """Name, size, kept units of every group, and whether it went away with a block or where the network was cut."""
+    plan, gone, left = run.manifest["plan"], _gone(run), run.manifest.get("left")
     out = []
     for row in run.tables["groups"]:
         name, size = row["group"], int(row["size"])
-        struck = bool(gone & set(numbers(row["blocks"])))
+        struck = bool(gone & set(numbers(row["blocks"]))) or (left is not None and name not in left["groups"])
         out.append((name, size, 0 if struck else len(plan["keep"].get(name, range(size))), struck))
     return out
+
+
+def _gone(run: Run) -> set[int]:
+    """The blocks that the selected model lacks, as rows of blocks.csv."""
+    plan, left = run.manifest["plan"], run.manifest.get("left")
+    names = [row["block"] for row in run.tables["blocks"]]
+    there = set(names if left is None else left["blocks"]) - set(plan["drop"])
+    return {i for i, name in enumerate(names) if name not in there}
 
 
 def network(run: Run) -> Chart:
@@ -200,10 +207,13 @@ def before_and_after(run: Run) -> Html:
         for name, size, kept, struck in rows
     ]
     units = table(f"Units that {run.selected['variant']} keeps of each group", ("group", "units", "kept"), cells, "www")
-    drop = set(run.manifest["plan"]["drop"])
+    drop, at = _gone(run), run.manifest["model"].get("at")
+    if at:
+        said = f"The network is cut in depth: {at} is the last that it computes before its head."
+        units = join([element("p", said), units])
     blocks = [
-        element("li", join([element("del", row["block"]), " dropped"]) if row["block"] in drop else row["block"])
-        for row in run.tables["blocks"]
+        element("li", join([element("del", row["block"]), " dropped"]) if i in drop else row["block"])
+        for i, row in enumerate(run.tables["blocks"])
     ]
     if not blocks:
         return join([units, element("p", "The network has no block that can be dropped.")])

@@ -36,6 +36,7 @@ from treesurgeon.search.setting import Setting, prepare
 from treesurgeon.search.space import Space, build, first_stage
 from treesurgeon.search.state import States
 from treesurgeon.search.sweep import Sweep
+from treesurgeon.search.truncating import truncations
 
 Say = Callable[[str], None]
 
@@ -92,7 +93,9 @@ def go_on(setting: Setting, say: Say) -> Outcome:
     front = search(setting, space, budget, states, say)
     picked = pick(setting, space, budget, front, say)
     tuned = [finish(setting, f"v{i}", space.to_plan(genome), found, say) for i, (genome, found) in enumerate(picked, 1)]
-    outcome = conclude(setting, space, budget, [genome for genome, _ in picked], tuned, say)
+    genomes = {each.name: genome for each, (genome, _) in zip(tuned, picked, strict=True)}
+    tuned += truncations(setting, budget, say)
+    outcome = conclude(setting, space, budget, genomes, tuned, say)
     say(f"wrote {write_page(config.directory)}")
     return outcome
 

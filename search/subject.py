@@ -31,14 +31,14 @@ class Subject:
 
     Attributes:
         spec: how to build the module again.
-        module: the linen module.
+        module: the linen module, or one cut in depth.
         variables: the checkpoint, nested dicts of arrays.
         num_classes: length of the logits.
         momenta: for each running average (by path): the share of its old value that one training step keeps.
     """
 
     spec: engine.ModelSpec
-    module: nn.Module
+    module: nn.Module | engine.Shortened
     variables: dict[str, Any]
     num_classes: int
     momenta: Mapping[str, float] = field(default_factory=dict)
@@ -70,8 +70,9 @@ class Subject:
         return engine.trace(self.infer, self.variables, x)
 
 
-def training_flag(module: nn.Module) -> tuple[str, bool] | None:
+def training_flag(module: nn.Module | engine.Shortened) -> tuple[str, bool] | None:
     """The name of the argument that switches training mode, and its value in training."""
+    module = module.module if isinstance(module, engine.Shortened) else module
     parameters = inspect.signature(type(module).__call__).parameters
     return next(((name, value) for name, value in TRAINING_FLAGS.items() if name in parameters), None)
 
@@ -92,7 +93,7 @@ def open_subject(
         SubjectError: the model does not map images to logits.
     """
     spec = engine.ModelSpec(model, tuple(input_shape), dict(kwargs or {}))
-    module = spec.build(allow_import=True)
+    module = models.resolve(model, **spec.kwargs)
     (count,) = export.symbolic_shape("n")  # any number of images, as it will be exported
     try:
         template = spec.template(module)
@@ -120,7 +121,7 @@ def random_subject(model: str) -> Subject:
     """A model of the zoo with random variables: for measuring speed, and for tests."""
     preset = models.get(model)
     spec = engine.ModelSpec(model, tuple(preset.input_shape), {})
-    module = spec.build(allow_import=False)
+    module = models.resolve(model)
     variables = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, *preset.input_shape)))
     classes = jax.eval_shape(lambda v, x: module.apply(v, x), variables, jnp.zeros((1, *preset.input_shape)))
     subject = Subject(spec, module, variables, classes.shape[-1])

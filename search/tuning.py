@@ -16,6 +16,7 @@ from treesurgeon.search.finetune import FitResult, Recipe, fit, objective
 from treesurgeon.search.metrics import Answers
 from treesurgeon.search.policy import EVERYTHING, Policy, held
 from treesurgeon.search.setting import Setting
+from treesurgeon.search.subject import Subject
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +30,7 @@ class Tuned:
         infer: `(variables, x) -> logits`.
         fitted: how fine-tuning went; None where there was none.
         cost: see `engine.cost`, and what was measured.
+        subject: what the plan is of: the dense model, or that cut in depth.
         trail: answers to the pool after each epoch, where a cross-validation needs them.
     """
 
@@ -38,6 +40,7 @@ class Tuned:
     infer: Callable[[Any, Any], Any]
     fitted: FitResult | None
     cost: Mapping[str, float]
+    subject: Subject
     trail: tuple[Answers, ...] = ()
 
 
@@ -64,7 +67,7 @@ def tune(
         distill: weight of the dense model's answers.
         note: what to note after each epoch, for the trail; fine-tuning does not look at it.
     """
-    config, subject, roles = setting.config, setting.subject, setting.roles
+    config, subject, roles, dense = setting.config, start.subject, setting.roles, setting.subject
     metric = config.judged_by
     whole = not start.plan.keep and not start.plan.drop
     train = subject.train if whole else engine.narrow(subject.train, subject.graph, start.plan)
@@ -77,11 +80,11 @@ def tune(
     data, given = {"x": roles.train.images, "y": roles.train.labels}, {}
     augment, teacher = AUGMENTATIONS[config.augment], None
     if distill and augment:  # the teacher sees what the student sees
-        given["dense"], teacher = subject.variables, subject.infer
+        given["dense"], teacher = dense.variables, dense.infer
     elif distill:
         whole_train = batches(roles.train, 250)
-        answer = jax.jit(lambda v, xs: jax.lax.map(lambda x: subject.infer(v, x), xs))
-        logits = answer(subject.variables, whole_train.images)
+        answer = jax.jit(lambda v, xs: jax.lax.map(lambda x: dense.infer(v, x), xs))
+        logits = answer(dense.variables, whole_train.images)
         data["teacher"] = np.asarray(logits).reshape(-1, logits.shape[-1])[: len(roles.train)]
     trainable, rates = policy.leaves(subject.graph, start.variables)
     loss = objective(held(train, policy.frozen), distill=distill, augment=augment, teacher=teacher)

@@ -41,7 +41,7 @@ def plan_of(setting):
 
 def test_random_weights_are_as_the_initialiser_makes_them_at_the_small_shapes(setting):
     graph, plan = setting.subject.graph, plan_of(setting)
-    dense, small = leaves_of(scratch(setting, engine.Plan())), leaves_of(scratch(setting, plan))
+    dense, small = leaves_of(scratch(setting.subject, engine.Plan(), 0)), leaves_of(scratch(setting.subject, plan, 0))
     shapes = graph.shapes(graph.masks(plan))
     for path, leaf in small.items():
         assert leaf.shape == shapes[path]
@@ -64,9 +64,9 @@ def test_baselines_are_trained_on_the_same_data(setting):
         return engine.cost(graph, plan)._asdict()
 
     plan = plan_of(setting)
-    whole = Tuned("dense", engine.Plan(), subject.variables, subject.infer, None, cost(engine.Plan()))
+    whole = Tuned("dense", engine.Plan(), subject.variables, subject.infer, None, cost(engine.Plan()), subject)
     narrow = engine.narrow(subject.infer, graph, plan)
-    small = Tuned("v1", plan, engine.cut(subject.variables, graph, plan), narrow, None, cost(plan))
+    small = Tuned("v1", plan, engine.cut(subject.variables, graph, plan), narrow, None, cost(plan), subject)
     found = contenders.train(setting, small, whole, said.append)
     assert list(found) == ["dense fine-tuned", "dense from scratch", "linear probe", "v1 from scratch"]
     assert "--no-baselines" in said[0]

@@ -195,6 +195,7 @@ def files_of(directory):
     return {name: (directory / name).read_text() for name in names} | {"manifest": manifest}
 
 
+@pytest.mark.slow
 def test_a_killed_search_on_other_labels_goes_on_bit_for_bit(place):
     changes = {**SMALL, "generations": 2, "epsilon": 0.5, "eta": 0.9, "augment": "flip-crop", "freeze": ("1",),
                "layer_decay": 0.5, "distill": 0.5, "model": "mlp", "checkpoint": str(place / "mlp")}  # fmt: skip

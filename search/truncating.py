@@ -1,0 +1,100 @@
+"""Truncated models among the finalists: the network up to a point with a new head, beside variants of the whole one.
+
+Every boundary of blocks is a point (`engine.points`). One forward pass gives the pooled features at all of them, and
+linear heads in closed form, fitted to `train`, say on `search` how much depth the task needs (see survey.py). Of the
+points that no smaller one beats, the smallest within one standard error of the best are taken (the rule of L. Breiman
+et al.: "Classification and Regression Trees", 1984), and then treated as all finalists are: statistics estimated anew,
+a logistic head, fine-tuning. The rule and the certificate choose among all of them alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+
+from treesurgeon import engine
+from treesurgeon.search.budget import Budget, example
+from treesurgeon.search.finalists import fine_tuned
+from treesurgeon.search.heads import LinearHead, best_logistic
+from treesurgeon.search.latency import profile
+from treesurgeon.search.setting import Setting
+from treesurgeon.search.subject import Subject
+from treesurgeon.search.survey import Cut, survey
+from treesurgeon.search.transfer import head_features
+from treesurgeon.search.tuning import Tuned
+
+DEFAULT = 2  # where the head is new
+
+
+def truncations(setting: Setting, budget: Budget, say: Callable[[str], None]) -> list[Tuned]:
+    """The truncated finalists, fine-tuned: as many as are configured, or can be had."""
+    config = setting.config
+    count = config.truncations if config.truncations is not None else DEFAULT if setting.head else 0
+    if not count:
+        return []
+    cuts = survey(setting.subject, setting.roles, setting.subject.num_classes)
+    chosen = choose(cuts, budget, len(setting.roles.search), count)
+    told = ", ".join(f"{cut.point} ({cut.search:.1%} right on search)" for cut in chosen)
+    found = f"{told} become finalists, against {cuts[-1].search:.1%} at full depth" if chosen else "none is smaller"
+    say(f"{len(cuts)} depths tried with linear heads on one forward pass: {found}")
+    out = []
+    for i, cut in enumerate(chosen, 1):
+        subject = headed(setting, cut.point)
+        cost: dict[str, float] = dict(cut.cost)
+        if budget.measured:
+            measured = profile(subject.infer, subject.variables, example(setting))
+            cost |= {name: getattr(measured, name) for name in budget.measured}
+            if any(cost[name] > limit for name, limit in budget.measured.items()):
+                say(f"{cut.point} is not within the budget as measured")
+                continue
+        start = Tuned(f"t{i}", engine.Plan(), subject.variables, subject.infer, None, cost, subject)
+        out.append(fine_tuned(setting, start, say))
+    return out
+
+
+def choose(cuts: Sequence[Cut], budget: Budget, images: int, count: int) -> list[Cut]:
+    """The smallest cuts that are as good as the best, as far as so many images tell; no smaller one beats them.
+
+    The last cut is the whole model: it is compared with, and not chosen.
+    """
+    *rest, whole = cuts
+    best = max(cut.search for cut in cuts)
+    bar = best - math.sqrt(best * (1 - best) / images)
+    front: list[Cut] = []
+    for cut in sorted(rest, key=lambda cut: (cut.params, cut.macs, -cut.search)):
+        within = all(cut.cost[name] <= limit for name, limit in budget.limits.items() if name in cut.cost)
+        if within and cut.params < whole.params and (not front or cut.search > front[-1].search):
+            front.append(cut)
+    good = [cut for cut in front if cut.search >= bar]
+    return (good or front[-1:])[:count]
+
+
+def headed(setting: Setting, at: str) -> Subject:
+    """The model up to a point, its running statistics estimated anew, with a logistic head fitted to `train`."""
+    config, subject, train = setting.config, setting.subject, setting.roles.train
+    classes, x = subject.num_classes, subject.spec.example
+    features = jax.eval_shape(engine.truncate(subject.infer, subject.graph, at, x), subject.variables, x)
+    blank = LinearHead(jnp.zeros((features.shape[-1], classes)), jnp.zeros(classes), jnp.float32(0))
+    short = truncated(subject, at, blank)
+    if config.calibration_images and short.momenta:
+        few = jnp.asarray(train.images[: config.refit_images])
+        estimate = jax.jit(engine.reestimate(short.train, short.momenta))
+        short = replace(short, variables=estimate(short.variables, few, jax.random.key(0)))
+    head = best_logistic(head_features(short, train), train.labels, classes)
+    assert isinstance(short.module, engine.Shortened)
+    return replace(short, variables=short.module.with_head(short.variables, head.kernel, head.bias))
+
+
+def truncated(subject: Subject, at: str, head: LinearHead) -> Subject:
+    """The model up to a point, with this head."""
+    spec = replace(subject.spec, at=at, outputs=head.kernel.shape[1])
+    module = spec.cut(subject.module)
+    assert isinstance(module, engine.Shortened)
+    variables = module.with_head(module.take(subject.variables), head.kernel, head.bias)
+    there = engine.named_leaves(variables)
+    momenta = {path: value for path, value in subject.momenta.items() if path in there}
+    return Subject(spec, module, variables, spec.outputs, momenta)

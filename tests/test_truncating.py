@@ -1,0 +1,124 @@
+"""Truncated finalists: which depths are chosen, what they are, and a search in which one of them is selected."""
+
+import csv
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from laws import leaves_of
+from orbax.checkpoint import v1 as ocp
+
+from treesurgeon import engine, models
+from treesurgeon.engine.shortened import HEAD
+from treesurgeon.search import Config, run
+from treesurgeon.search.budget import Budget
+from treesurgeon.search.setting import prepare
+from treesurgeon.search.survey import Cut, survey
+from treesurgeon.search.truncating import choose, headed
+
+RNG = np.random.default_rng(0)
+
+
+def cut(at, params, error, macs=100):
+    return Cut(at, 8, {"params": params, "macs": macs}, 1, 1 - error, 0.1)
+
+
+WHOLE = cut("before linear", 100, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("cuts", "limits", "want"),
+    [
+        # One standard error of 0.2 on 100 images is 0.04; b is beaten by the smaller a.
+        ([cut("a", 30, 0.23), cut("b", 40, 0.235), cut("c", 50, 0.22), WHOLE], {}, ["a", "c"]),
+        ([cut("a", 30, 0.25), cut("c", 50, 0.22), WHOLE], {}, ["c"]),
+        ([cut("a", 30, 0.5), cut("c", 50, 0.4), WHOLE], {}, ["c"]),  # none is as good: the nearest
+        ([cut("a", 30, 0.1), cut("b", 40, 0.09), cut("c", 50, 0.08), WHOLE], {}, ["a", "b"]),
+        ([cut("a", 30, 0.1, macs=90), cut("b", 40, 0.08, macs=60), WHOLE], {"macs": 70}, ["b"]),
+        ([cut("a", 100, 0.1), WHOLE], {}, []),  # nothing is saved
+        ([WHOLE], {}, []),
+        ([cut("a", 30, 0.1), WHOLE], {"latency": 1e-9}, ["a"]),  # that is measured later
+    ],
+)
+def test_the_smallest_depths_that_are_enough_are_chosen(cuts, limits, want):
+    budget = Budget(None, limits, {}, {})
+    assert [found.point for found in choose(cuts, budget, 100, 2)] == want
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A checkpoint of random weights and images that shallow features tell apart."""
+    home = tmp_path_factory.mktemp("truncating")
+    variables = models.resolve("digits_cnn").init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    ocp.save(str(home / "checkpoint"), jax.tree.map(np.asarray, variables))
+    kinds = RNG.random((3, 8, 8, 1))
+    y = np.arange(900) % 3
+    x = (kinds[y] + 0.2 * RNG.normal(size=(900, 8, 8, 1))).astype(np.float32)
+    np.savez(home / "three.npz", x_all=x, y_all=y, label_names=np.array(["one", "two", "three"]))
+    return home
+
+
+def config(place, **changes):
+    given = {"model": "digits_cnn", "checkpoint": str(place / "checkpoint"), "data": f"npz:{place / 'three.npz'}",
+             "out": str(place / "out"), "fitted_split": ("none",), "shares": (0.2, 0.2, 0.3, 0.3),
+             "population": 4, "generations": 1, "search_images": 32, "calibration_images": 8, "refit_images": 32,
+             "finalists": 1, "epochs": 1, "reconstruct": "none", "epsilon": 0.1, "eta": 0.1,
+             "baselines": False}  # fmt: skip
+    return Config(**{**given, **changes})
+
+
+def test_a_head_is_fitted_to_what_stands_at_the_point(place):
+    setting = prepare(config(place, calibration_images=0))
+    cuts = survey(setting.subject, setting.roles, 3)
+    assert [found.point for found in cuts] == list(
+        engine.points(setting.subject.infer, setting.subject.graph, setting.subject.spec.example)
+    )
+    sizes = [found.params for found in cuts]
+    assert sizes == sorted(sizes)
+    assert sizes[-1] == engine.cost(setting.subject.graph, engine.Plan()).params
+    subject = headed(setting, cuts[2].point)
+    assert engine.cost(subject.graph, engine.Plan())._asdict() == cuts[2].cost
+    old, new = leaves_of(setting.subject.variables), leaves_of(subject.variables)
+    for path in new.keys() - {f"params/{HEAD}/kernel", f"params/{HEAD}/bias"}:
+        np.testing.assert_array_equal(new[path], old[path])
+    roles = setting.roles
+    right = np.asarray(subject.infer(subject.variables, roles.search.images)).argmax(1) == roles.search.labels
+    assert right.mean() > 0.9
+    # With statistics estimated anew, the features are other ones.
+    fresh = headed(prepare(config(place)), cuts[2].point)
+    assert np.abs(
+        leaves_of(fresh.variables)["batch_stats/stage1_0/bn/mean"] - old["batch_stats/stage1_0/bn/mean"]
+    ).max()
+
+
+def test_a_truncation_is_selected_saved_and_loaded(place):
+    said = []
+    outcome = run(config(place), said.append)
+    assert any("depths tried with linear heads" in str(line) for line in said)
+    with (place / "out" / "front.csv").open() as file:
+        front = {row["variant"]: row for row in csv.DictReader(file)}
+    assert {"v1", "t1"} <= front.keys()
+    assert front["t1"]["description"].startswith("up to ")
+    model = engine.load(outcome.path)
+    manifest = json.loads((outcome.path / "manifest.json").read_text())
+    assert manifest["selected"].startswith("t"), manifest["verdict"]
+    assert manifest["certificate"]["passed"]
+    assert manifest["model"]["at"]
+    setting = prepare(config(place))
+    logits = np.asarray(model(setting.roles.test.images))
+    right = (logits.argmax(1) == setting.roles.test.labels).mean()
+    assert right == pytest.approx(manifest["metrics"][manifest["selected"]]["test_accuracy"])
+    page = (place / "out" / "report.html").read_text()
+    assert "cut in depth" in page
+    again = run(config(place), said.append)  # it is complete, and shown from its manifest
+    assert again.sentence == outcome.sentence
+    assert said[-1].startswith("this run is complete")
+
+
+@pytest.mark.slow
+def test_none_where_they_are_not_asked_for(place):
+    said = []
+    run(config(place, truncations=0, out=str(place / "none"), epochs=0, certify=False), said.append)
+    assert not any("depths tried" in str(line) for line in said)
