@@ -16,9 +16,11 @@ from treesurgeon.search.compare import Comparison, compare
 from treesurgeon.search.conclusion import Outcome
 from treesurgeon.search.config import Config
 from treesurgeon.search.depth import Depth, depth
+from treesurgeon.search.hosts import lead
 from treesurgeon.search.inspecting import Inspection, inspect
 from treesurgeon.search.page import write_page
 from treesurgeon.search.pipeline import run
+from treesurgeon.search.pool import Pool
 from treesurgeon.search.report import show
 from treesurgeon.search.verify import Verification, verify
 
@@ -32,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     @parser.command(name="search")
     def search(
         config: Annotated[Config, tyro.conf.arg(name="")],
+        pool: Annotated[Pool, tyro.conf.arg(name="")] = Pool(),  # noqa: B008  it is frozen
         quiet: Annotated[bool, tyro.conf.arg(help="Say nothing on the way, only the outcome.")] = False,
         as_json: Annotated[
             bool, tyro.conf.arg(name="json", help="The outcome as JSON on stdout, the way to it on stderr.")
@@ -39,11 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ) -> None:
         """Search the smallest good variant of a pretrained Flax model."""
         try:
-            outcome = run(config, _sayer(quiet, as_json))
+            outcome = run(config, _sayer(quiet, as_json), pool)
         except KeyboardInterrupt:
             print(f"\ntreesurgeon: stopped; {_resuming(config.directory)}", file=sys.stderr)
             sys.exit(STOPPED)
-        _tell(outcome, as_json)
+        if lead():
+            _tell(outcome, as_json)
 
     @parser.command(name="inspect")
     def look(options: Annotated[Inspection, tyro.conf.arg(name="")]) -> None:

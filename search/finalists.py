@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -128,9 +128,16 @@ def prepared(setting: Setting, plan: engine.Plan) -> Any:
     return fitted(subject.variables, small, x)
 
 
-def finish(
-    setting: Setting, name: str, plan: engine.Plan, measured: Mapping[str, float], say: Callable[[str], None]
-) -> Tuned:
+@dataclass(frozen=True)
+class Refined:
+    """What became of a variant's variables; it can be sent from one process to another."""
+
+    variables: Any
+    fitted: FitResult | None
+    trail: tuple[Answers, ...]
+
+
+def refine(setting: Setting, plan: engine.Plan) -> Refined:
     """Cut a variant, re-estimate its statistics and fine-tune it on its small shapes.
 
     Where a cross-validation has to take the certificate's place, what it answers to the pool is noted after each epoch;
@@ -141,10 +148,9 @@ def finish(
     train = engine.narrow(subject.train, graph, plan)
     key, metric = jax.random.key(config.seed), config.judged_by
     small = prepared(setting, plan)
-    cost = {k: int(v) for k, v in engine.cost(graph, plan)._asdict().items()} | dict(measured)
     note = answering(infer, crossval.pool(roles)) if crossval.needed(setting) else None
     if not config.epochs:
-        return Tuned(name, plan, small, infer, None, cost, (note(small),) if note else ())
+        return Refined(jax.tree.map(np.asarray, small), None, (note(small),) if note else ())
     recipe = Recipe(epochs=config.epochs, batch_size=config.batch_size, learning_rate=config.learning_rate)
     data = {"x": roles.train.images, "y": roles.train.labels}
     if config.distill:
@@ -163,9 +169,26 @@ def finish(
         return measure(variables)
 
     result = fit(loss, small, trainable, data, recipe, key, evaluate)
-    errors = ", ".join(metric.show(epoch.search_error) for epoch in result.history)
-    say(
-        f"fine-tuned {name} ({cost['params']:,} parameters): {metric.noun} on search {errors}; "
-        f"kept epoch {result.best_epoch}"
-    )
-    return Tuned(name, plan, result.params, infer, result, cost, tuple(trail))
+    result = replace(result, params=jax.tree.map(np.asarray, result.params))
+    return Refined(result.params, result, tuple(trail))
+
+
+def finish(
+    setting: Setting,
+    name: str,
+    plan: engine.Plan,
+    measured: Mapping[str, float],
+    refined: Refined,
+    say: Callable[[str], None],
+) -> Tuned:
+    """The frozen finalist that a refined variant is."""
+    subject, graph, metric = setting.subject, setting.subject.graph, setting.config.judged_by
+    infer = engine.narrow(subject.infer, graph, plan)
+    cost = {k: int(v) for k, v in engine.cost(graph, plan)._asdict().items()} | dict(measured)
+    if refined.fitted:
+        errors = ", ".join(metric.show(epoch.search_error) for epoch in refined.fitted.history)
+        say(
+            f"fine-tuned {name} ({cost['params']:,} parameters): {metric.noun} on search {errors}; "
+            f"kept epoch {refined.fitted.best_epoch}"
+        )
+    return Tuned(name, plan, refined.variables, infer, refined.fitted, cost, refined.trail)

@@ -23,33 +23,46 @@ import optax
 from jax import Array
 
 from treesurgeon import engine
-from treesurgeon.search import crossval, evolve, racing, report, sensitivity
+from treesurgeon.search import crossval, evolve, hosts, racing, report, sensitivity
 from treesurgeon.search.budget import Budget, make_budget
 from treesurgeon.search.conclusion import Outcome, conclude, recall
 from treesurgeon.search.config import Config, RunError, claim, identity
-from treesurgeon.search.evaluate import Batches, Evaluator, batches, in_precision, loss_and_error
-from treesurgeon.search.finalists import finish, pick
+from treesurgeon.search.evaluate import Batches, batches, in_precision, loss_and_error
+from treesurgeon.search.finalists import finish, pick, refine
 from treesurgeon.search.page import write_page
+from treesurgeon.search.pool import Pool
+from treesurgeon.search.scoring import describe, hire, make_evaluator, make_sweep, pick_mesh
 from treesurgeon.search.setting import Setting, prepare
 from treesurgeon.search.space import Space, build, first_stage
 from treesurgeon.search.state import States
 from treesurgeon.search.sweep import Sweep
+from treesurgeon.search.workers import Crew, Job
 
 Say = Callable[[str], None]
 
 CALIBRATION = 256  # images of train that units are ranked on
-SWEEP_IMAGES = 128  # of search
-PACKAGES = ("treesurgeon", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 FISHER_IMAGES = 64  # each takes a backward pass of its own
 
 
-def run(config: Config, say: Say = print) -> Outcome:
-    """Run or resume a search; see `Config`.
+def run(config: Config, say: Say = print, pool: Pool | None = None) -> Outcome:
+    """Run or resume a search; see `Config`, and `Pool` for where.
 
     Raises:
         TreesurgeonError, ModelError: bad input, told before anything is written.
     """
-    setting = prepare(config)
+    pool = pool or Pool()
+    pool.check()
+    if pool.distributed:
+        hosts.join(pool.coordinator, pool.processes, pool.process)
+        hosts.agree("versions", hosts.versions())
+        say = say if hosts.lead() else lambda line: None
+        say(f"{jax.process_count()} processes with {jax.device_count()} devices; if one of them ends, all do")
+    with hosts.watched():
+        return _run(config, say, pool)
+
+
+def _run(config: Config, say: Say, pool: Pool) -> Outcome:
+    setting = hosts.each(lambda: prepare(config))
     subject, roles = setting.subject, setting.roles
     graph, dense = subject.graph, engine.cost(subject.graph, engine.Plan())
     if setting.head:
@@ -64,24 +77,35 @@ def run(config: Config, say: Say = print) -> Outcome:
         say(config.judged_by.resolution(roles.certify.labels, config.epsilon, config.delta))
     if crossval.needed(setting):
         say("which is too few for yours: cross-validation on search and certify will take the certificate's place")
-    claim(config, identity(config, {"data": roles.fingerprints, "checkpoint": setting.checkpoint}))
-    if (config.directory / "selected").exists():
+    content = identity(config, {"data": roles.fingerprints, "checkpoint": setting.checkpoint})
+    hosts.agree("data, checkpoint or options", {**content, "out": config.directory})
+    hosts.together(lambda: claim(config, content))
+    if hosts.together(lambda: (config.directory / "selected").exists()):
         say("this run is complete; choose another --out to run again")
         if not (config.directory / "report.html").exists():
             say(f"it has no report: treesurgeon report {config.directory} writes it")
-        return recall(setting)
+        return hosts.together(lambda: recall(setting))
     states = States(config.directory / "state")
     scores = states.arrays("scores", lambda: rank(setting))
     space = build_space(setting, scores)
-    record(setting, space)
+    hosts.together(lambda: record(setting, space))
     variants = np.prod(space.cardinality.astype(float))
     say(f"searching {len(space.groups)} groups and {len(space.blocks)} blocks: {variants:.1e} variants")
     budget = make_budget(setting, space, states, say)
-    front = search(setting, space, budget, states, say)
-    picked = pick(setting, space, budget, front, say)
-    tuned = [finish(setting, f"v{i}", space.to_plan(genome), found, say) for i, (genome, found) in enumerate(picked, 1)]
-    outcome = conclude(setting, space, budget, [genome for genome, _ in picked], tuned)
-    say(f"wrote {write_page(config.directory)}")
+    crew = hire(setting, space, pool, say) if pool.ray else None
+    front = search(setting, space, budget, states, say, pool, crew)
+    picked = hosts.together(lambda: pick(setting, space, budget, front, say))
+    plans = [space.to_plan(genome) for genome, _ in picked]
+    if crew:
+        refined = list(crew.done([Job("refine", (plan,)) for plan in plans]))
+    else:
+        refined = hosts.shared(len(plans), lambda i: refine(setting, plans[i]))
+    tuned = [
+        finish(setting, f"v{i}", space.to_plan(genome), found, each, say)
+        for i, ((genome, found), each) in enumerate(zip(picked, refined, strict=True), 1)
+    ]
+    outcome = hosts.together(lambda: conclude(setting, space, budget, [genome for genome, _ in picked], tuned))
+    say(f"wrote {hosts.together(lambda: write_page(config.directory))}")
     return outcome
 
 
@@ -109,7 +133,7 @@ def environment() -> dict[str, Any]:
     device = jax.devices()[0]
     return {
         "python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES},
+        **{name: version(name) for name in hosts.PACKAGES},
         "system": f"{platform.system()} {platform.machine()}",
         "device": f"{device.device_kind} ({device.platform}), {jax.device_count()} of them",
     }
@@ -166,15 +190,20 @@ class Progress:
     references: racing.References
 
 
-def search(setting: Setting, space: Space, budget: Budget, states: States, say: Say) -> evolve.Scored:
+def search(
+    setting: Setting,
+    space: Space,
+    budget: Budget,
+    states: States,
+    say: Say,
+    pool: Pool | None = None,
+    crew: Crew | None = None,
+) -> evolve.Scored:
     """Evolve the front, or what is left of it; every generation is saved."""
     config, measure, dense = setting.config, budget.measure, budget.dense
-    evaluator = make_evaluator(setting, space)
-    where = "kept in memory" if evaluator.cached else "computed for each generation"
-    say(
-        f"{evaluator.count} images score a candidate, {evaluator.chunk} candidates at a time; what comes before the "
-        f"first change is {where} ({evaluator.frontier_bytes / 2**20:.1f} MB a batch)"
-    )
+    mesh = None if crew else pick_mesh(setting, pool or Pool())
+    evaluator = make_evaluator(setting, space, mesh, crew)
+    describe(setting, evaluator, say)
 
     if config.precision != "float32":
         exact, ours = (answer_loss(setting, evaluator.data, dtype) for dtype in ("float32", config.precision))
@@ -200,7 +229,7 @@ def search(setting: Setting, space: Space, budget: Budget, states: States, say: 
         "descent",
         lambda: walk(
             space,
-            make_sweep(setting, space),
+            make_sweep(setting, space, mesh, crew),
             energies(setting, space),
             sizes,
             budget.share,
@@ -209,7 +238,8 @@ def search(setting: Setting, space: Space, budget: Budget, states: States, say: 
             say,
         ),
     )
-    report.write_sensitivity(config.directory / "sensitivity.csv", sensitivity.table(space, walked["rise"]))
+    rises = sensitivity.table(space, walked["rise"])
+    hosts.together(lambda: report.write_sensitivity(config.directory / "sensitivity.csv", rises))
     state = evolve.init(
         jax.random.key(config.seed),
         space.cardinality,
@@ -225,6 +255,7 @@ def search(setting: Setting, space: Space, budget: Budget, states: States, say: 
         start = time.perf_counter()
         done = int(state.generation)
         children = evolve.ask(state, space.cardinality)
+        hosts.agree("candidates", {"generation": done, "genomes": np.asarray(children).tolist()})
         masks, costs = masks_and_costs(children)
         costs = {name: np.asarray(values) for name, values in costs.items()}
         violation = budget.over(costs)
@@ -244,7 +275,9 @@ def search(setting: Setting, space: Space, budget: Budget, states: States, say: 
         seen["kept"] = kept_units(space, masks)
         seen.pop("size")
         rows = [{name: values[i] for name, values in seen.items()} for i in range(config.population)]
-        report.write_generation(config.directory / "candidates.csv", done, rows)
+        hosts.together(
+            lambda done=done, rows=rows: report.write_generation(config.directory / "candidates.csv", done, rows)
+        )
         states.save(done + 1, Progress(state, references))
         say(_progress(evolve.front(state), done + 1, config, measure, time.perf_counter() - start))
     if evaluator.compiled > 2:
@@ -258,31 +291,6 @@ def kept_units(space: Space, masks: Any) -> np.ndarray:
     units = {group: np.asarray(mask).sum(-1) for group, mask in masks["units"].items()}
     kept = [units.get(group, np.full(count, size)) for group, size in space.sizes.items()]
     return np.array(kept, int).reshape(-1, count).T
-
-
-def make_evaluator(setting: Setting, space: Space) -> Evaluator:
-    """What scores the candidates of a space."""
-    config, roles = setting.config, setting.roles
-    one = jax.jit(space.decode)(space.dense_genome())
-    calibration = jnp.asarray(roles.train.images[: config.calibration_images]) if config.calibration_images else None
-    return Evaluator(
-        setting.subject,
-        one,
-        calibration,
-        batches(roles.search, 128, config.search_images),
-        chunk=config.chunk,
-        population=config.population,
-        reconstruct=config.reconstruct,
-        precision=config.precision,
-    )
-
-
-def make_sweep(setting: Setting, space: Space) -> Sweep:
-    """What tries single changes."""
-    config, roles = setting.config, setting.roles
-    calibration = jnp.asarray(roles.train.images[: config.calibration_images]) if config.calibration_images else None
-    data = batches(roles.search, SWEEP_IMAGES, SWEEP_IMAGES)
-    return Sweep(setting.subject, space, calibration, data, chunk=config.chunk, reconstruct=config.reconstruct)
 
 
 def energies(setting: Setting, space: Space) -> dict[str, np.ndarray]:

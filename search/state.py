@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from treesurgeon.search import hosts
 from treesurgeon.search.config import RunError
 
 KEPT = 2  # generations that stay on disk
@@ -26,10 +27,10 @@ class States:
     def arrays(self, name: str, make: Callable[[], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """Arrays by name that are made once in a run: a resumed search must start from what it started from before."""
         path = self.directory / name
-        if not path.exists():
+        if not hosts.together(path.exists):
             made = make()
             names = np.frombuffer(json.dumps(list(made)).encode(), np.uint8)
-            ocp.save(str(path), {"names": names, **{str(i): np.asarray(x) for i, x in enumerate(made.values())}})
+            _write(path, {"names": names, **{str(i): np.asarray(x) for i, x in enumerate(made.values())}})
         loaded: Any = _read(path)
         names = json.loads(bytes(np.asarray(loaded["names"])).decode())
         return {name: np.asarray(loaded[str(i)]) for i, name in enumerate(names)}
@@ -38,15 +39,13 @@ class States:
         """Save the state after so many generations."""
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
         path = self.directory / f"{generation:06d}"
-        if path.exists():
-            shutil.rmtree(path)
-        ocp.save(str(path), {str(i): leaf for i, leaf in enumerate(leaves)})
-        for old in self._saved()[:-KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
+        hosts.together(lambda: path.exists() and shutil.rmtree(path))
+        _write(path, {str(i): leaf for i, leaf in enumerate(leaves)})
+        hosts.together(self._forget)
 
     def latest(self, start: Any) -> Any:
         """The newest saved state, else `start`."""
-        saved = self._saved()
+        saved = hosts.together(self._saved)
         if not saved:
             return start
         loaded: Any = _read(saved[-1])
@@ -57,10 +56,29 @@ class States:
                 raise RunError(f"{saved[-1]} holds the state of another search: move {self.directory} away")
         return jax.tree.unflatten(tree, [jax.numpy.asarray(leaf) for leaf in found])
 
+    def _forget(self) -> None:
+        for old in self._saved()[:-KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
+
     def _saved(self) -> list[Path]:
         if not self.directory.is_dir():
             return []
         return sorted(p for p in self.directory.iterdir() if p.is_dir() and p.name.isdigit())
+
+
+def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Save with Orbax, from all processes."""
+
+    def save() -> None:
+        try:
+            ocp.save(str(path), dict(arrays))
+        except Exception as error:  # Orbax and tensorstore raise many types where a disk is full, or not writable
+            raise RunError(
+                f"{path} cannot be written ({type(error).__name__}: {str(error).splitlines()[0][:200]}): make room, or "
+                "see who may write there; then run the same command again, finished generations are saved"
+            ) from error
+
+    hosts.each(save)
 
 
 def _read(path: Path) -> Any:
