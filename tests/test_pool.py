@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from treesurgeon.search.evaluate import race
 from treesurgeon.search.mesh import choose_shape, groups, make_mesh, parse_shape
 from treesurgeon.search.pool import Pool
 from treesurgeon.search.setting import fingerprint
+from treesurgeon.search.workers import Crew
 
 MODEL = """
 from flax import linen as nn
@@ -247,3 +249,71 @@ def test_processes_that_differ_are_refused(place):
 def test_what_does_not_go_together(given, message):
     with pytest.raises(RunError, match=message):
         Pool(**given).check()
+
+
+# --- workers that come and go ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cluster():
+    """A Ray cluster of two nodes on this machine."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    made.add_node(num_cpus=1)
+    yield made
+    made.shutdown()
+
+
+def ray_workers() -> list[int]:
+    """Process numbers of the workers that this process's cluster runs."""
+    psutil = pytest.importorskip("psutil")
+    below = psutil.Process().children(recursive=True)
+    return [each.pid for each in below if each.is_running() and "".join(each.cmdline()).startswith("ray::Worker")]
+
+
+@pytest.mark.slow
+def test_workers_that_die_change_nothing(place, serial, cluster):
+    process = start(place, "rayed", "--ray", cluster.address, "--workers", "2")
+    lines, killed = [], 0
+    assert process.stdout
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith(("4 single changes", "generation   1/", "generation   2/")):
+            alive = ray_workers()
+            assert alive
+            os.kill(alive[killed % len(alive)], signal.SIGKILL)
+            killed += 1
+            if killed == 2:  # a node leaves, another one comes
+                cluster.add_node(num_cpus=1)
+                cluster.remove_node(next(iter(cluster.worker_nodes)))
+    code, _, err = ended(process)
+    assert code == 0, err
+    assert "2 Ray workers\n" in lines
+    assert lines.count("a Ray worker died; it is replaced, and its work done again\n") >= killed == 3
+    assert contents(place / "rayed") == serial
+
+
+@pytest.mark.slow
+def test_a_worker_that_cannot_start_is_told(place, cluster, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    broken = MODEL.replace("class Tiny", "import sys\nassert 'default_worker' not in sys.argv[0]\n\n\nclass Tiny")
+    (elsewhere / "mine.py").write_text(broken)
+    for name in ("checkpoint", "data.npz"):
+        (elsewhere / name).symlink_to(place / name)
+    code, _, err = ended(start(elsewhere, "out", "--ray", cluster.address, "--workers", "1"))
+    assert code == 2
+    assert "Ray workers keep dying" in err
+
+
+def test_no_cluster_or_no_ray(place):
+    try:
+        import ray  # noqa: F401
+    except ImportError:
+        message = "treesurgeon\\[ray\\]"
+    else:
+        message = "no cluster there"
+    with pytest.raises(RunError, match=message):
+        Crew("127.0.0.1:1", None, print)
