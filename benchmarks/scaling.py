@@ -2,8 +2,8 @@
 
 Strong scaling keeps the population, weak scaling gives each device the same number of candidates. For each batch that
 is shown: the time that the host spends beside the compiled program (choosing rows, laying them out, putting scores
-together, judging), and the bytes that cross between host and devices. Devices are virtual ones of this machine's CPU, and
-processes share it too: beyond the number of its cores nothing can get faster, and what can be read off is what
+together, judging), and the bytes that cross between host and devices. Devices are virtual ones of this machine's CPU,
+and processes share it too: beyond the number of its cores nothing can get faster, and what can be read off is what
 orchestration adds.
 """
 
@@ -68,9 +68,9 @@ def main() -> None:
             "KiB from devices, a step",
         ),
         rows,
-        f"Random candidates in chunks of {CHUNK}, maps calibrated on 64 images, batches of 128, {options.repeats} repeats. "
-        f"All devices are virtual and share {os.cpu_count()} cores, as the processes do: that many is the most that can "
-        "be gained. A step shows one batch to one chunk on each device.",
+        f"Random candidates in chunks of {CHUNK}, maps calibrated on 64 images, batches of 128, {options.repeats} "
+        f"repeats. All devices are virtual and share {os.cpu_count()} cores, as the processes do: that many is the "
+        "most that can be gained. A step shows one batch to one chunk on each device.",
     )
 
 

@@ -117,8 +117,9 @@ class Crew:
             where = {"include_dashboard": False} if address == "local" else {"address": address}
             try:
                 self.ray.init(log_to_driver=False, **where)
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                raise RunError(f"--ray {address}: no cluster there ({str(error).splitlines()[0][:200]})") from error
+            except Exception as error:
+                first = str(error).strip().splitlines()[0][:200]
+                raise RunError(f"--ray {address}: no cluster there, or it did not start ({first})") from error
         room = self.ray.cluster_resources()
         self._needs = {"num_gpus": 1, "num_cpus": 1} if room.get("GPU") else {"num_cpus": 1}
         self.count = count or int(room.get("GPU") or max(room.get("CPU", 1) // 2, 1))
