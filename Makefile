@@ -1,11 +1,11 @@
-# Two commands: `make demo` and `make test`. Each sets up all it needs in .venv first.
+# Two commands: `make demo` and `make test`. Each sets up all it needs in .venv first; so does `make docs`.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 CI_ARGS ?=
 
-.PHONY: demo test test-slow check bench clean
+.PHONY: demo test test-slow check bench docs clean
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -34,6 +34,10 @@ bench: $(READY)
 	$(BIN)/python benchmarks/tracing.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/certificate.py
+
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group docs
+	PYTHONPATH=.pkg NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --config-file docs/mkdocs.yml
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

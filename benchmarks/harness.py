@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from treesurgeon.search import certificate
+from treesurgeon.search.charts import Chart, document, short, text, ticks
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -59,8 +60,47 @@ def publish(name: str, title: str, head: Sequence[str], rows: Sequence[Sequence[
     lines += [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] + ['---:'] * (len(head) - 1))} |"]
     lines += [f"| {' | '.join(row)} |" for row in rows]
     lines += ["", notes]
-    text = "\n".join(lines) + "\n"
-    print(text)
+    written = "\n".join(lines) + "\n"
+    print(written)
+    result(name, "md").write_text(written)
+
+
+def result(name: str, suffix: str) -> Path:
+    """The file of a result, under a name with the device and the versions."""
     RESULTS.mkdir(exist_ok=True)
     where = f"{jax.default_backend()}{os.cpu_count()}" if jax.default_backend() == "cpu" else jax.default_backend()
-    (RESULTS / f"{name}-{where}-jax{version('jax')}.md").write_text(text)
+    return RESULTS / f"{name}-{where}-jax{version('jax')}.{suffix}"
+
+
+def bars(name: str, title: str, rows: Sequence[tuple[str, float, float, float]], unit: str, ours: str) -> None:
+    """A picture beside the table: a bar for each row, `(name, value, low, high)`, with its interval.
+
+    Args:
+        name: as given to `publish`.
+        title: above the bars.
+        rows: what to show, from top to bottom.
+        unit: what the values are.
+        ours: how the names begin whose bars are coloured.
+    """
+    left, right, height, top = 250.0, 70.0, 26.0, 34.0
+    width, end = 760.0, max(high for _, _, _, high in rows)
+    base = top + height * len(rows)
+
+    def across(value: float) -> float:
+        return left + value / end * (width - left - right)
+
+    out = [text(0 + 8, 20, title, "title")]
+    for tick in ticks(0, end):
+        out.append(f'<path class="grid" d="M{across(tick):.1f} {top}V{base}"/>')
+        out.append(text(across(tick), base + 16, short(tick), "tick middle"))
+    for i, (label, value, low, high) in enumerate(rows):
+        y = top + i * height
+        kind = "part" if label.startswith(ours) else "whole"
+        out.append(text(left - 8, y + 17, label, "end"))
+        out.append(f'<rect class="{kind}" x="{left}" y="{y + 4}" width="{across(value) - left:.1f}" height="18"/>')
+        middle = y + height / 2
+        out.append(f'<path class="interval" d="M{across(low):.1f} {middle}H{across(high):.1f}"/>')
+        out.append(text(across(high) + 6, y + 17, f"{value:.3g}", "tick"))
+    out.append(text((left + width - right) / 2, base + 34, unit, "name middle"))
+    label = f"{title}: " + "; ".join(f"{label} {value:.3g}" for label, value, _, _ in rows)
+    result(name, "svg").write_text(document([Chart(width, base + 44, label, "".join(out))]))

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from harness import publish, seconds, spread
+from harness import bars, publish, seconds, spread
 
 from treesurgeon import engine
 from treesurgeon.search.data import Split
@@ -68,6 +68,14 @@ def main() -> None:
     serial = [one_by_one(subject, everything, data.images, rng) for _ in range(options.serial)]
     rates = [options.images / t for t in serial]
     rows.append(["one by one: cut, compile, run", spread(rates, 0), f"{base * statistics.median(rates):.2f}"])
+    shown = [
+        (name, statistics.median(found), min(found), max(found))
+        for name, found in [
+            *((name, [count[name] / t for t in values]) for name, values in times.items()),
+            ("one by one: cut, compile, run", rates),
+        ]
+    ]
+    bars("throughput", f"Evaluating candidates of {options.model}", shown, "candidate-images a second", "population")
     compiled = [evaluator.compiled for evaluator, _ in evaluators]
     publish(
         "throughput",

@@ -14,8 +14,16 @@ from treesurgeon.engine.readings import fisher_energy, gram_matrices, zero_share
 from treesurgeon.engine.reconstruction import Reconstruction, fold, reconstruct
 from treesurgeon.engine.refit import MaskedRefit, Refit, refit, refit_masked
 from treesurgeon.engine.rules import Rule, register
+from treesurgeon.engine.selectivity import (
+    class_means,
+    class_selectivity,
+    participation_ratio,
+    selectivity_index,
+    unit_activity,
+)
 from treesurgeon.engine.splitting import Split, split
-from treesurgeon.engine.truncation import Head, Truncated, features, find_head, headless, points, truncate
+from treesurgeon.engine.statistics import momenta, reestimate
+from treesurgeon.engine.truncation import Head, Truncated, features, find_head, headless, levels, points, truncate
 
 __all__ = [
     "CRITERIA",
@@ -42,6 +50,8 @@ __all__ = [
     "TreesurgeonError",
     "Truncated",
     "activation_energy",
+    "class_means",
+    "class_selectivity",
     "contractions",
     "cost",
     "cut",
@@ -55,18 +65,24 @@ __all__ = [
     "gram_matrices",
     "headless",
     "importance",
+    "levels",
     "load",
+    "momenta",
     "narrow",
     "normalise",
+    "participation_ratio",
     "points",
     "reconstruct",
+    "reestimate",
     "refit",
     "refit_masked",
     "register",
     "residual_energy",
     "save",
+    "selectivity_index",
     "split",
     "trace",
     "truncate",
+    "unit_activity",
     "zero_share",
 ]

@@ -30,7 +30,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from treesurgeon.engine.coupling import trace
-from treesurgeon.engine.errors import ArtifactError
+from treesurgeon.engine.errors import ArtifactError, TreesurgeonError
 from treesurgeon.engine.export import to_stablehlo
 from treesurgeon.engine.flax import from_linen
 from treesurgeon.engine.graph import Graph, Plan
@@ -138,7 +138,7 @@ def save(
     path.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        ocp.save(str(work / "variables"), jax.tree.map(np.asarray, variables))
+        _write_variables(work / "variables", variables)
         (work / "model.stablehlo").write_bytes(to_stablehlo(lambda x: model(x), spec.input_shape, spec.input_dtype))
         (work / "README.md").write_text(card)
         content = {
@@ -184,7 +184,7 @@ def load(path: str | os.PathLike, module: nn.Module | None = None, allow_import:
         keep = {name: np.asarray(units, int) for name, units in manifest["plan"]["keep"].items()}
         plan = Plan(keep, frozenset(manifest["plan"]["drop"]))
         files = dict(manifest["files"])
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ArtifactError(f"{path}/manifest.json lacks an entry or has one of another kind: {error!r}") from error
     actual = _checksums(path)
     damaged = sorted(name for name in files.keys() | actual.keys() if files.get(name) != actual.get(name))
@@ -193,8 +193,26 @@ def load(path: str | os.PathLike, module: nn.Module | None = None, allow_import:
             f"{path}: {len(damaged)} files are missing, added or changed since it was saved "
             f"({', '.join(damaged[:3])}): copy the directory again"
         )
-    module = module if module is not None else spec.build(allow_import)
-    return _assemble(module, spec, ocp.load(str(path / "variables")), plan, manifest)
+    try:
+        module = module if module is not None else spec.build(allow_import)
+        return _assemble(module, spec, ocp.load(str(path / "variables")), plan, manifest)
+    except (TreesurgeonError, importlib.import_module("treesurgeon.models").ModelError):
+        raise
+    except Exception as error:  # a manifest can ask for anything
+        text = str(error).strip().split("\n")[0][:300]
+        raise ArtifactError(
+            f"{path}: the model that its manifest describes cannot be made again ({type(error).__name__}: {text})"
+        ) from error
+
+
+def _write_variables(path: Path, variables: Any) -> None:
+    try:
+        ocp.save(str(path), jax.tree.map(np.asarray, variables))
+    except Exception as error:  # Orbax raises many types for a disk that is full or may not be written
+        text = str(error).strip().split("\n")[0][:300]
+        raise ArtifactError(
+            f"{path.parent} cannot be written ({type(error).__name__}: {text}): make room, or see to the permissions"
+        ) from error
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -204,10 +222,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads((path / "manifest.json").read_text())
     except FileNotFoundError:
         raise ArtifactError(f"{path} has no manifest.json: it is not a saved model, or was copied in part") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ArtifactError(f"{path}/manifest.json cannot be read: {error}") from error
     found = manifest.get("format") if isinstance(manifest, dict) else None
-    if not isinstance(found, int) or found > FORMAT:
+    if not isinstance(found, int) or not 1 <= found <= FORMAT:
         raise ArtifactError(f"{path}: format {found!r}; this version reads up to {FORMAT}: upgrade treesurgeon")
     return manifest
 

@@ -38,6 +38,10 @@ def cost(graph: Graph, plan: Plan | Mapping[str, Any]) -> Cost:
 
     Concrete (NumPy) masks give exact integers. Traced masks give int32 where the dense model's count fits, else int64
     with x64 enabled, else float32 (relative error below 1e-6).
+
+    Args:
+        graph: the traced graph.
+        plan: a plan, or masks as `graph.masks` gives them.
     """
     masks = graph.masks(plan) if isinstance(plan, Plan) else plan
     leaves = [*masks["units"].values(), *masks["blocks"].values()]

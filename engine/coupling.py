@@ -45,8 +45,9 @@ def trace(
     Args:
         fn: a function of a pytree of parameters; what it returns may be any pytree.
         params: the parameters; `jax.ShapeDtypeStruct` leaves do.
-        args, kwargs: example arguments of `fn`, likewise. Axes of inputs are pinned, and so are those of outputs
-            except outputs that mirror a leaf's path and shape (new batch statistics).
+        *args: example arguments of `fn`, likewise. Axes of inputs are pinned, and so are those of outputs except
+            outputs that mirror a leaf's path and shape (new batch statistics).
+        **kwargs: the same, by name.
         free_outputs: paths (or first parts of paths) of outputs whose axes may shrink as well; "" frees all.
         free_inputs: the same for array arguments: `args[0]`, the name of a keyword argument, or a path inside one
             (`args[0]/image`). Where parameters hold positions of such an input, these are a group: input features to

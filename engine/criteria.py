@@ -122,6 +122,15 @@ def reconstruction(graph: Graph, leaves: Leaves, grams: Mapping[str, Mapping[str
     return _or_l2(graph, leaves, out)
 
 
+def selectivity(graph: Graph, leaves: Leaves, found: Mapping[str, Any]) -> Scores:
+    """How much the unit's activity tells one class from the others; `l2` for groups of which nothing was measured.
+
+    A. Morcos et al.: "On the importance of single directions for generalization", ICLR 2018. It keeps the units that
+    answer to the classes at hand, which need not be those that the network needs: the paper finds that it is not.
+    """
+    return _or_l2(graph, leaves, {name: jnp.asarray(index) for name, index in found.items()})
+
+
 def random(graph: Graph, leaves: Leaves, key: jax.Array) -> Scores:
     """Uniform numbers from 0 to 1: the control that every criterion has to beat.
 
@@ -150,8 +159,10 @@ CRITERIA: Mapping[str, Criterion] = {
     "activation": Criterion(as_given, "energy", "activation_energy(fn, graph)(params, x)"),
     "apoz": Criterion(apoz, "zeros", "zero_share(fn, graph)(params, x)"),
     "reconstruction": Criterion(reconstruction, "grams", "gram_matrices(fn, graph)(params, x)"),
+    "selectivity": Criterion(selectivity, "selectivity", "class_selectivity(fn, graph, classes)(params, x, labels)"),
     "random": Criterion(random, "key", "jax.random.key(seed)"),
 }
+"""Every criterion by name: its function, and what it needs besides the parameters."""
 
 
 def unexpressed(gram: Any, ridge: float) -> jax.Array:

@@ -11,12 +11,12 @@ from jax import export
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def to_stablehlo(fn: Callable, shape: Sequence[int], dtype: Any = "float32") -> bytes:
-    """Serialise `fn(x)` for `x` of `shape` behind a batch axis of any size, with its first derivative.
+def to_stablehlo(fn: Callable, shape: Sequence[int], dtype: Any = "float32", gradient: bool = True) -> bytes:
+    """Serialise `fn(x)` for `x` of `shape` behind a batch axis of any size, by default with its first derivative.
 
     Read it back with `jax.export.deserialize(data).call(x)`.
     """
     (batch,) = export.symbolic_shape("b")
     x = jax.ShapeDtypeStruct((batch, *shape), dtype)
     exported = export.export(jax.jit(fn), platforms=PLATFORMS)(x)
-    return bytes(exported.serialize(vjp_order=1))
+    return bytes(exported.serialize(vjp_order=int(gradient)))

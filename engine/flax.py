@@ -44,7 +44,7 @@ def from_nnx(model: nnx.Module, **call_kwargs: Any) -> tuple[Callable, dict[str,
         call_kwargs: keyword arguments that every call passes on to it; `method="encode"` calls that method instead.
 
     Returns:
-        `fn(variables, *args, **kwargs)`, and the variables as plain nested dicts, by collection as in linen:
+        `fn(variables, *args, **kwargs)`, and the variables as plain nested dicts, by collection as in linen,
         `{"params": …, "batch_stats": …, "variables": …}` (those there are). With `mutable=True`, or the names of
         collections, `fn` returns `(out, collections after the call)`, as linen's `apply` does.
     """

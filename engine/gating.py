@@ -57,6 +57,10 @@ def gate(fn: Callable, graph: Graph) -> Callable:
     Masks that are not closed over the ties of dropped blocks are allowed: the exit of a dropped block then holds zeros
     where its entry was removed.
 
+    Args:
+        fn: the traced function, or another primal function of the same parameters.
+        graph: the traced graph.
+
     Raises:
         PlanError: on call, masks name what is not there or have another shape.
         StructureError: on call, the parameters are not the dense ones.

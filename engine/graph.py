@@ -21,8 +21,11 @@ from treesurgeon.engine.masks import axis_mask
 class Member(NamedTuple):
     """One axis of one parameter leaf that holds units of a group.
 
-    `units[i]` is the unit at position i of that axis, -1 where the position belongs to another group or to none.
-    `makes` says whether the leaf is a kernel that makes the units along this axis, not one that reads them.
+    Attributes:
+        path: of the leaf.
+        axis: its number.
+        units: `int[length of the axis]`, the unit at each position, -1 where it belongs to another group or to none.
+        makes: whether the leaf is a kernel that makes the units along this axis, not one that reads them.
     """
 
     path: str
@@ -33,7 +36,13 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class Group:
-    """Units that can be removed one by one; every member loses the same units."""
+    """Units that can be removed one by one; every member loses the same units.
+
+    Attributes:
+        name: the module path of the leaf that makes the units.
+        size: how many units there are.
+        members: every axis of a parameter on which they stand.
+    """
 
     name: str
     size: int
@@ -53,11 +62,18 @@ class Tie(NamedTuple):
 class Block:
     """A region of the dataflow that identity can replace.
 
-    `leaves` are the parameters used nowhere else; `kernels` those that enter a contraction in it; `parent` is the
-    smallest block around it, if any. Of the `turns` regions with the same kernels (shared layers) it is number `turn`.
-
     A step of a `scan` over stacked layers is a block as well: its `leaves` and `kernels` are empty, since the stacked
     leaves lose entries of their layer axis.
+
+    Attributes:
+        name: of the module that it is the whole of, else the scope of its kernels or the module of the first of them.
+        leaves: the parameters that are used nowhere else.
+        kernels: those that enter a contraction in it.
+        shape: of its entry and its exit.
+        parent: the smallest block around it, if any.
+        where: the source line of its exit.
+        turn: its number among the regions with the same kernels (shared layers).
+        turns: how many such regions there are.
     """
 
     name: str
@@ -95,7 +111,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class Leaf:
-    """One array of the parameters. `contexts` are the sets of blocks inside which it is used (see blocks.py)."""
+    """One array of the parameters.
+
+    Attributes:
+        path: its keys, with `/` between them.
+        shape: in the dense model.
+        dtype: likewise.
+        axes: what stands on each of its axes.
+        trainable: floating point, and in the `params` collection where there is one.
+        contexts: the sets of blocks inside which it is used (see blocks.py); None where it is used nowhere.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -134,6 +159,10 @@ class Graph:
         divisors: the mean and variance divisors that shrink with their axis, in words.
         meetings: where in the program several values meet that hold units of a group, by group.
         steps: the blocks that are the steps of a scanned stack, in order, by the label of the stack's layer axis.
+        leaves: the arrays of the parameters, by path.
+        macs: what `cost` counts multiply-accumulates from.
+        activations: what it counts activation bytes from.
+        tree: the structure of the parameters.
         inputs: the axes of the inputs that may shrink, by name.
     """
 

@@ -37,11 +37,11 @@ def importance(criterion: str, graph: Graph, params: Any, **measured: Any) -> Sc
     Args:
         criterion: a name in `CRITERIA`, whose rows say what each needs; the papers are named in criteria.py.
             Of weights alone: `l1`, `l2`, `fpgm`, `lamp`, `norm_scale`. Of weights and gradients: `taylor`, `fisher`. Of
-            what kernels read: `activation`, `apoz`, `reconstruction`. `random` takes a key.
+            what kernels read: `activation`, `apoz`, `reconstruction`; with labels, `selectivity`. `random` takes a key.
         graph: the traced graph.
         params: the dense parameters.
-        measured: what the criterion needs: `grads`, `fisher`, `energy`, `zeros`, `grams` or `key`. What only others
-            need is not looked at.
+        measured: what the criterion needs: `grads`, `fisher`, `energy`, `zeros`, `grams`, `selectivity` or `key`. What
+            only others need is not looked at.
 
     Raises:
         TreesurgeonError: the criterion is not known, or what it needs is missing.

@@ -49,6 +49,11 @@ def cut(params: Any, graph: Graph, plan: Plan) -> Any:
     Leaves whose every use lies in dropped blocks are removed: their keys leave mappings (and mappings that this
     empties), elsewhere `None` takes their place. `jax.ShapeDtypeStruct` leaves give structs.
 
+    Args:
+        params: the dense parameters, or any pytree of their structure and shapes (an optimiser's moments).
+        graph: the traced graph.
+        plan: what to keep.
+
     Raises:
         PlanError: the plan does not fit the graph.
         StructureError: the pytree is not the one that was traced.
@@ -122,6 +127,11 @@ def narrow(fn: Callable, graph: Graph, plan: Plan) -> Callable:
     method. Take derivatives outside: `jax.grad(narrow(loss, graph, plan))`. Outputs that mirror parameters (new batch
     statistics) come out narrow, those of removed leaves do not come out. Inputs that were free in `trace` may come
     whole or at what the plan keeps of them.
+
+    Args:
+        fn: a function of the dense parameters.
+        graph: the traced graph.
+        plan: what to keep.
 
     Raises:
         PlanError: the plan does not fit the graph.

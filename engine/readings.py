@@ -67,7 +67,7 @@ def zero_share(fn: Callable, graph: Graph) -> Callable:
     def share(site: Site, x: Any) -> Scores:
         return {name: (rows(x, site.dim, place) == 0).mean(0) for name, place in site.places.items()}
 
-    read = _at_sites(fn, graph, share)
+    read = at_sites(fn, graph, share)
 
     def measure(params: Any, *args: Any, **kwargs: Any) -> Scores:
         found: dict[str, list[jax.Array]] = {}
@@ -93,10 +93,11 @@ def gram_matrices(fn: Callable, graph: Graph) -> Callable:
             out[name] = every.T @ every / len(every)
         return out
 
-    return _at_sites(fn, graph, gram)
+    return at_sites(fn, graph, gram)
 
 
-def _at_sites(fn: Callable, graph: Graph, look: Callable[[Site, Any], Scores]) -> Callable:
+def at_sites(fn: Callable, graph: Graph, look: Callable[[Site, Any], Scores]) -> Callable:
+    """`at_sites(fn, graph, look)(params, *args)`: what `look` sees wherever units are read, by kernel axis."""
     retracer = Retracer(fn, graph)
 
     def measure(params: Any, *args: Any, **kwargs: Any) -> dict[str, Scores]:

@@ -123,6 +123,11 @@ def solve_map(have: Any, want: Any, kept: Any, ridge: float) -> jax.Array:
 def fold(params: Any, graph: Graph, maps: Maps) -> Any:
     """The dense parameters with maps moved into the kernels that read them.
 
+    Args:
+        params: the dense parameters.
+        graph: the traced graph.
+        maps: as `reconstruct` finds them.
+
     Raises:
         PlanError: a map names what is not there.
     """

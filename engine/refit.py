@@ -174,7 +174,12 @@ def refit_masked(
     one by one.
 
     Args:
-        fn, graph, teacher, heads, samples, ridge: as `refit` takes them.
+        fn: as `refit` takes it, and so with all that follow.
+        graph: the traced graph.
+        teacher: the function whose contractions are the targets.
+        heads: whether kernels after which no other comes are fitted too.
+        samples: places that are looked at.
+        ridge: weight of the kernels as they are.
     """
     return MaskedRefit(
         Retracer(fn, graph), refit(fn, graph, Plan(), teacher=teacher, heads=heads, samples=samples, ridge=ridge)

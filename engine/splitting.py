@@ -119,7 +119,19 @@ def run(program: Program, env: Mapping[int, Any], wanted: Sequence[Operand]) -> 
 
 
 def split(fn: Callable, params: Any, data: Any, late: Any) -> Split:
-    """Split `fn(params, data, late)`, a function of three pytrees of arrays, at the shapes of these."""
+    """Split `fn(params, data, late)`, a function of three pytrees of arrays, at the shapes of these.
+
+        parts = split(fn, params, x, masks)
+        fixed = parts.once(params)
+        known = parts.early(fixed, x)          # what no mask touches, once for all masks
+        out = parts.late(fixed, known, masks)
+
+    Args:
+        fn: the function.
+        params: the first argument, or its shapes.
+        data: the second one, likewise.
+        late: the third one, likewise.
+    """
     trees = [tree_flatten(tree) for tree in (params, data, late)]
     program, out_tree = _trace(
         lambda groups: fn(*(tree_unflatten(tree, leaves) for (_, tree), leaves in zip(trees, groups, strict=True))),

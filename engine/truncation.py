@@ -27,7 +27,7 @@ from treesurgeon.engine.analysis import Analysis
 from treesurgeon.engine.errors import PlanError, StructureError
 from treesurgeon.engine.flow import kernel_leaves, kernel_operand
 from treesurgeon.engine.graph import Graph
-from treesurgeon.engine.jaxprs import Operand, is_float, named_leaves, path_name
+from treesurgeon.engine.jaxprs import Operand, Program, is_float, named_leaves, path_name
 from treesurgeon.engine.linear import linear
 from treesurgeon.engine.masks import labels
 from treesurgeon.engine.narrowing import GONE, without_gone
@@ -63,7 +63,8 @@ def find_head(fn: Callable, graph: Graph, *args: Any, **kwargs: Any) -> Head:
     Args:
         fn: the function; it returns an array whose last axis holds the classes.
         graph: the traced graph.
-        args, kwargs: example arguments, `jax.ShapeDtypeStruct`s do.
+        *args: example arguments, `jax.ShapeDtypeStruct`s do.
+        **kwargs: the same, by name.
 
     Raises:
         StructureError: there is no head, or there are several.
@@ -90,6 +91,28 @@ def headless(fn: Callable, graph: Graph) -> Callable:
 def points(fn: Callable, graph: Graph, *args: Any, **kwargs: Any) -> tuple[str, ...]:
     """The points of a function in order of execution; example arguments may be `jax.ShapeDtypeStruct`s."""
     return tuple(_points(Retracer(fn, graph)({}, args, kwargs)[0]))
+
+
+def levels(fn: Callable, graph: Graph, *args: Any, **kwargs: Any) -> dict[str, int]:
+    """How deep each parameter leaf stands in the dataflow, by path, whatever the leaves are called.
+
+    Level 0 is what is needed to reach the first point, a later level what is needed to reach a later point and no
+    earlier one; what no point needs, the head, is the last. Points that need no further leaves make no level.
+
+    Args:
+        fn: the function.
+        graph: the traced graph.
+        args, kwargs: example arguments, `jax.ShapeDtypeStruct`s do.
+    """
+    found, _ = Retracer(fn, graph)({}, args, kwargs)
+    program = found.analysis.program
+    steps = []
+    for point in _points(found).values():
+        steps.append(_read(program, point.value))
+    first = [next((k for k, read in enumerate(steps) if v in read), len(steps)) for v in program.inputs]
+    own = dict(zip(graph.leaves, first, strict=False))
+    order = {step: level for level, step in enumerate(sorted(set(own.values())))}
+    return {path: order[step] for path, step in own.items()}
 
 
 def features(fn: Callable, graph: Graph) -> Callable:
@@ -153,7 +176,8 @@ def truncate(fn: Callable, graph: Graph, at: str, *args: Any, **kwargs: Any) -> 
         fn: the function.
         graph: the traced graph.
         at: a point, as `features` names them.
-        args, kwargs: example arguments, `jax.ShapeDtypeStruct`s do: by them it is known which leaves are needed.
+        *args: example arguments, `jax.ShapeDtypeStruct`s do: by them it is known which leaves are needed.
+        **kwargs: the same, by name.
 
     Raises:
         PlanError: there is no such point.
@@ -161,9 +185,14 @@ def truncate(fn: Callable, graph: Graph, at: str, *args: Any, **kwargs: Any) -> 
     retracer = Retracer(fn, graph)
     found, _ = retracer({}, args, kwargs)
     point, program = _point(_points(found), at), found.analysis.program
-    read = {v for i in needed(program, [point.value], set()) for v in program.eqns[i].ins} | {point.value}
+    read = _read(program, point.value)
     paths = tuple(path for path, v in zip(graph.leaves, program.inputs, strict=False) if v in read)
     return Truncated(at, paths, retracer)
+
+
+def _read(program: Program, value: int) -> set[Operand]:
+    """What is read on the way to a value, and the value itself."""
+    return {v for i in needed(program, [value], set()) for v in program.eqns[i].ins} | {value}
 
 
 def pooled(x: Any, channels: Sequence[int]) -> Any:

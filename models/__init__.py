@@ -10,7 +10,8 @@ variables = models.load_checkpoint("resnet56.safetensors", preset, template)
 
 A model is written down as `{"model": spec, "kwargs": {...}}`, and `resolve(spec, **kwargs)` builds it again.
 Reading order: `mlp.py`, `resnet.py`, `presets.py`, `weights.py`; then, of the transformers, `attention.py` and
-`vit.py` before the others. A family's widths are read off a pruned checkpoint in `tests/test_rebuild.py`.
+`vit.py` before the others. `rebuilding.py` reads a family's widths off a pruned
+checkpoint.
 """
 
 from treesurgeon.models.bert import BERT, bert
@@ -27,6 +28,7 @@ from treesurgeon.models.mixer import Mixer, mixer
 from treesurgeon.models.mlp import MLP, mlp
 from treesurgeon.models.mobilenet import MobileNet, mobilenet
 from treesurgeon.models.presets import ZOO, Preset, find, get, resolve
+from treesurgeon.models.rebuilding import at_widths, rebuild
 from treesurgeon.models.resnet import ResNet, resnet
 from treesurgeon.models.swin import Swin, swin
 from treesurgeon.models.unet import UNet, unet
@@ -58,6 +60,7 @@ __all__ = [
     "UNet",
     "UnknownModelError",
     "ViT",
+    "at_widths",
     "bert",
     "convnext",
     "densenet",
@@ -73,6 +76,7 @@ __all__ = [
     "mixer",
     "mlp",
     "mobilenet",
+    "rebuild",
     "resnet",
     "resolve",
     "swin",

@@ -45,8 +45,8 @@ class Preset:
         mean: subtracted from images in 0..1, one number per channel.
         std: divided by, one number per channel.
         fitted_splits: the dataset splits that its checkpoints were trained on; None where unknown.
-        checkpoint_layout: which name table of `weights.LAYOUTS` reads its PyTorch-style safetensors; None where there
-            is none, and checkpoints are read under Flax's names only.
+        checkpoint_layout: which name tables of `torch_names.LAYOUTS` read checkpoints with PyTorch's names; None where
+            there are none, and checkpoints are read under Flax's names only.
         labels: names of the classes that its checkpoints answer with, by number; None where the zoo does not know them.
     """
 
@@ -79,13 +79,13 @@ def _presets() -> list[Preset]:
         *(Preset(f"vgg{d}", partial(vgg, d), cifar, 10, *vgg_norm, train, "vgg", CIFAR10) for d in STAGES),
         *(Preset(f"resnet{d}", partial(resnet, d), cifar, 10, *resnet_norm, train, "resnet", CIFAR10) for d in DEPTHS),
         *(Preset(f"resnet{d}", partial(imagenet_resnet, d), *imagenet, train, "resnet") for d in imagenet_depths),
-        *(Preset(f"mobilenet_{v}", partial(mobilenet, v), *imagenet, train, None) for v in mobilenet_versions),
+        *(Preset(f"mobilenet_{v}", partial(mobilenet, v), *imagenet, train, "mobilenet") for v in mobilenet_versions),
         Preset("efficientnet_b0", efficientnet, *imagenet, train, None),
-        *(Preset(f"densenet{d}", partial(densenet, d), *imagenet, train, None) for d in densenet_depths),
-        *(Preset(f"convnext_{s}", partial(convnext, s), *imagenet, train, None) for s in convnext_sizes),
+        *(Preset(f"densenet{d}", partial(densenet, d), *imagenet, train, "densenet") for d in densenet_depths),
+        *(Preset(f"convnext_{s}", partial(convnext, s), *imagenet, train, "convnext") for s in convnext_sizes),
         *(Preset(f"swin_{s}", partial(swin, s), *imagenet, train, None) for s in swin_sizes),
         *(Preset(f"mixer_{s}16", partial(mixer, s), *imagenet, train, None) for s in mixer_sizes),
-        *(Preset(f"vit_{s}", partial(vit, s), *imagenet, train, None) for s in vit_sizes),
+        *(Preset(f"vit_{s}", partial(vit, s), *imagenet, train, "vit") for s in vit_sizes),
     ]
 
 

@@ -1,122 +1,32 @@
-"""Reads checkpoints into the variables of a linen module: Orbax directories and safetensors files.
+"""Reads checkpoints into the variables of a linen module: Orbax, safetensors, msgpack and PyTorch's files.
 
-Every format becomes one flat mapping from names to numpy arrays. A `Layout` says under which name and in
-which order of axes the file keeps each leaf of the model. So one comparison serves all formats: what is
-missing, what is unexpected, what has another shape, all of it in one error, before anything runs.
+Every format becomes one flat mapping from names to numpy arrays. A `Layout` (torch_names.py) says under which name and
+in which order of axes a file keeps each leaf of the model. So one comparison serves all formats: what is missing, what
+is unexpected, what has another shape, all of it in one error, before anything runs.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import jax
 import numpy as np
 from flax import linen as nn
+from flax import serialization
 from flax.traverse_util import unflatten_dict
 from orbax.checkpoint import v1 as ocp
 from safetensors import SafetensorError, safe_open
 
-from treesurgeon.models.digits_cnn import DigitsCNN
 from treesurgeon.models.errors import CheckpointError
-from treesurgeon.models.imagenet_resnet import ImageNetResNet
-from treesurgeon.models.mlp import MLP
+from treesurgeon.models.pickles import read_torch
 from treesurgeon.models.presets import Preset
-from treesurgeon.models.resnet import ResNet
-from treesurgeon.models.vgg import STAGES, VGG
+from treesurgeon.models.torch_names import FAMILIES, LAYOUTS, Arrays, Entry, Layout
 
 PICKLES = frozenset({".th", ".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt"})
+MSGPACK = frozenset({".msgpack", ".flax"})
 # What a training loop saves beside the variables; not the model's, so passed over.
 TRAINING_STATE = frozenset({"step", "opt_state", "tx", "rng", "rngs", "key", "epoch"})
-# Flax's name of a leaf -> PyTorch's; a convolution's or a dense layer's "weight" also has other axes.
-LEAF_NAMES = MappingProxyType(
-    {
-        "kernel": "weight",
-        "bias": "bias",
-        "scale": "weight",
-        "mean": "running_mean",
-        "var": "running_var",
-    }
-)
 ROWS = 6  # listed per kind of misfit, so that the message stays on one screen
-
-Shapes = Mapping[str, tuple[int, ...]]
-Arrays = Mapping[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How PyTorch checkpoints of a family name and lay out the model's leaves.
-
-    Attributes:
-        rename: `(path of a linen submodule, shapes of the model's leaves) -> PyTorch's name of it`.
-        flattened: the first dense layer after flattening, or None. PyTorch flattens [C, H, W], flax
-            [H, W, C], so the rows of its kernel are in another order.
-        channels: `(shapes, input shape) -> C` where it flattens; None if it cannot be known.
-    """
-
-    rename: Callable[[str, Shapes], str]
-    flattened: str | None = None
-    channels: Callable[[Shapes, Sequence[int] | None], int | None] = lambda shapes, input_shape: None
-
-
-def _dotted(module: str, shapes: Shapes) -> str:
-    return module.replace("/", ".")
-
-
-def _resnet_name(module: str, shapes: Shapes) -> str:
-    """`layer1_0/conv1` -> `layer1.0.conv1`, as in torchvision and in github.com/akamaster/pytorch_resnet_cifar10."""
-    return module.replace("_", ".").replace("/", ".")
-
-
-def _vgg_name(module: str, shapes: Shapes) -> str:
-    """`conv1` -> `features.3`, as in torchvision: a conv is 3 entries of `features`, a pool 1, a dense 3.
-
-    The pools are not in `shapes`; they follow from the number of convolutions, which names the VGG.
-    """
-    convs = 1 + max(int(path.split("/")[1][4:]) for path in shapes if path.startswith("params/conv"))
-    stages = {sum(map(len, stages)): stages for stages in STAGES.values()}.get(convs)
-    if stages is None:
-        return module
-    kind, number = module.rstrip("0123456789"), module[len(module.rstrip("0123456789")) :]
-    if kind == "linear":
-        return "classifier.6"
-    if kind == "dense":
-        return f"classifier.{3 * int(number)}"
-    ends = np.cumsum([len(stage) for stage in stages])
-    first = 3 * int(number) + int(np.sum(ends <= int(number)))
-    return f"features.{first if kind == 'conv' else first + 1}"
-
-
-def _last_conv_channels(shapes: Shapes, input_shape: Sequence[int] | None) -> int | None:
-    return [shape for shape in shapes.values() if len(shape) == 4][-1][-1]
-
-
-def _input_channels(shapes: Shapes, input_shape: Sequence[int] | None) -> int | None:
-    return None if input_shape is None else input_shape[-1]
-
-
-LAYOUTS: Mapping[str, Layout] = MappingProxyType(
-    {
-        "resnet": Layout(_resnet_name),
-        "vgg": Layout(_vgg_name, "dense0", _last_conv_channels),
-        "mlp": Layout(_dotted, "dense0", _input_channels),
-        "digits_cnn": Layout(_dotted, "dense0", _last_conv_channels),
-    }
-)
-FAMILIES: Mapping[type[nn.Module], str] = MappingProxyType(
-    {ResNet: "resnet", ImageNetResNet: "resnet", VGG: "vgg", MLP: "mlp", DigitsCNN: "digits_cnn"}
-)
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """Where the file keeps one leaf of the model, with which shape, and how it becomes the leaf."""
-
-    leaf: str
-    shape: tuple[int, ...]
-    to_flax: Callable[[np.ndarray], np.ndarray]
 
 
 def load_checkpoint(
@@ -128,9 +38,11 @@ def load_checkpoint(
     """Read a checkpoint into the variables of a linen module.
 
     Args:
-        path: an Orbax directory holding `{"params": …, "batch_stats": …}`, or a `.safetensors` file with
-            either flat names (`params/conv1/kernel`, flax's axes) or, for the zoo's families, PyTorch's names
-            and axes.
+        path: an Orbax directory or a `.msgpack` file (`flax.serialization`) holding `{"params": …, "batch_stats": …}`,
+            a train state with these, or the state of an nnx model whose layers have the same names; a `.safetensors`
+            file with either flat names (`params/conv1/kernel`, flax's axes) or, for the zoo's families, torchvision's
+            or timm's names and axes; or a `.pth`, `.pt` or `.th` file of a state dict with such names, read without
+            PyTorch and without running what it holds.
         model: the zoo's preset, or the module itself; it names the PyTorch layout.
         template: the variables the module expects, as arrays or as `jax.ShapeDtypeStruct`
             (`jax.eval_shape(module.init, key, x)`).
@@ -148,7 +60,7 @@ def load_checkpoint(
     arrays = _read(path)
     if isinstance(model, Preset) and input_shape is None:
         input_shape = model.input_shape
-    entries = _entries(path, arrays, model, leaves, input_shape)
+    arrays, entries = _entries(path, arrays, model, leaves, input_shape)
     _compare(path, arrays, entries)
 
     values = {}
@@ -167,24 +79,19 @@ def _flatten(tree: Any) -> dict[str, Any]:
 
 def _read(path: Path) -> Arrays:
     """Every array of the checkpoint by its name in the file."""
-    if path.suffix in PICKLES:
-        there = "" if path.exists() else " (and there is no such file)"
-        raise CheckpointError(
-            f"checkpoint {path}{there}: a pickle can run any code when read, so {path.suffix} files are not "
-            "read. Save it as safetensors, once, where torch is installed:\n"
-            "  import torch; from safetensors.torch import save_file\n"
-            f"  saved = torch.load({path.name!r}, map_location='cpu', weights_only=True)\n"
-            "  save_file({k: v.contiguous() for k, v in saved.get('state_dict', saved).items()}, "
-            f"{path.with_suffix('.safetensors').name!r})"
-        )
     if not path.exists():
         raise CheckpointError(f"checkpoint {path}: no such file or directory{_near(path)}")
     if path.is_dir():
         return _read_orbax(path)
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        return _without_wrapper(_read_safetensors(path))
+    if path.suffix in PICKLES:
+        return _without_wrapper(read_torch(path))
+    if path.suffix in MSGPACK:
+        return _read_msgpack(path)
     raise CheckpointError(
-        f"checkpoint {path}: expected an Orbax directory or a .safetensors file, got a {path.suffix or 'plain'} file"
+        f"checkpoint {path}: expected an Orbax directory or a .safetensors, .msgpack or .pth file, got a "
+        f"{path.suffix or 'plain'} file"
     )
 
 
@@ -202,9 +109,12 @@ def _more(rows: Sequence[Any], shown: int) -> str:
 def _read_safetensors(path: Path) -> Arrays:
     try:
         with safe_open(path, framework="numpy") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path}: cannot be read as safetensors: {error}") from error
+
+
+def _without_wrapper(arrays: Arrays) -> Arrays:
     if arrays and all(name.startswith("module.") for name in arrays):  # saved from torch's DataParallel
         arrays = {name.removeprefix("module."): value for name, value in arrays.items()}
     return {name: value for name, value in arrays.items() if not name.endswith("num_batches_tracked")}
@@ -223,9 +133,42 @@ def _read_orbax(path: Path) -> Arrays:
         raise CheckpointError(
             f"checkpoint {path}: cannot be read as an Orbax directory{fix} ({type(error).__name__}: {text})"
         ) from error
+    return _of_tree(tree)
+
+
+def _read_msgpack(path: Path) -> Arrays:
+    try:
+        tree = serialization.msgpack_restore(path.read_bytes())
+        if not isinstance(tree, Mapping):
+            raise TypeError(f"it holds a {type(tree).__name__}")
+        return _of_tree(tree)
+    except Exception as error:  # damaged bytes raise many types
+        text = str(error).strip().split("\n")[0][:300]
+        raise CheckpointError(
+            f"checkpoint {path}: cannot be read as msgpack, as flax.serialization writes it "
+            f"({type(error).__name__}: {text})"
+        ) from error
+
+
+def _of_tree(tree: Any) -> Arrays:
+    """The arrays of a tree by their path; what belongs to training and to random streams is left out."""
     if isinstance(tree, Mapping):
         tree = {name: value for name, value in tree.items() if name not in TRAINING_STATE}
-    return {name: np.asarray(value) for name, value in _flatten(tree).items()}
+    flat = {name: np.asarray(value) for name, value in _flatten(tree).items()}
+    return {name: value for name, value in flat.items() if "rngs" not in name.split("/")}
+
+
+def _by_collection(arrays: Arrays, leaves: Mapping[str, Any]) -> Arrays:
+    """Names with their collection, for trees without any: bare parameters, or the state of an nnx model."""
+    collections = {leaf.partition("/")[0] for leaf in leaves}
+    if any(name.partition("/")[0] in collections for name in arrays):
+        return arrays
+    whole = {leaf.partition("/")[2]: leaf for leaf in leaves}
+    out = {}
+    for name, value in arrays.items():
+        bare = name.removesuffix("/value").removesuffix("/raw_value")
+        out[whole.get(bare, name)] = value
+    return out
 
 
 def _entries(
@@ -234,11 +177,12 @@ def _entries(
     model: Preset | nn.Module,
     leaves: Mapping[str, Any],
     input_shape: Sequence[int] | None,
-) -> dict[str, _Entry]:
-    """What the file should hold for this model, by the file's names."""
+) -> tuple[Arrays, dict[str, Entry]]:
+    """The file's arrays, and what it should hold for this model, both by the file's names."""
     shapes = {leaf: tuple(value.shape) for leaf, value in leaves.items()}
-    if path.is_dir() or any("/" in name for name in arrays):
-        return {leaf: _Entry(leaf, shape, lambda x: x) for leaf, shape in shapes.items()}
+    if path.is_dir() or path.suffix in MSGPACK or any("/" in name for name in arrays):
+        entries = {leaf: Entry(leaf, shape, lambda x: x) for leaf, shape in shapes.items()}
+        return _by_collection(arrays, leaves), entries
     family = model.checkpoint_layout if isinstance(model, Preset) else FAMILIES.get(type(model))
     if family is None:
         name = repr(model.name) if isinstance(model, Preset) else f"a {type(model).__name__}"
@@ -247,39 +191,21 @@ def _entries(
             f"names, as in {next(iter(shapes))!r}, got {next(iter(arrays), 'no arrays at all')!r}. "
             "Rename them, or save with Orbax"
         )
-    layout = LAYOUTS[family]
-    return dict(_torch_entry(path, leaf, shapes, layout, input_shape) for leaf in shapes)
 
+    def under(layout: Layout) -> tuple[Arrays, dict[str, Entry | None]]:
+        return layout.split(arrays), dict(layout.entry(leaf, shapes, input_shape) for leaf in shapes)
 
-def _torch_entry(
-    path: Path, leaf: str, shapes: Shapes, layout: Layout, input_shape: Sequence[int] | None
-) -> tuple[str, _Entry]:
-    """PyTorch's name of a leaf, and its entry: OIHW -> HWIO, [out, in] -> [in, out], the rest as it is."""
-    module, _, kind = leaf.partition("/")[2].rpartition("/")
-    name, shape = f"{layout.rename(module, shapes)}.{LEAF_NAMES[kind]}", shapes[leaf]
-    if kind == "kernel" and len(shape) == 4:
-        h, w, i, o = shape
-        return name, _Entry(leaf, (o, i, h, w), lambda x: x.transpose(2, 3, 1, 0))
-    if kind == "kernel" and module == layout.flattened:
-        channels = layout.channels(shapes, input_shape)
-        if channels is None:
+    arrays, found = max(map(under, LAYOUTS[family]), key=lambda pair: len(pair[0].keys() & pair[1].keys()))
+    for name, entry in found.items():
+        if entry is None:
             raise CheckpointError(
                 f"checkpoint {path}: {name} follows a flattening of [C, H, W] and needs the images' "
                 "channels; pass input_shape=(H, W, C)"
             )
-        return name, _Entry(leaf, shape[::-1], lambda x: _from_chw(x, channels))
-    if kind == "kernel":
-        return name, _Entry(leaf, shape[::-1], lambda x: x.T)
-    return name, _Entry(leaf, shape, lambda x: x)
+    return arrays, {name: entry for name, entry in found.items() if entry is not None}
 
 
-def _from_chw(weight: np.ndarray, channels: int) -> np.ndarray:
-    """`[out, C·H·W]` -> `[H·W·C, out]`."""
-    out = weight.shape[0]
-    return weight.reshape(out, channels, -1).transpose(2, 1, 0).reshape(-1, out)
-
-
-def _compare(path: Path, arrays: Arrays, entries: Mapping[str, _Entry]) -> None:
+def _compare(path: Path, arrays: Arrays, entries: Mapping[str, Entry]) -> None:
     """Raise one error that lists everything in which the file and the model differ."""
     missing = [f"{n}: expected {list(e.shape)}" for n, e in entries.items() if n not in arrays]
     unexpected = [f"{n}: got {list(a.shape)}" for n, a in arrays.items() if n not in entries]

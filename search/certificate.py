@@ -118,7 +118,8 @@ def certify(
         dense: the model that they come from.
         wrong: opens `certify` for a model: what the metric observes there, for accuracy `bool[N]`, which images it
             gets wrong.
-        epsilon, eta: the margins, differences of the metric's error.
+        epsilon: the margin of the error.
+        eta: that of the gap, likewise a difference of the metric's error.
         delta: the level.
         measure: the cost that the order goes by.
         only: test this one alone (the best within a budget).

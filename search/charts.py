@@ -145,13 +145,13 @@ def curves(
 
     Args:
         title: the model's name.
-        train, search: from epoch 0 on; nothing is known on `train` before the first.
+        train, search: from epoch 0 on; nothing is known on `train` before the first. What is not a number is left out.
         best: the epoch that was kept.
         overfits: the first epoch of overfitting, if there is one.
         label: for those who do not see it.
     """
     size = 360.0, 240.0
-    values = [value for value in [*train, *search] if value is not None]
+    values = [value for value in [*train, *search] if value is not None and math.isfinite(value)]
     plane = Plane.around([0, max(len(search) - 1, 1)], values, size)
     plane = Plane(plane.x, plane.y, size, top=30)
     out = [
@@ -164,11 +164,14 @@ def curves(
         out.append(f'<rect class="overfit" {box}/>')
         out.append(text(right - 4, top + 13, "overfits", "tick end"))
     for kind, losses in (("train", train), ("search", search)):
-        places = [plane.at(epoch, loss) for epoch, loss in enumerate(losses) if loss is not None]
+        places = [
+            plane.at(epoch, loss) for epoch, loss in enumerate(losses) if loss is not None and math.isfinite(loss)
+        ]
         if places:
             out.append(f'<path class="{kind}" d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in places)}"/>')
-    x, y = plane.at(best, search[best])
-    out.append(f'<circle class="kept" cx="{x:.1f}" cy="{y:.1f}" r="5"/>')
+    if search[best] in values:
+        x, y = plane.at(best, search[best])
+        out.append(f'<circle class="kept" cx="{x:.1f}" cy="{y:.1f}" r="5"/>')
     return Chart(*size, label, "".join(out))
 
 

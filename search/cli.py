@@ -1,12 +1,15 @@
-"""The command line: `treesurgeon search`, `inspect`, `depth`, `report`, `compare` and `verify`."""
+"""The command line: `treesurgeon search`, `inspect`, `depth`, `insight`, `report`, `compare` and `verify`."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import tyro
 
@@ -15,9 +18,13 @@ from treesurgeon.models.errors import ModelError
 from treesurgeon.search.compare import Comparison, compare
 from treesurgeon.search.conclusion import Outcome
 from treesurgeon.search.config import Config
+from treesurgeon.search.config_file import defaults, named_in, write
 from treesurgeon.search.depth import Depth, depth
+from treesurgeon.search.exporting import Export, export
 from treesurgeon.search.hosts import lead
+from treesurgeon.search.insight import Insight, insight
 from treesurgeon.search.inspecting import Inspection, inspect
+from treesurgeon.search.live import telling
 from treesurgeon.search.page import write_page
 from treesurgeon.search.pipeline import run
 from treesurgeon.search.pool import Pool
@@ -25,27 +32,76 @@ from treesurgeon.search.report import show
 from treesurgeon.search.verify import Verification, verify
 
 STOPPED = 130  # as a shell reports Ctrl-C
+_AGAIN = "and run the same command again"
+FIXES = {
+    errno.ENOSPC: f"the disk is full: make room, {_AGAIN}",
+    errno.EDQUOT: f"your quota is used up: make room, {_AGAIN}",
+    errno.EFBIG: f"files may not be that large here: raise the limit, {_AGAIN}",
+    errno.EROFS: "choose a place that can be written",
+    errno.EACCES: f"see to its permissions, {_AGAIN}",
+    errno.EPERM: f"see to its permissions, {_AGAIN}",
+    errno.ENOTDIR: "choose another place",
+    errno.EEXIST: "choose another place",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Errors of ours take one screen and exit code 2; nothing is overwritten."""
+    try:
+        _command(sys.argv[1:] if arguments is None else arguments)
+    except (TreesurgeonError, ModelError) as error:
+        print(f"treesurgeon: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in FIXES:
+            raise
+        print(f"treesurgeon: {error.strerror}: {error.filename or 'a file'}; {FIXES[error.errno]}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _stop("stopped")
+
+
+def _stop(text: str) -> NoReturn:
+    """End after Ctrl-C; a second one ends at once, whatever is still being written."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(STOPPED))
+    print(f"\ntreesurgeon: {text}", file=sys.stderr)
+    sys.exit(STOPPED)
+
+
+def _command(arguments: Sequence[str]) -> None:
     parser = tyro.extras.SubcommandApp()
+    from_file = defaults(named_in(arguments) if arguments[:1] == ["search"] else None)
 
     @parser.command(name="search")
     def search(
-        config: Annotated[Config, tyro.conf.arg(name="")],
+        config: Annotated[Config, tyro.conf.arg(name="")] = from_file,
         pool: Annotated[Pool, tyro.conf.arg(name="")] = Pool(),  # noqa: B008  it is frozen
+        config_file: Annotated[
+            Path | None,
+            tyro.conf.arg(
+                name="config",
+                metavar="FILE",
+                help="A .toml or .yaml file of these options, with underscores; flags come before what it says.",
+            ),
+        ] = None,
+        print_config: Annotated[
+            bool, tyro.conf.arg(help="Write the options in effect to stdout as TOML, and do nothing else.")
+        ] = False,
         quiet: Annotated[bool, tyro.conf.arg(help="Say nothing on the way, only the outcome.")] = False,
         as_json: Annotated[
             bool, tyro.conf.arg(name="json", help="The outcome as JSON on stdout, the way to it on stderr.")
         ] = False,
     ) -> None:
         """Search the smallest good variant of a pretrained Flax model."""
+        if print_config:
+            config.check()
+            print(write(config), end="")
+            return
         try:
-            outcome = run(config, _sayer(quiet, as_json), pool)
+            with telling(quiet, as_json) as say:
+                outcome = run(config, say, pool)
         except KeyboardInterrupt:
-            print(f"\ntreesurgeon: stopped; {_resuming(config.directory)}", file=sys.stderr)
-            sys.exit(STOPPED)
+            _stop(f"stopped; {_resuming(config.directory)}")
         if lead():
             _tell(outcome, as_json)
 
@@ -58,6 +114,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def depths(options: Annotated[Depth, tyro.conf.arg(name="")]) -> None:
         """Accuracy against depth: truncate a model at every block, with a head in closed form."""
         depth(options, lambda line: print(line, flush=True))
+
+    @parser.command(name="insight")
+    def answers(options: Annotated[Insight, tyro.conf.arg(name="")]) -> None:
+        """Say what the units of a model answer to: class selectivity, directions, pictures."""
+        insight(options, lambda line: print(line, flush=True))
 
     @parser.command(name="report")
     def report(run: tyro.conf.Positional[Path]) -> None:
@@ -79,29 +140,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not verify(options, print):
             sys.exit(1)
 
-    try:
-        parser.cli(prog="treesurgeon", args=arguments)
-    except (TreesurgeonError, ModelError) as error:
-        print(f"treesurgeon: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ntreesurgeon: stopped", file=sys.stderr)
-        sys.exit(STOPPED)
+    @parser.command(name="export")
+    def away(options: Annotated[Export, tyro.conf.arg(name="")]) -> None:
+        """Write a selected model as StableHLO, ONNX, safetensors, msgpack or Orbax."""
+        export(options, print)
 
-
-def _sayer(quiet: bool, as_json: bool) -> Callable[[str], None]:
-    if quiet:
-        return lambda line: None
-    return lambda line: print(line, file=sys.stderr if as_json else sys.stdout, flush=True)
+    parser.cli(prog="treesurgeon", args=arguments)
 
 
 def _tell(outcome: Outcome, as_json: bool) -> None:
     if not as_json:
         show(outcome.lines, title=f"metric: {outcome.lines[0].metric.name}")
-        print(f"{outcome.sentence}\nsaved {outcome.path}")
+        print("\n".join(filter(None, [outcome.sentence, outcome.baselines, f"saved {outcome.path}"])))
         return
     models = [{**vars(line), "metric": line.metric.name, "gap": line.gap} for line in outcome.lines]
-    found = {"verdict": outcome.verdict, "selected": str(outcome.path), "models": models}
+    found = {
+        "verdict": outcome.verdict,
+        "selected": str(outcome.path),
+        "models": models,
+        "baselines": outcome.baselines,
+    }
     print(json.dumps(found, indent=1))
 
 

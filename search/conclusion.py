@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,18 @@ import jax
 import numpy as np
 
 from treesurgeon import engine
-from treesurgeon.search import crossval, report
+from treesurgeon.search import contenders, crossval, report
 from treesurgeon.search.budget import Budget, measured_dense
 from treesurgeon.search.certificate import Certificate, Step, certify, not_certified, wilson
 from treesurgeon.search.crossval import Estimate, cross_validate
 from treesurgeon.search.data import Split
 from treesurgeon.search.evaluate import answering, measurer
-from treesurgeon.search.finalists import Tuned
 from treesurgeon.search.metrics import ACCURACY, Metric
 from treesurgeon.search.openings import claim_opening, record_opening
 from treesurgeon.search.selection import Finalist, Verdict, WithinMargins
 from treesurgeon.search.setting import Setting
 from treesurgeon.search.space import Space
+from treesurgeon.search.tuning import Tuned
 
 ENDS = ("difference", "low", "high")  # of an estimate, as `front.csv` has them
 
@@ -36,11 +36,13 @@ class Outcome:
         lines: the table: dense, the finalists, the selected one marked.
         verdict: `sentence`, the selection in one; `passed`, by the numbers or by the tests; `certified`.
         path: the saved model.
+        baselines: how they compare with the selected model on `test`, in one sentence; empty where there are none.
     """
 
     lines: tuple[report.Line, ...]
     verdict: Mapping[str, Any]
     path: Path
+    baselines: str = ""
 
     @property
     def sentence(self) -> str:
@@ -54,8 +56,9 @@ def conclude(
     budget: Budget,
     genomes: Sequence[np.ndarray],
     tuned: Sequence[Tuned],
+    say: Callable[[str], None],
 ) -> Outcome:
-    """Measure the frozen finalists, select and certify, measure on test once, and save."""
+    """Measure the frozen finalists, select and certify, train the baselines, measure on test once, and save."""
     config, subject, graph, roles = setting.config, setting.subject, setting.subject.graph, setting.roles
     metric = config.judged_by
     whole = Tuned(
@@ -66,10 +69,7 @@ def conclude(
         None,
         {k: int(v) for k, v in engine.cost(graph, engine.Plan())._asdict().items()} | measured_dense(setting, budget),
     )
-    measured = {}
-    for each in (whole, *tuned):
-        on_train, on_search = (error_on(each, split, metric) for split in (roles.train, roles.search))
-        measured[each.name] = Finalist(each.name, each.cost, on_train, on_search, each)
+    measured = {each.name: measure(setting, each) for each in (whole, *tuned)}
     dense, others = measured["dense"], [measured[each.name] for each in tuned]
     rule = WithinMargins(config.epsilon, config.eta, budget.measure, metric)
     estimates = estimate(setting, whole, tuned)
@@ -82,21 +82,30 @@ def conclude(
     if estimates:
         outcome["sentence"] += " " + crossval.sentence(setting, estimates.get(selected.name), selected.name)
     chosen: Tuned = selected.ref
-    lines, results = [], []
-    for finalist in (dense, *sorted(others, key=lambda f: -f.cost["params"])):
+    trained = contenders.train(setting, chosen, whole, say)
+    lines, results, on_test = [], [], {}
+    everyone = [dense, *sorted(others, key=lambda f: -f.cost["params"])]
+    for finalist in (*everyone, *(measure(setting, each) for each, _ in trained.values())):
         each: Tuned = finalist.ref
+        on_test[each.name] = metric.observe(answering(each.infer, roles.test)(each.variables))
         line = report.Line(
             each.name,
             int(each.cost["params"]),
             int(each.cost["macs"]),
             metric.score(finalist.train_error),
             metric.score(finalist.search_error),
-            metric.score(error_on(each, roles.test, metric)),
+            metric.score(metric.error(on_test[each.name])),
             selected=finalist is selected,
             metric=metric,
         )
         lines.append(line)
         results.append(_result(line, each, {split: len(getattr(roles, split)) for split in report.SPLITS}))
+    size = dense.cost["params"]
+    contrasts = {
+        name: contenders.contrast(metric, on_test[name], on_test[chosen.name], what, each.cost["params"] / size)
+        for name, (each, what) in trained.items()
+    }
+    baselines = contenders.record(metric, chosen.name, chosen.cost["params"] / size, contrasts)
     records = [
         {
             "variant": f.name,
@@ -116,7 +125,11 @@ def conclude(
     ]
     report.write_front(config.directory / "front.csv", records)
     report.write_table(config.directory / "results.csv", report.RESULT_COLUMNS, results)
-    report.write_table(config.directory / "curves.csv", report.CURVE_COLUMNS, _curves(tuned))
+    report.write_table(
+        config.directory / "curves.csv",
+        report.CURVE_COLUMNS,
+        _curves([*tuned, *(each for each, _ in trained.values())]),
+    )
     report.write_table(
         config.directory / "certificate.csv", report.CERTIFICATE_COLUMNS, certificate_rows(certificate.steps)
     )
@@ -125,11 +138,21 @@ def conclude(
         subject.spec,
         chosen.variables,
         chosen.plan,
-        manifest=_manifest(setting, selected.name, outcome, lines, certificate, estimates),
-        card=_card(setting, outcome, lines, estimates),
+        manifest={
+            **_manifest(setting, selected.name, outcome, lines, certificate, estimates),
+            "baselines": baselines,
+        },
+        card=_card(setting, outcome, lines, estimates, baselines["sentence"]),
         module=subject.module,
     )
-    return Outcome(tuple(lines), outcome, path)
+    return Outcome(tuple(lines), outcome, path, baselines["sentence"])
+
+
+def measure(setting: Setting, model: Tuned) -> Finalist:
+    """A frozen model as the rule sees it."""
+    metric, roles = setting.config.judged_by, setting.roles
+    on_train, on_search = (error_on(model, split, metric) for split in (roles.train, roles.search))
+    return Finalist(model.name, model.cost, on_train, on_search, model)
 
 
 def estimate(setting: Setting, dense: Tuned, tuned: Sequence[Tuned]) -> dict[str, Estimate]:
@@ -228,8 +251,10 @@ def recall(setting: Setting) -> Outcome:
         )
         for name, found in manifest["metrics"].items()
     ]
-    lines.sort(key=lambda line: -line.params)
-    return Outcome(tuple(lines), manifest["verdict"], path)
+    record = manifest.get("baselines", {"found": {}, "sentence": ""})  # older runs have none
+    baselines = list(record["found"])
+    lines.sort(key=lambda line: (line.variant in baselines, -line.params if line.variant not in baselines else 0))
+    return Outcome(tuple(lines), manifest["verdict"], path, record["sentence"])
 
 
 def _result(line: report.Line, model: Tuned, images: Mapping[str, int]) -> dict[str, Any]:
@@ -325,18 +350,23 @@ def _manifest(
 
 
 def _card(
-    setting: Setting, outcome: Mapping[str, Any], lines: Sequence[report.Line], estimates: Mapping[str, Estimate]
+    setting: Setting,
+    outcome: Mapping[str, Any],
+    lines: Sequence[report.Line],
+    estimates: Mapping[str, Estimate],
+    baselines: str,
 ) -> str:
     config, metric = setting.config, setting.config.judged_by
     shape = ", ".join(map(str, setting.subject.spec.input_shape))
-    head = f"Before the search: {setting.head.sentence}.\n\n" if setting.head else ""
+    told = f"{baselines}\n\n" if baselines else ""
+    told += f"Before the search: {setting.head.sentence}.\n\n" if setting.head else ""
     return f"""# {config.model}, pruned
 
 {outcome["sentence"]}
 
 {report.markdown(lines)}
 
-{head}{metric.description}, on the roles of `{config.data}`. `test` was never used for a choice: quote that column. The
+{told}{metric.description}, on the roles of `{config.data}`. `test` was never used for a choice: quote that column. The
 gap is what is lost of it from `train` to `search`, in {metric.unit}.
 {_estimates(setting, estimates)}
 ```python

@@ -15,8 +15,20 @@ from treesurgeon.engine import TreesurgeonError
 from treesurgeon.search.metrics import METRICS, Metric, MetricName
 
 Criterion = Literal[
-    "l1", "l2", "fpgm", "lamp", "norm_scale", "taylor", "fisher", "activation", "apoz", "reconstruction", "random"
+    "l1",
+    "l2",
+    "fpgm",
+    "lamp",
+    "norm_scale",
+    "taylor",
+    "fisher",
+    "activation",
+    "apoz",
+    "reconstruction",
+    "selectivity",
+    "random",
 ]
+AugmentName = Literal["none", "flip-crop"]
 
 
 class RunError(TreesurgeonError, ValueError):
@@ -33,9 +45,11 @@ class Config:
     model: str
     """A model of the zoo (resnet56, vgg16, digits_cnn, …), or package.module:factory that returns a linen module."""
     checkpoint: str
-    """An Orbax directory, or a .safetensors file (PyTorch's names and layout are read for the zoo's models)."""
+    """An Orbax directory, or a .safetensors, .msgpack or .pth file (torchvision's and timm's names are read for the
+    zoo's models)."""
     data: str
-    """digits, tfds:NAME (prepared), tfds-dir:PATH, or npz:PATH (x_train, y_train, x_test, y_test, label_names)."""
+    """digits, tfds:NAME (prepared), tfds-dir:PATH, npz:PATH (x_train, y_train, x_test, y_test, label_names), or
+    folder:PATH (PATH/CLASS/*.png or PATH/SPLIT/CLASS/*.png)."""
     out: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
     """The run's directory. Default: runs/MODEL."""
 
@@ -76,12 +90,18 @@ class Config:
     """Subtracted from images in 0 to 1, one number or one a channel. Default: the zoo's, else 0."""
     std: tuple[float, ...] = ()
     """Divides images, likewise. Default: the zoo's, else 1."""
+    image_size: tuple[int, ...] = ()
+    """Side, or height and width, to which the images of folder: are scaled and cropped. Default: what the zoo's model
+    takes, else as they are."""
     head: Literal["auto", "keep", "fit"] = "auto"
     """Labels that are not the checkpoint's: by default the head is replaced where their number differs, or their names
     where both are known, rows of classes that both name are carried over, and the others fitted to `train`. `keep`
     takes the labels for the checkpoint's, `fit` fits every row."""
     source_labels: tuple[str, ...] = ()
     """Names of the checkpoint's classes, in their order. Default: the zoo's."""
+    source_data: str = ""
+    """Images like those that the checkpoint was trained on, if possible not the very same, as for --data: a two-sample
+    test then says whether the inputs are shifted. By default the checkpoint's norm statistics are compared."""
     max_train: int = 5000
     """Images of `train` that are used, at most."""
     data_dir: str = ""
@@ -119,8 +139,26 @@ class Config:
     """Peak learning rate of fine-tuning (SGD with Nesterov momentum, cosine schedule)."""
     batch_size: int = 128
     """Images a step of fine-tuning."""
+    weight_decay: float = 5e-4
+    """Weight decay of fine-tuning; norm scales and biases are left alone."""
+    layer_decay: float = 1.0
+    """Learning rates by depth: each level (what comes before the first block, every block, the head, as data flow
+    through them) learns at so many times the rate of the next. 1: all alike."""
+    freeze: tuple[str, ...] = ()
+    """What fine-tuning leaves as it is, running statistics included: the first so many levels, or prefixes of
+    parameter paths, such as `layer1_0`."""
+    augment: AugmentName = "none"
+    """What is done to the images of a batch: `flip-crop` mirrors and moves them at random."""
     distill: float = 0.0
     """Weight of the dense model's answers in the fine-tuning loss, 0 to 1."""
+    baselines: bool = True
+    """Whether to train what the selected variant has to beat, on the same data for as many steps: the dense model
+    fine-tuned, dense and selected from scratch, and a linear head on the dense model's features. They are reported
+    beside it, and no choice goes by them. Without epochs there are none."""
+    scratch_epochs: int | None = None
+    """Epochs of those from scratch. Default: as many as the finalists'."""
+    scratch_learning_rate: float = 0.1
+    """Their peak learning rate."""
     seed: int = 0
     """Seed of everything: the split, the search, fine-tuning."""
 
@@ -155,13 +193,17 @@ class Config:
             "population": 2, "generations": 1, "search_images": 1, "calibration_images": 0, "chunk": 1,
             "finalists": 1, "refit_images": 1, "epochs": 0, "batch_size": 1, "max_train": 1, "seed": 0,
             "latency_batch": 1, "cv_folds": 2, "cv_repeats": 1,
-            "epsilon": 0, "eta": 0,
+            "epsilon": 0, "eta": 0, "weight_decay": 0, "scratch_epochs": 1,
         }  # fmt: skip
         for name, bound in least.items():
             if getattr(self, name) is not None and not getattr(self, name) >= bound:
                 raise RunError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least {bound}")
+        if len(self.image_size) > 2 or any(side < 1 for side in self.image_size):
+            raise RunError("--image-size takes a side, or a height and a width, of at least 1")
         if not self.learning_rate > 0 or not 0 <= self.distill <= 1:
             raise RunError("--learning-rate must be above 0, and --distill from 0 to 1")
+        if not self.scratch_learning_rate > 0 or not 0 < self.layer_decay <= 1:
+            raise RunError("--scratch-learning-rate must be above 0, and --layer-decay above 0 and at most 1")
         if self.metric not in METRICS:
             raise RunError(f"--metric {self.metric}: expected one of {', '.join(METRICS)}")
         if not 0 < self.delta < 1:
@@ -185,8 +227,8 @@ def claim(config: Config, content: Mapping[str, Any]) -> None:
     path = config.directory / "config.json"
     if path.exists():
         try:
-            there = json.loads(path.read_text())
-        except ValueError as error:
+            there = dict(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise RunError(
                 f"{path} cannot be read ({error}): move the directory away, or choose another --out"
             ) from error

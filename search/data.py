@@ -18,7 +18,7 @@ import numpy as np
 
 from treesurgeon.search.sources import BATCH, DataError, Source, default_data_dir, open_source
 
-__all__ = ["DataError", "Roles", "Source", "Split", "default_data_dir", "open_source", "split_roles"]
+__all__ = ["DataError", "Roles", "Source", "Split", "default_data_dir", "open_source", "sample_images", "split_roles"]
 
 ROLES = ("train", "search", "certify", "test")
 FRACTIONS: Mapping[str, float] = MappingProxyType({"search": 0.4, "certify": 0.2, "test": 0.4})
@@ -127,6 +127,35 @@ def split_roles(
         for role, indices in parts.items():
             splits[role] = _read_split(source, origin, indices, labels[indices], input_shape, mean, std)
     return Roles(**splits, clean=fitted is not None, label_names=source.label_names)
+
+
+def sample_images(
+    source: Source,
+    count: int,
+    *,
+    input_shape: Sequence[int],
+    mean: Sequence[float] = (0.0,),
+    std: Sequence[float] = (1.0,),
+    seed: int = 0,
+) -> np.ndarray:
+    """Up to `count` images of a dataset, from all its splits alike: `[N, H, W, C]` float32, normalised, in any order.
+
+    Args:
+        source: an open dataset.
+        count: how many.
+        input_shape: `(H, W, C)`.
+        mean, std: as `split_roles` takes them.
+        seed: of the choice.
+
+    Raises:
+        DataError: the dataset is empty, or its images do not fit.
+    """
+    total = sum(source.splits.values())
+    if not total:
+        raise DataError(f"data {source.spec!r}: it has no images (splits: {dict(source.splits) or 'none'})")
+    chosen = np.argsort(np.random.PCG64([seed, 2]).random_raw(total), kind="stable")[:count]
+    labels = np.zeros(len(chosen), np.int32)
+    return _read_split(source, tuple(source.splits), chosen, labels, input_shape, mean, std).images
 
 
 def _check_arguments(source: Source, fractions: Mapping[str, float], caps: Mapping[str, int], seed: int) -> None:

@@ -34,11 +34,12 @@ class Depth:
     model: str
     """A model of the zoo, or package.module:factory that returns a linen module."""
     checkpoint: str
-    """An Orbax directory, or a .safetensors file."""
+    """An Orbax directory, or a .safetensors, .msgpack or .pth file."""
     data: str
-    """digits, tfds:NAME (prepared), tfds-dir:PATH, or npz:PATH; its labels need not be the checkpoint's."""
+    """digits, tfds:NAME (prepared), tfds-dir:PATH, npz:PATH, or folder:PATH; labels need not be the checkpoint's."""
     out: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
-    """Where depth.csv and depth.svg go; earlier ones are replaced. Default: runs/MODEL-depth."""
+    """Where depth.csv and depth.svg go; earlier ones are replaced. In a run's directory `treesurgeon report` shows
+    them too. Default: runs/MODEL-depth."""
     head: Literal["ridge", "logistic"] = "ridge"
     """What is fitted to the features: least squares to one-hot labels, or logistic regression (slower)."""
     fitted_split: tuple[str, ...] = ()

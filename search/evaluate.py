@@ -139,7 +139,7 @@ def calibrate(subject: Subject, masks: Any, variables: Any, x: Array, reconstruc
     if not subject.momenta:
         gated(variables, x, key)
         return kernels, maps
-    new = subject.reestimate(gated, variables, x, key)
+    new = engine.reestimate(gated, subject.momenta)(variables, x, key)
     leaves = {
         jax.tree_util.keystr(p, simple=True, separator="/"): v for p, v in jax.tree_util.tree_leaves_with_path(new)
     }

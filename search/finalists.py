@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -15,12 +15,11 @@ from treesurgeon import engine
 from treesurgeon.search import crossval, evolve
 from treesurgeon.search.budget import Budget, example
 from treesurgeon.search.config import RunError
-from treesurgeon.search.evaluate import answering, batches, measurer
-from treesurgeon.search.finetune import FitResult, Recipe, fit, objective
+from treesurgeon.search.evaluate import answering
 from treesurgeon.search.latency import pick_measured, profile_plan
-from treesurgeon.search.metrics import Answers
 from treesurgeon.search.setting import Setting
 from treesurgeon.search.space import Space
+from treesurgeon.search.tuning import Tuned, tune
 
 HOPELESS = 1.5  # nats above the best loss of the front, before any fine-tuning
 
@@ -82,19 +81,6 @@ def _within_measured(
     return [(genome, {name: getattr(found, name) for name in budget.measured}) for genome, found in passed]
 
 
-@dataclass(frozen=True, eq=False)
-class Tuned:
-    """A finalist: cut, fine-tuned, frozen."""
-
-    name: str
-    plan: engine.Plan
-    variables: Any
-    infer: Callable[[Any, Any], Any]
-    fitted: FitResult | None
-    cost: Mapping[str, float]
-    trail: tuple[Answers, ...] = ()  # to the pool after each epoch, where a cross-validation needs them
-
-
 def prepared(setting: Setting, plan: engine.Plan) -> Any:
     """The variables of a variant, cut, with all that can be had without a gradient step.
 
@@ -123,72 +109,48 @@ def prepared(setting: Setting, plan: engine.Plan) -> Any:
         if not subject.momenta:
             step(small, x, key)
             return new
-        return {**subject.reestimate(step, small, x, key), "params": new["params"]}
+        return {**engine.reestimate(step, subject.momenta)(small, x, key), "params": new["params"]}
 
     return fitted(subject.variables, small, x)
 
 
-@dataclass(frozen=True)
-class Refined:
-    """What became of a variant's variables; it can be sent from one process to another."""
-
-    variables: Any
-    fitted: FitResult | None
-    trail: tuple[Answers, ...]
-
-
-def refine(setting: Setting, plan: engine.Plan) -> Refined:
+def finish(
+    setting: Setting, name: str, plan: engine.Plan, measured: Mapping[str, float], say: Callable[[str], None]
+) -> Tuned:
     """Cut a variant, re-estimate its statistics and fine-tune it on its small shapes.
 
     Where a cross-validation has to take the certificate's place, what it answers to the pool is noted after each epoch;
     fine-tuning does not look at that.
     """
-    config, subject, graph, roles = setting.config, setting.subject, setting.subject.graph, setting.roles
+    config, subject, graph = setting.config, setting.subject, setting.subject.graph
     infer = engine.narrow(subject.infer, graph, plan)
-    train = engine.narrow(subject.train, graph, plan)
-    key, metric = jax.random.key(config.seed), config.judged_by
     small = prepared(setting, plan)
-    note = answering(infer, crossval.pool(roles)) if crossval.needed(setting) else None
-    if not config.epochs:
-        return Refined(jax.tree.map(np.asarray, small), None, (note(small),) if note else ())
-    recipe = Recipe(epochs=config.epochs, batch_size=config.batch_size, learning_rate=config.learning_rate)
-    data = {"x": roles.train.images, "y": roles.train.labels}
-    if config.distill:
-        whole = batches(roles.train, 250)
-        logits = jax.jit(lambda v, xs: jax.lax.map(lambda x: subject.infer(v, x), xs))(subject.variables, whole.images)
-        data["teacher"] = np.asarray(logits).reshape(-1, logits.shape[-1])[: len(roles.train)]
-    trainable = jax.tree_util.tree_map_with_path(
-        lambda path, _: graph.leaves[jax.tree_util.keystr(path, simple=True, separator="/")].trainable, small
-    )
-    loss = objective(train, distill=config.distill)
-    measure, trail = measurer(infer, roles.search, metric=metric), []
-
-    def evaluate(variables: Any) -> tuple[float, float]:
-        if note:
-            trail.append(note(variables))
-        return measure(variables)
-
-    result = fit(loss, small, trainable, data, recipe, key, evaluate)
-    result = replace(result, params=jax.tree.map(np.asarray, result.params))
-    return Refined(result.params, result, tuple(trail))
-
-
-def finish(
-    setting: Setting,
-    name: str,
-    plan: engine.Plan,
-    measured: Mapping[str, float],
-    refined: Refined,
-    say: Callable[[str], None],
-) -> Tuned:
-    """The frozen finalist that a refined variant is."""
-    subject, graph, metric = setting.subject, setting.subject.graph, setting.config.judged_by
-    infer = engine.narrow(subject.infer, graph, plan)
     cost = {k: int(v) for k, v in engine.cost(graph, plan)._asdict().items()} | dict(measured)
-    if refined.fitted:
-        errors = ", ".join(metric.show(epoch.search_error) for epoch in refined.fitted.history)
-        say(
-            f"fine-tuned {name} ({cost['params']:,} parameters): {metric.noun} on search {errors}; "
-            f"kept epoch {refined.fitted.best_epoch}"
-        )
-    return Tuned(name, plan, refined.variables, infer, refined.fitted, cost, refined.trail)
+    start = Tuned(name, plan, small, infer, None, cost)
+    note = answering(infer, crossval.pool(setting.roles)) if crossval.needed(setting) else None
+    if not config.epochs:
+        return replace(start, trail=(note(small),)) if note else start
+    return tune(setting, start, say, policy=setting.policy, distill=config.distill, note=note)
+
+
+def refine(
+    setting: Setting, name: str, plan: engine.Plan, measured: Mapping[str, float]
+) -> tuple[Tuned, tuple[str, ...]]:
+    """`finish`, on another machine: what can be sent from there, all but the function, and what there was to say."""
+    said: list[str] = []
+    found = finish(setting, name, plan, measured, said.append)
+    variables = jax.tree.map(np.asarray, found.variables)
+    fitted = replace(found.fitted, params=variables) if found.fitted else None
+    return replace(found, variables=variables, fitted=fitted, infer=_no_function), tuple(said)
+
+
+def received(setting: Setting, refined: tuple[Tuned, tuple[str, ...]], say: Callable[[str], None]) -> Tuned:
+    """The finalist that was refined elsewhere."""
+    found, said = refined
+    for line in said:
+        say(line)
+    return replace(found, infer=engine.narrow(setting.subject.infer, setting.subject.graph, found.plan))
+
+
+def _no_function(variables: Any, x: Any) -> Any:
+    raise RunError("a finalist that was refined elsewhere has to be `received` first: please report this")

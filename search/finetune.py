@@ -90,6 +90,9 @@ def fit(
     recipe: Recipe,
     key: Array,
     evaluate: Evaluate,
+    *,
+    rates: Params | None = None,
+    given: Mapping[str, Any] | None = None,
 ) -> FitResult:
     """Minimise a loss on `data`; return the parameters that were best on `search`, the initial ones included.
 
@@ -102,12 +105,16 @@ def fit(
         recipe: optimiser, schedule, stopping.
         key: drives shuffling and the loss's own randomness.
         evaluate: `params -> (loss, error)` on `search`, in inference mode.
+        rates: the same pytree with a number at each leaf, by which its learning rate is multiplied; 1 if None.
+        given: what every batch holds besides, as it is: pytrees that have no row for an image.
     """
     rows = _rows(data)
     size = min(recipe.batch_size, rows)
     steps = -(-rows // size)
     trained, frozen, join = _divide(jax.tree.map(jnp.asarray, params), trainable)
-    optimizer = transformation(recipe, recipe.epochs * steps, _decayed(params, trainable))
+    factors = None if rates is None else _divide(rates, trainable)[0]
+    optimizer = transformation(recipe, recipe.epochs * steps, _decayed(params, trainable), factors)
+    given = dict(given or {})
 
     def step(state: Any, batch: Batch, key: Array) -> Any:
         trained, frozen, memory = state
@@ -124,8 +131,8 @@ def fit(
     # One compiled step and a loop on the host: inside `lax.scan`, XLA's CPU backend runs the gradients of convolutions
     # many times slower.
     @jax.jit
-    def update(state: Any, arrays: Batch, index: Array, key: Array) -> Any:
-        return step(state, {name: array[index] for name, array in arrays.items()}, key)
+    def update(state: Any, arrays: Batch, given: Any, index: Array, key: Array) -> Any:
+        return step(state, {**given, **{name: array[index] for name, array in arrays.items()}}, key)
 
     @jax.jit
     def schedule(key: Array) -> tuple[Array, Array]:
@@ -136,7 +143,7 @@ def fit(
     def epoch(state: Any, arrays: Batch, key: Array) -> Any:
         losses = []
         for index, noise in zip(*schedule(key), strict=True):
-            state, loss = update(state, arrays, index, noise)
+            state, loss = update(state, arrays, given, index, noise)
             losses.append(loss)
         return state, jnp.stack(losses).mean()
 
@@ -156,19 +163,36 @@ def fit(
     return FitResult(best, tuple(history), best_epoch)
 
 
-def objective(train_apply: TrainApply, *, distill: float = 0.0, temperature: float = 4.0) -> LossAndUpdates:
+def objective(
+    train_apply: TrainApply,
+    *,
+    distill: float = 0.0,
+    temperature: float = 4.0,
+    augment: Callable[[Array, Array], Array] | None = None,
+    teacher: Callable[[Any, Array], Array] | None = None,
+) -> LossAndUpdates:
     """Cross-entropy with the labels `y`, mixed with the divergence from the teacher's softened answers.
 
     Args:
         train_apply: `(params, x, key) -> (logits, updates)`, in training mode.
         distill: weight of the teacher, 0 to 1; above 0 a batch needs `teacher`, its logits for each image.
         temperature: divides both models' logits in the teacher's term.
+        augment: `(key, x) -> x`, what is done to the images of every batch.
+        teacher: `(dense, x) -> logits`, where the teacher has to see the augmented images as well; a batch then needs
+            `dense`, its parameters, instead of `teacher`. L. Beyer et al.: "Knowledge distillation: a good teacher is
+            patient and consistent", CVPR 2022.
     """
 
     def loss_and_updates(params: Params, batch: Batch, key: Array) -> tuple[Array, Any]:
-        logits, updates = train_apply(params, batch["x"], key)
+        x = batch["x"]
+        if augment is not None:
+            key, own = jax.random.split(key)
+            x = augment(own, x)
+        logits, updates = train_apply(params, x, key)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
         if distill:
+            if teacher is not None:
+                batch = {**batch, "teacher": teacher(batch["dense"], x)}
             if "teacher" not in batch:
                 raise FinetuneError(
                     f"distill = {distill} needs the teacher's logits: pass data['teacher'], [images, classes]"
@@ -182,8 +206,15 @@ def objective(train_apply: TrainApply, *, distill: float = 0.0, temperature: flo
     return loss_and_updates
 
 
-def transformation(recipe: Recipe, steps: int, decayed: Any) -> optax.GradientTransformation:
-    """The recipe's optimiser; `decayed` says for each trained leaf whether weight decay applies."""
+def transformation(recipe: Recipe, steps: int, decayed: Any, factors: Any = None) -> optax.GradientTransformation:
+    """The recipe's optimiser.
+
+    Args:
+        recipe: the recipe.
+        steps: how many there will be.
+        decayed: for each trained leaf, whether weight decay applies.
+        factors: for each trained leaf, what its learning rate is multiplied by; 1 if None.
+    """
     if recipe.optimizer not in ("sgd", "adamw"):
         raise FinetuneError(f"recipe.optimizer: expected 'sgd' or 'adamw', got {recipe.optimizer!r}")
     rate = optax.warmup_cosine_decay_schedule(
@@ -193,11 +224,16 @@ def transformation(recipe: Recipe, steps: int, decayed: Any) -> optax.GradientTr
         decay_steps=max(steps, 1),
     )
     if recipe.optimizer == "adamw":
-        return optax.adamw(rate, weight_decay=recipe.weight_decay, mask=decayed)
-    return optax.chain(
-        optax.add_decayed_weights(recipe.weight_decay, mask=decayed),
-        optax.sgd(rate, momentum=recipe.momentum, nesterov=True),
-    )
+        base = optax.adamw(rate, weight_decay=recipe.weight_decay, mask=decayed)
+    else:
+        base = optax.chain(
+            optax.add_decayed_weights(recipe.weight_decay, mask=decayed),
+            optax.sgd(rate, momentum=recipe.momentum, nesterov=True),
+        )
+    if factors is None or all(factor == 1 for factor in factors):
+        return base
+    scaled: dict[Any, optax.GradientTransformation] = {str(factor): optax.scale(factor) for factor in factors}
+    return optax.chain(base, optax.multi_transform(scaled, [str(factor) for factor in factors]))
 
 
 def replace(params: Params, updates: Any) -> Params:

@@ -11,7 +11,7 @@ import hashlib
 import pickle
 import platform
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib.metadata import version
 from typing import Any, TypeVar
 
@@ -70,9 +70,22 @@ def lead() -> bool:
     return jax.process_index() == 0
 
 
+def several() -> bool:
+    """Whether there are other processes."""
+    return jax.process_count() > 1
+
+
+@contextmanager
+def led(held: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Hold what process 0 alone can hold; an error of ours is raised on all processes."""
+    with ExitStack() as stack:
+        together(lambda: bool(stack.enter_context(held())))
+        yield
+
+
 def together(make: Callable[[], T]) -> T:
     """What process 0 makes, on every process; an error of ours is raised on all of them."""
-    if jax.process_count() == 1:
+    if not several():
         return make()
     sent = b""
     if lead():
@@ -83,7 +96,7 @@ def together(make: Callable[[], T]) -> T:
 
 def each(make: Callable[[], T]) -> T:
     """What this process makes; where one of them meets an error of ours, all of them raise it."""
-    if jax.process_count() == 1:
+    if not several():
         return make()
     out, text = None, ""
     try:
@@ -98,7 +111,7 @@ def each(make: Callable[[], T]) -> T:
 
 def shared(count: int, make: Callable[[int], T]) -> list[T]:
     """What is made for 0 to count - 1, on every process; each makes its part, all of them at the same time."""
-    if jax.process_count() == 1:
+    if not several():
         return [make(i) for i in range(count)]
     with _alone():
         mine = {i: _attempt(lambda i=i: make(i)) for i in range(jax.process_index(), count, jax.process_count())}
@@ -115,7 +128,7 @@ def agree(what: str, content: Mapping[str, Any]) -> None:
     Raises:
         RunError: on every process; it says which entry differs, and where.
     """
-    if jax.process_count() == 1:
+    if not several():
         return
     ours = "\n".join(f"{name} = {_short(value)}" for name, value in content.items())
     first, *others = [text.split("\n") for text in _gather(ours)]
@@ -145,7 +158,7 @@ def watched() -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1 or not any(word in str(error) for word in BROKEN):
+        if not several() or not any(word in str(error) for word in BROKEN):
             raise
         raise RunError(
             f"process {jax.process_index()} cannot reach the others any more ({_first_line(error)}): one of them has "

@@ -80,6 +80,7 @@ class Metric(ABC):
         rising: whether more of the metric is better, and its error 1 less it.
         unit: of differences between errors.
         scale: of that unit in one.
+        reach: the largest difference there can be.
         description: the metric in words, for a card.
     """
 
@@ -92,6 +93,7 @@ class Metric(ABC):
     rising: bool = True
     unit: str = "points"
     scale: float = 100.0
+    reach: float = 1.0
     description: str
 
     @abstractmethod

@@ -121,6 +121,7 @@ class CrossEntropy(Metric):
     rising = False
     unit = "nats"
     scale = 1.0
+    reach = MOST_NATS
     description = f"Cross-entropies are means in nats, lower is better, a loss above {MOST_NATS:g} counts as that"
 
     def observe(self, answers: Answers) -> np.ndarray:

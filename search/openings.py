@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from treesurgeon.search.config import RunError
+
 
 @dataclass(frozen=True)
 class Opened:
@@ -85,7 +87,18 @@ def record_opening(register: Path, fingerprint: str, identity: str, where: str, 
 
 
 def _read(register: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in register.read_text().splitlines()] if register.exists() else []
+    if not register.exists():
+        return []
+    try:
+        records = [json.loads(line) for line in register.read_text().splitlines()]
+        for record in records:
+            _ = (record["certify"], record["run"], record["where"], _digests(record))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(
+            f"{register}, the register of images that were opened, cannot be read ({error!r}): bring back a copy of "
+            "it; without it no run beside it can be certified"
+        ) from error
+    return records
 
 
 def _digests(record: dict[str, Any]) -> np.ndarray:

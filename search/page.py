@@ -71,6 +71,7 @@ def page(run: Run) -> str:
         network=panels.before_and_after(run),
         sensitivity=panels.sensitivities(run),
         curves=panels.learning_curves(run),
+        data_section=data_and_checkpoint(run),
         certificate=certificate(run),
         pinned=pinned(run),
         settings=settings(run),
@@ -81,9 +82,10 @@ def page(run: Run) -> str:
 
 
 def results(run: Run) -> Html:
-    """Dense and the finalists, the selected one marked."""
+    """Dense, the finalists, the selected one marked, and the baselines."""
     rows = run.tables["results"]
     reasons = {row["variant"]: row["reason"] for row in run.tables["front"]}
+    reasons |= {name: found["remark"] for name, found in run.baselines.items()}
     measured = [name for name in ("latency", "memory") if number(run.dense[name]) is not None]
     units = {"latency": "latency, ms", "memory": "peak memory, bytes"}
     head = [
@@ -94,7 +96,7 @@ def results(run: Run) -> Html:
         *(units[name] for name in measured),
         *SPLITS,
         f"gap, {run.metric.unit}",
-        "verdict",
+        "verdict, or what the baseline is",
     ]
     cells = []
     for row in rows:
@@ -117,7 +119,8 @@ def results(run: Run) -> Html:
     what = "Accuracy with its 95 % interval (Wilson)" if run.metric is ACCURACY else run.metric.description
     caption = f"{what}, on images: {images}. Quote test: no choice went by it."
     chosen = [i for i, row in enumerate(rows) if row["selected"] == "True"]
-    return table(caption, head, cells, "w".ljust(len(head) - 1, "n") + "t", chosen)
+    found = table(caption, head, cells, "w".ljust(len(head) - 1, "n") + "t", chosen)
+    return join([found, element("p", run.manifest["baselines"]["sentence"])]) if run.baselines else found
 
 
 def certificate(run: Run) -> Html:
@@ -140,6 +143,26 @@ def certificate(run: Run) -> Html:
         ]
         out.append(table(caption, head, cells, "wnnnnnnw"))
     return join(out)
+
+
+# --- the data and the checkpoint --------------------------------------------------------------------------------------
+
+
+def data_and_checkpoint(run: Run) -> Html:
+    """Whether the inputs are shifted, what became of the head, and accuracy against depth where that was measured."""
+    out = [element("p", _sentence(run.shift["sentence"]))] if "sentence" in run.shift else []
+    head = run.manifest.get("head")
+    if head:
+        lists = {"carried over": head["carried"], "fitted in closed form": head["fitted"]}
+        said = "; ".join(f"{what}: {', '.join(names)}" for what, names in lists.items() if names)
+        out.append(element("p", f"The labels are not the checkpoint's. Before the search, rows of its head: {said}."))
+    if run.depth:
+        out.append(panels.depth(run))
+    return join(out or [element("p", "Nothing was recorded.")])
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + "."
 
 
 # --- the rest ---------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ The claim that it is below the margin holds at every level above the p-value.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -24,6 +25,7 @@ POWER = 0.8
 BETS = 24
 SMALLEST_BET = 1e-3  # of the largest one
 HALVINGS = 50
+ENDS = 30  # halvings for the ends of an interval
 NORMAL = NormalDist()
 
 
@@ -165,6 +167,29 @@ def betting(differences: np.ndarray, bound: float, margin: float) -> float:
     wealth = np.array([np.log1p(bet * (margin - differences)).sum() for bet in bets])
     top = wealth.max()
     return float(min(1.0, math.exp(-min(top + math.log(np.exp(wealth - top).mean()), 700.0))))
+
+
+def interval(
+    above: Callable[[float], float], below: Callable[[float], float], reach: float, level: float = 0.95
+) -> tuple[float, float]:
+    """The differences of two models that neither of two one-sided tests rejects.
+
+    Args:
+        above: p-value of H0: the difference is at least this.
+        below: p-value of H0: the difference the other way round is at least this.
+        reach: the largest difference there can be.
+        level: of the interval; each test is made at half of what is left.
+    """
+    alpha = (1 - level) / 2
+
+    def least(p_value: Callable[[float], float]) -> float:
+        low, high = -reach, reach
+        for _ in range(ENDS):
+            middle = (low + high) / 2
+            low, high = (low, middle) if p_value(middle) <= alpha else (middle, high)
+        return high
+
+    return -least(below), least(above)
 
 
 @dataclass(frozen=True)

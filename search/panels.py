@@ -25,6 +25,7 @@ AXES = {
     "loss": "loss on search",
     "generation": "generation",
 }
+COSTS = ("params", "macs")
 RISE = 0.05  # below this the loss on `search` counts as level
 
 
@@ -52,7 +53,7 @@ def plot_data(run: Run) -> dict[str, Any]:
             "description": words.get(row["variant"], "everything kept"),
             **{name: _model_value(run, row, name) for name in names},
         }
-        for row in run.tables["results"]
+        for row in finished(run)
     ]
     return {
         "axes": {name: AXES[name] for name in names},
@@ -74,13 +75,18 @@ def pareto(run: Run) -> Chart:
     ]
     models = [
         Point(a, b, row["variant"], row["selected"] == "True")
-        for row in run.tables["results"]
+        for row in finished(run)
         if (a := _model_value(run, row, x)) is not None and (b := _model_value(run, row, y)) is not None
     ]
     label = (
         f"{len(points)} candidates by {AXES[x]} and {AXES[y]}, with the finished models; the table below names the best"
     )
     return charts.pareto(points, models, AXES[x], AXES[y], label)
+
+
+def finished(run: Run) -> list[Row]:
+    """The models that the search made, and dense: what belongs in the plot of its candidates."""
+    return [row for row in run.tables["results"] if row["variant"] not in run.baselines]
 
 
 def front(run: Run) -> Html:
@@ -251,7 +257,7 @@ def overfitting(train: Sequence[float | None], search: Sequence[float]) -> int |
 
 
 def learning(run: Run) -> list[tuple[str, Chart, Html]]:
-    """For each finalist its name, its curves, and the same as a table."""
+    """For each finalist, and each baseline that was trained, its name, its curves, and the same as a table."""
     out = []
     for name in dict.fromkeys(row["variant"] for row in run.tables["curves"]):
         rows = [row for row in run.tables["curves"] if row["variant"] == name]
@@ -284,6 +290,26 @@ def learning_curves(run: Run) -> Html:
     figures = join([element("div", Html(chart.inline())) for _, chart, _ in found])
     numbers_ = element("details", join([element("summary", "The numbers"), *(rows for _, _, rows in found)]))
     return join([element("div", figures, class_="curves"), numbers_])
+
+
+def depth(run: Run) -> Html:
+    """Accuracy against depth: the model cut at every block, with a head in closed form."""
+    rows = run.depth
+    whole = rows[-1]
+    best = max(range(len(rows)), key=lambda i: (known(rows[i], "search_accuracy"), -known(rows[i], "macs")))
+    cells = [
+        (
+            row["point"],
+            *(f"{short(known(row, name))} ({known(row, name) / max(known(whole, name), 1):.0%})" for name in COSTS),
+            _bar(known(row, "search_accuracy"), 1),
+            *(f"{known(row, name):.2%}" for name in ("train_accuracy", "search_accuracy")),
+            f"{100 * known(row, 'gap'):+.2f}",
+        )
+        for row in rows
+    ]
+    caption = "Accuracy against depth: the checkpoint cut at every block, with a head in closed form on its features"
+    head = ("cut at", "parameters", "MACs", "on search", "train", "search", "gap, points")
+    return table(caption, head, cells, "wnnwnnn", [best])
 
 
 def _bar(length: float, part: float) -> Html:

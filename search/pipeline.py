@@ -11,7 +11,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -23,12 +23,14 @@ import optax
 from jax import Array
 
 from treesurgeon import engine
-from treesurgeon.search import crossval, evolve, hosts, racing, report, sensitivity
+from treesurgeon.search import crossval, evolve, hosts, racing, report, sensitivity, shift
 from treesurgeon.search.budget import Budget, make_budget
 from treesurgeon.search.conclusion import Outcome, conclude, recall
 from treesurgeon.search.config import Config, RunError, claim, identity
 from treesurgeon.search.evaluate import Batches, batches, in_precision, loss_and_error
-from treesurgeon.search.finalists import finish, pick, refine
+from treesurgeon.search.finalists import finish, pick, received, refine
+from treesurgeon.search.live import Generation
+from treesurgeon.search.lock import alone
 from treesurgeon.search.page import write_page
 from treesurgeon.search.pool import Pool
 from treesurgeon.search.scoring import describe, hire, make_evaluator, make_sweep, pick_mesh
@@ -80,11 +82,22 @@ def _run(config: Config, say: Say, pool: Pool) -> Outcome:
     content = identity(config, {"data": roles.fingerprints, "checkpoint": setting.checkpoint})
     hosts.agree("data, checkpoint or options", {**content, "out": config.directory})
     hosts.together(lambda: claim(config, content))
+    with hosts.led(lambda: alone(config.directory)):
+        return go_on(setting, say, pool)
+
+
+def go_on(setting: Setting, say: Say, pool: Pool) -> Outcome:
+    """Run a search from where it is to its end, or show the outcome of one that is complete."""
+    config = setting.config
     if hosts.together(lambda: (config.directory / "selected").exists()):
         say("this run is complete; choose another --out to run again")
         if not (config.directory / "report.html").exists():
             say(f"it has no report: treesurgeon report {config.directory} writes it")
         return hosts.together(lambda: recall(setting))
+    shifted = hosts.together(lambda: shift.look(setting))
+    say(shifted.sentence)
+    text = json.dumps(asdict(shifted), indent=1) + "\n"
+    hosts.together(lambda: (config.directory / "shift.json").write_text(text))
     states = States(config.directory / "state")
     scores = states.arrays("scores", lambda: rank(setting))
     space = build_space(setting, scores)
@@ -95,16 +108,15 @@ def _run(config: Config, say: Say, pool: Pool) -> Outcome:
     crew = hire(setting, space, pool, say) if pool.ray else None
     front = search(setting, space, budget, states, say, pool, crew)
     picked = hosts.together(lambda: pick(setting, space, budget, front, say))
-    plans = [space.to_plan(genome) for genome, _ in picked]
+    finalists = [(setting, f"v{i}", space.to_plan(genome), found) for i, (genome, found) in enumerate(picked, 1)]
     if crew:
-        refined = list(crew.done([Job("refine", (plan,)) for plan in plans]))
+        refined = crew.done([Job("refine", given) for _, *given in finalists])
+        tuned = [received(setting, each, say) for each in refined]
+    elif hosts.several():
+        tuned = [received(setting, each, say) for each in hosts.shared(len(finalists), lambda i: refine(*finalists[i]))]
     else:
-        refined = hosts.shared(len(plans), lambda i: refine(setting, plans[i]))
-    tuned = [
-        finish(setting, f"v{i}", space.to_plan(genome), found, each, say)
-        for i, ((genome, found), each) in enumerate(zip(picked, refined, strict=True), 1)
-    ]
-    outcome = hosts.together(lambda: conclude(setting, space, budget, [genome for genome, _ in picked], tuned))
+        tuned = [finish(*given, say) for given in finalists]
+    outcome = hosts.together(lambda: conclude(setting, space, budget, [genome for genome, _ in picked], tuned, say))
     say(f"wrote {hosts.together(lambda: write_page(config.directory))}")
     return outcome
 
@@ -160,6 +172,9 @@ def rank(setting: Setting, criterion: str | None = None) -> dict[str, np.ndarray
         "energy": lambda: jax.jit(engine.activation_energy(subject.infer, graph))(variables, x),
         "zeros": lambda: jax.jit(engine.zero_share(subject.infer, graph))(variables, x),
         "grams": lambda: jax.jit(engine.gram_matrices(subject.infer, graph))(variables, x),
+        "selectivity": lambda: jax.jit(engine.class_selectivity(subject.infer, graph, subject.num_classes))(
+            variables, x, y
+        ),
         "key": lambda: jax.random.key(config.seed),
     }
     name = criterion or config.criterion
@@ -262,14 +277,14 @@ def search(
         # Well below the budget smaller is no longer better, so that the search stays where the answer is.
         size = np.maximum(costs[measure] / dense[measure], 0.8 * budget.share)
         within = np.flatnonzero(violation == 0)  # the others are ranked by how far they are off alone
-        loss, error = np.full(len(children), np.inf), np.ones(len(children))
+        loss, error, scored = np.full(len(children), np.inf), np.ones(len(children)), 0
         if len(within):
             chosen = jax.tree.map(lambda leaf, rows=within: leaf[rows], masks)
             judge = partial(racing.judge, size[within], references=references, looks=len(evaluator.data.images))
             losses, wrong, _ = evaluator(chosen, judge)
             loss[within] = racing.estimates(losses, references)
             error[within] = wrong.sum(1, where=~np.isnan(losses)) / np.maximum((~np.isnan(losses)).sum(1), 1)
-            references = references.joined(size[within], losses)
+            references, scored = references.joined(size[within], losses), int((~np.isnan(losses)).sum())
         state = evolve.tell(state, children, np.stack([size, loss], 1), violation)
         seen = {"genome": np.asarray(children), "loss": loss, "error": error, "violation": violation, **costs}
         seen["kept"] = kept_units(space, masks)
@@ -279,7 +294,9 @@ def search(
             lambda done=done, rows=rows: report.write_generation(config.directory / "candidates.csv", done, rows)
         )
         states.save(done + 1, Progress(state, references))
-        say(_progress(evolve.front(state), done + 1, config, measure, time.perf_counter() - start))
+        took = time.perf_counter() - start
+        front, total = evolve.front(state), config.generations
+        say(Generation(front, done + 1, total, measure, took, config.population, scored))
     if evaluator.compiled > 2:
         raise RunError(f"the search compiled {evaluator.compiled} programs instead of 2: please report this")
     return evolve.front(state)
@@ -379,14 +396,3 @@ def starting_points(
     else:
         chosen = path[np.unique(np.linspace(0, len(path) - 1, half).round().astype(int))]
     return np.array(list(dict.fromkeys(map(tuple, [*chosen, *fitting(space.seeds())]))), np.int32)
-
-
-def _progress(front: evolve.Scored, done: int, config: Config, measure: str, took: float) -> str:
-    rate = config.population / took
-    left = (config.generations - done) * took
-    feasible = front.violation == 0
-    text = f"generation {done:>3}/{config.generations}  {rate:5.1f} candidates/s  {left:4.0f} s left  "
-    if not feasible.any():
-        return text + "nothing within the budget yet"
-    best = front.objectives[feasible][front.objectives[feasible][:, 1].argmin()]
-    return text + f"front {int(feasible.sum()):>3}, best loss {best[1]:.4f} at {best[0]:.0%} of dense's {measure}"

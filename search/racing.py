@@ -44,7 +44,14 @@ class References:
         return References(every_size[order], every_loss[order])
 
 
-def judge(size: np.ndarray, losses: np.ndarray, references: References, looks: int, alpha: float = ALPHA) -> np.ndarray:
+def judge(
+    size: np.ndarray,
+    losses: np.ndarray,
+    references: References,
+    looks: int,
+    alpha: float = ALPHA,
+    best: int = 1,
+) -> np.ndarray:
     """Which candidates go on, `bool[P]`.
 
     Args:
@@ -52,7 +59,8 @@ def judge(size: np.ndarray, losses: np.ndarray, references: References, looks: i
         losses: `float[P, n]` on the images so far, NaN for candidates that are out.
         references: losses on all images.
         looks: how often a candidate is judged at most.
-        alpha: chance at most that a candidate is dropped which nothing beats.
+        alpha: chance at most that a candidate is dropped which nothing beats (fewer than `best` do).
+        best: how many others have to beat a candidate beyond doubt.
     """
     n = losses.shape[1]
     known = np.isfinite(references.size)
@@ -64,7 +72,7 @@ def judge(size: np.ndarray, losses: np.ndarray, references: References, looks: i
         difference = mine - others
         error = difference.std(1, ddof=1) / np.sqrt(n) if n > 1 else np.inf
         with np.errstate(invalid="ignore"):
-            going[i] = not ((sizes <= size[i]) & (difference.mean(1) - z * error > 0)).any()
+            going[i] = ((sizes <= size[i]) & (difference.mean(1) - z * error > 0)).sum() < best
     return going
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ class Run:
         directory: where it is.
         config, manifest, environment: `config.json`, `selected/manifest.json`, `environment.json`.
         tables: the rows of every CSV file by its name without `.csv`.
+        shift: `shift.json`, where there is one.
+        depth: the rows of `depth.csv`, where `treesurgeon depth` has written one there.
     """
 
     directory: Path
@@ -43,6 +45,8 @@ class Run:
     manifest: Mapping[str, Any]
     environment: Mapping[str, str]
     tables: Mapping[str, Sequence[Row]]
+    shift: Mapping[str, Any] = field(default_factory=dict)
+    depth: Sequence[Row] = ()
 
     @property
     def metric(self) -> Metric:
@@ -58,6 +62,11 @@ class Run:
         if found["selected"] == "dense":
             return DENSE
         return PASSED if found["passed"] else FAILS
+
+    @property
+    def baselines(self) -> Mapping[str, Any]:
+        """What the manifest says of the baselines, by name; runs of older versions have none."""
+        return self.manifest.get("baselines", {}).get("found", {})
 
     @property
     def dense(self) -> Row:
@@ -89,6 +98,8 @@ def open_run(path: Path) -> Run:
         _json(path / "selected/manifest.json"),
         _json(path / "environment.json"),
         {name: _rows(path / f"{name}.csv", columns) for name, columns in TABLES.items()},
+        _json(path / "shift.json") if (path / "shift.json").exists() else {},
+        _rows(path / "depth.csv", report.DEPTH_COLUMNS) if (path / "depth.csv").exists() else (),
     )
     for name, wanted in (("dense", "variant=dense"), ("selected", "selected=True")):
         key, value = wanted.split("=")

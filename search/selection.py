@@ -154,14 +154,14 @@ class WithinMargins:
         share = chosen.cost[self.measure] / dense.cost[self.measure]
         named = ", ".join(f"{key} ≤ {value:,.0f}" for key, value in (budget or {}).items())
         if chosen is dense:
-            what = f"the dense model stays: none of {count} smaller variants " + (
+            what = f"The dense model stays: none of {count} smaller variants " + (
                 "has a lower error within the budget" if budget else "passed"
             )
         else:
             role = f"the best within the budget ({named})" if budget else "the smallest that passed"
             worse = chosen.search_error - dense.search_error
             what = (
-                f"{chosen.name} is {role}: {share:.1%} of dense's {self.measure}, "
+                f"Selected: {chosen.name}, {role}; {share:.1%} of dense's {self.measure}, "
                 f"{self.metric.noun} {self.where} {self.metric.show(chosen.search_error)} "
                 f"({self.metric.amount(worse, sign=True)} against dense)"
             )
@@ -172,7 +172,7 @@ class WithinMargins:
             if clean
             else "no gap criterion was applied, since the checkpoint may have been fitted on this data"
         )
-        return f"{what[0].upper()}{what[1:]} ({claim})."
+        return f"{what} ({claim})."
 
 
 def limits(budget: Mapping[str, float], dense: Mapping[str, float]) -> dict[str, float]:

@@ -11,11 +11,15 @@ import jax
 import numpy as np
 
 from treesurgeon import engine, models
+from treesurgeon.search.augment import check_augment
 from treesurgeon.search.config import Config, RunError
-from treesurgeon.search.data import ROLES, Roles, open_source, split_roles
+from treesurgeon.search.data import ROLES, Roles, open_source, sample_images, split_roles
+from treesurgeon.search.policy import EVERYTHING, Policy, make_policy
 from treesurgeon.search.selection import limits
 from treesurgeon.search.subject import Subject, open_subject
 from treesurgeon.search.transfer import Labels, NewHead, match_labels, with_new_head
+
+SOURCE_IMAGES = 1000  # at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +35,8 @@ class Setting:
         checkpoint: SHA-256 of the variables as the checkpoint holds them.
         fitted: splits that the checkpoint was fitted on; None where that is unknown.
         head: what replaced the checkpoint's head, if anything did.
+        policy: which leaves fine-tuning changes, and how fast.
+        source_images: `[N, H, W, C]`, normalised, like those that the checkpoint was trained on; None where not given.
     """
 
     config: Config
@@ -42,6 +48,8 @@ class Setting:
     checkpoint: str
     fitted: tuple[str, ...] | None
     head: NewHead | None = None
+    policy: Policy = EVERYTHING
+    source_images: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +67,9 @@ class Opened:
 def open_parts(config: Config) -> Opened:
     """Open the data and the model, and check that they fit each other but for their labels."""
     preset = models.get(config.model) if ":" not in config.model else None
-    source = open_source(config.data, config.data_dir or None)
+    size = config.image_size * 2 if len(config.image_size) == 1 else config.image_size
+    wanted = (*(size or preset.input_shape[:2]), preset.input_shape[2]) if preset else size or None
+    source = open_source(config.data, config.data_dir or None, wanted)
     split = next((name for name, size in source.splits.items() if size), None)
     if split is None:
         raise RunError(f"--data {config.data}: no split has an image")
@@ -80,6 +90,9 @@ def open_parts(config: Config) -> Opened:
         seed=config.seed,
         caps={"train": config.max_train},
     )
+    for role in ("train", "test"):
+        if len(np.unique(getattr(roles, role).labels)) < 2:
+            raise RunError(f"--data {config.data}: all images of {role} are of one class; a classifier needs two")
     seen = {role: getattr(roles, role).labels for role in ROLES}
     config.judged_by.check(seen, roles.label_names)
     return Opened(subject, roles, labels, tuple(mean), tuple(std), fitted)
@@ -93,9 +106,16 @@ def prepare(config: Config) -> Setting:
     checkpoint = fingerprint(subject.variables)
     if opened.labels.replaced:
         subject, head = with_new_head(subject, opened.labels, opened.roles)
+    check_augment(config.augment, subject.spec.input_shape)
+    policy = make_policy(subject, config.freeze, config.layer_decay)
     dense = engine.cost(subject.graph, engine.Plan())._asdict()
     budget = limits(config.budget, dense)
-    return Setting(config, subject, opened.roles, opened.mean, opened.std, budget, checkpoint, opened.fitted, head)
+    like = {"input_shape": subject.spec.input_shape, "mean": opened.mean, "std": opened.std, "seed": config.seed}
+    theirs = None
+    if config.source_data:
+        theirs = sample_images(open_source(config.source_data, config.data_dir or None), SOURCE_IMAGES, **like)
+    parts = opened.roles, opened.mean, opened.std, budget, checkpoint, opened.fitted
+    return Setting(config, subject, *parts, head, policy, theirs)
 
 
 def fingerprint(tree: Any) -> str:

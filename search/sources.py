@@ -1,4 +1,4 @@
-"""Where images and labels come from: `digits`, `tfds:NAME`, `tfds-dir:PATH`, `npz:PATH`. Never a network.
+"""Where images and labels come from: `digits`, `tfds:NAME`, `tfds-dir:PATH`, `npz:PATH`, `folder:PATH`. No network.
 
 A source knows its splits and reads them by index; which image serves which purpose is `data.py`'s matter.
 """
@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from treesurgeon.engine import TreesurgeonError
+from treesurgeon.search.folders import Folder
 
 BATCH = 1000  # records decoded at a time
 MOST_CLASSES = 100_000  # a larger label is taken for a mistake
-FORMS = "digits, tfds:NAME, tfds-dir:PATH or npz:PATH"
+FORMS = "digits, tfds:NAME, tfds-dir:PATH, npz:PATH or folder:PATH"
 
 
 class DataError(TreesurgeonError):
@@ -58,7 +59,7 @@ def default_data_dir() -> Path:
     return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
 
 
-def open_source(spec: str, data_dir: str | Path | None = None) -> Source:
+def open_source(spec: str, data_dir: str | Path | None = None, shape: Sequence[int] | None = None) -> Source:
     """Open a dataset that is on this machine.
 
     Args:
@@ -66,9 +67,13 @@ def open_source(spec: str, data_dir: str | Path | None = None) -> Source:
             TFDS dataset prepared below `data_dir`. `tfds-dir:PATH`: the directory with its
             `dataset_info.json`. `npz:PATH`: arrays `x_train, y_train, x_test, y_test` (any `x_SPLIT,
             y_SPLIT`), or `x, y` as one split named "all"; images `[N, H, W, C]` or `[N, H, W]`, uint8
-            (scaled to 0..1 later) or floating point (taken as they are); integer labels `[N]`; and `label_names`,
-            strings, where the classes have names.
+            (scaled to 0..1 later) or floating point (taken as they are); labels `[N]`, integers, or strings, which
+            then are the classes' names; and `label_names`, strings, where the classes have names.
+            `folder:PATH`: image files in a folder for each class, `PATH/CLASS/*.png` (one split, "all") or
+            `PATH/SPLIT/CLASS/*.png`.
         data_dir: by default `default_data_dir()`.
+        shape: `(H, W)` or `(H, W, C)` to which the images of a folder are scaled and cropped; those of other sources
+            stay as they are.
 
     Raises:
         DataError: it is not there, or cannot be read; the message says what to run.
@@ -85,6 +90,10 @@ def open_source(spec: str, data_dir: str | Path | None = None) -> Source:
         return _tfds_source(spec, Path(rest).expanduser().absolute())
     if kind == "npz" and rest:
         return _npz_source(spec, Path(rest).expanduser().absolute())
+    if kind == "folder" and rest:
+        found = Folder(Path(rest).expanduser().absolute(), lambda text: DataError(f"data {spec!r}: {text}"), shape)
+        splits = {split: len(files) for split, files in found.files.items()}
+        return Source(spec, splits, found.names, found.labels, found.images, named=True)
     raise DataError(f"data {spec!r}: expected {FORMS}")
 
 
@@ -231,6 +240,7 @@ def _npz_source(spec: str, path: Path) -> Source:
     given = tuple(map(str, np.atleast_1d(arrays.get("label_names", np.array([])))))
     if len(set(given)) != len(given):
         raise DataError(f"data {spec!r}: expected label_names that differ, one for each class, got {', '.join(given)}")
+    given = _encode(spec, arrays, [y for _, y in pairs.values()], given)
     return Source(
         spec,
         splits={split: len(arrays[x]) for split, (x, _) in pairs.items()},
@@ -239,6 +249,25 @@ def _npz_source(spec: str, path: Path) -> Source:
         read_images=lambda split, indices: arrays[pairs[split][0]][indices],
         named=bool(given),
     )
+
+
+def _encode(spec: str, arrays: dict[str, np.ndarray], labels: Sequence[str], names: tuple[str, ...]) -> tuple[str, ...]:
+    """Labels that are strings become numbers, in place; returns the classes' names, sorted where none were given."""
+    texts = [name for name in labels if arrays[name].dtype.kind in "US"]
+    for name in texts:
+        arrays[name] = np.char.decode(arrays[name], "utf-8") if arrays[name].dtype.kind == "S" else arrays[name]
+    if not texts:
+        return names
+    if len(texts) != len(labels):
+        raise DataError(f"data {spec!r}: expected labels of one kind, got strings only in {', '.join(texts)}")
+    found = np.unique(np.concatenate([arrays[name] for name in texts])).tolist()
+    names = names or tuple(found)
+    if unknown := sorted(set(found) - set(names)):
+        raise DataError(f"data {spec!r}: label {unknown[0]!r} is not one of label_names: {', '.join(names)}")
+    number = {text: i for i, text in enumerate(names)}
+    for name in texts:
+        arrays[name] = np.array([number[text] for text in arrays[name].tolist()], int)
+    return names
 
 
 def _count_names(labels: np.ndarray) -> tuple[str, ...]:

@@ -32,8 +32,11 @@ class States:
             names = np.frombuffer(json.dumps(list(made)).encode(), np.uint8)
             _write(path, {"names": names, **{str(i): np.asarray(x) for i, x in enumerate(made.values())}})
         loaded: Any = _read(path)
-        names = json.loads(bytes(np.asarray(loaded["names"])).decode())
-        return {name: np.asarray(loaded[str(i)]) for i, name in enumerate(names)}
+        try:
+            names = json.loads(bytes(np.asarray(loaded["names"])).decode())
+            return {name: np.asarray(loaded[str(i)]) for i, name in enumerate(names)}
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunError(f"{path} is damaged ({error!r}): move {self.directory} away to start again") from error
 
     def save(self, generation: int, state: Any) -> None:
         """Save the state after so many generations."""
@@ -50,6 +53,8 @@ class States:
             return start
         loaded: Any = _read(saved[-1])
         leaves, tree = jax.tree.flatten(start)
+        if not isinstance(loaded, dict) or loaded.keys() != {str(i) for i in range(len(leaves))}:
+            raise RunError(f"{saved[-1]} holds the state of another search: move {self.directory} away")
         found = [np.asarray(loaded[str(i)]) for i in range(len(leaves))]
         for old, new in zip(leaves, found, strict=True):
             if old.shape != new.shape or old.dtype != new.dtype:
@@ -66,16 +71,17 @@ class States:
         return sorted(p for p in self.directory.iterdir() if p.is_dir() and p.name.isdigit())
 
 
-def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+def _write(path: Path, tree: Any) -> None:
     """Save with Orbax, from all processes."""
 
     def save() -> None:
         try:
-            ocp.save(str(path), dict(arrays))
-        except Exception as error:  # Orbax and tensorstore raise many types where a disk is full, or not writable
+            ocp.save(str(path), tree)
+        except Exception as error:  # Orbax raises many types for a disk that is full or may not be written
+            text = str(error).strip().split("\n")[0][:300]
             raise RunError(
-                f"{path} cannot be written ({type(error).__name__}: {str(error).splitlines()[0][:200]}): make room, or "
-                "see who may write there; then run the same command again, finished generations are saved"
+                f"{path} cannot be written ({type(error).__name__}: {text}): make room, or see to the permissions, and "
+                "run the same command again to go on"
             ) from error
 
     hosts.each(save)

@@ -13,11 +13,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import export
 
 from treesurgeon import engine, models
 from treesurgeon.engine import TreesurgeonError
-from treesurgeon.search.finetune import replace
 
 TRAINING_FLAGS = {"train": True, "training": True, "is_training": True, "deterministic": False, "eval": False}
 
@@ -70,31 +69,6 @@ class Subject:
         x = jax.ShapeDtypeStruct((1, *self.spec.input_shape), self.spec.input_dtype)
         return engine.trace(self.infer, self.variables, x)
 
-    def reestimate(self, train: Any, variables: Any, x: Array, key: Array) -> Any:
-        """The variables with every running average replaced by the statistics of one batch.
-
-        Args:
-            train: `self.train`, or a transformation of it: `(variables, x, key) -> (logits, updates)`.
-            variables: dense or narrow, as `train` takes them.
-            x: images `[N, H, W, C]`.
-            key: for dropout.
-        """
-        if not self.momenta:
-            return variables
-
-        def per_path(path: Any, leaf: Any, then: Any) -> Any:
-            m = self.momenta.get(jax.tree_util.keystr(path, simple=True, separator="/"))
-            return leaf if m is None else then(leaf, m)
-
-        blank = jax.tree_util.tree_map_with_path(
-            lambda p, leaf: per_path(p, leaf, lambda leaf, m: jnp.zeros_like(leaf)), variables
-        )
-        _, updates = train(blank, x, key)
-        fresh = jax.tree_util.tree_map_with_path(
-            lambda p, leaf: per_path(p, leaf, lambda leaf, m: leaf / (1 - m)), updates
-        )
-        return replace(variables, fresh)
-
 
 def training_flag(module: nn.Module) -> tuple[str, bool] | None:
     """The name of the argument that switches training mode, and its value in training."""
@@ -119,25 +93,27 @@ def open_subject(
     """
     spec = engine.ModelSpec(model, tuple(input_shape), dict(kwargs or {}))
     module = spec.build(allow_import=True)
+    (count,) = export.symbolic_shape("n")  # any number of images, as it will be exported
     try:
         template = spec.template(module)
         variables_out, _ = jax.eval_shape(
             lambda v, x: (module.apply(v, x), 0),
             template,
-            jax.ShapeDtypeStruct((2, *input_shape), np.float32),
+            jax.ShapeDtypeStruct((count, *input_shape), np.float32),
         )
     except Exception as error:
         raise SubjectError(
-            f"model {model!r} does not take images of shape {list(input_shape)}, called as module(x): "
-            f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            f"model {model!r} does not take images of shape {list(input_shape)} in any number, called as module(x): "
+            f"{type(error).__name__}: {str(error).splitlines()[0]}; where it needs their number, expected x.shape[0] "
+            f"or -1, not len(x) or a constant"
         ) from error
-    if getattr(variables_out, "ndim", None) != 2 or variables_out.shape[0] != 2:
+    if getattr(variables_out, "ndim", None) != 2 or variables_out.shape[0] != count:
         shape = getattr(variables_out, "shape", type(variables_out).__name__)
         raise SubjectError(f"model {model!r}: expected logits [N, classes] for N images, got {shape}")
     known = models.get(model) if ":" not in model else module
     variables = models.load_checkpoint(checkpoint, known, template, tuple(input_shape))
     subject = Subject(spec, module, variables, variables_out.shape[1])
-    return with_fields(subject, momenta=find_momenta(subject))
+    return with_momenta(subject)
 
 
 def random_subject(model: str) -> Subject:
@@ -148,27 +124,10 @@ def random_subject(model: str) -> Subject:
     variables = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, *preset.input_shape)))
     classes = jax.eval_shape(lambda v, x: module.apply(v, x), variables, jnp.zeros((1, *preset.input_shape)))
     subject = Subject(spec, module, variables, classes.shape[-1])
-    return with_fields(subject, momenta=find_momenta(subject))
+    return with_momenta(subject)
 
 
-def find_momenta(subject: Subject) -> dict[str, float]:
-    """The momentum of every running average of a model, by path.
-
-    Read off the derivative of the update, so that no layer needs to be known by name. What is not an average of batch
-    statistics (its update is not old · m + new) is left out, and never re-estimated.
-    """
-    rest = {name: tree for name, tree in subject.variables.items() if name != "params"}
-    if not jax.tree.leaves(rest) or training_flag(subject.module) is None:
-        return {}
+def with_momenta(subject: Subject) -> Subject:
+    """The subject with the momenta of its running averages, read off one training step."""
     x = jax.random.normal(jax.random.key(0), (8, *subject.spec.input_shape), subject.spec.input_dtype)
-
-    def update(rest: Any) -> Any:
-        return subject.train({**subject.variables, **rest}, x, jax.random.key(0))[1]
-
-    _, slopes = jax.jit(lambda rest: jax.jvp(update, (rest,), (jax.tree.map(jnp.ones_like, rest),)))(rest)
-    out = {}
-    for path, slope in jax.tree_util.tree_leaves_with_path(slopes):
-        values = np.asarray(slope, np.float64)
-        if values.size and np.ptp(values) < 1e-6 and 0 <= values.flat[0] < 1 - 1e-6:
-            out[jax.tree_util.keystr(path, simple=True, separator="/")] = float(values.flat[0])
-    return out
+    return with_fields(subject, momenta=engine.momenta(subject.train, subject.variables, x, jax.random.key(0)))

@@ -46,7 +46,7 @@ def verify(options: Verification, say: Callable[[str], None]) -> bool:
     model = engine.load(options.selected, allow_import=options.allow_import)
     claimed, data, seed, normalisation = _claims(options.selected, model.manifest)
     shape = tuple(model.manifest["model"]["input_shape"])
-    source = open_source(options.data, options.data_dir or None)
+    source = open_source(options.data, options.data_dir or None, shape)
     fitted = None if data["fitted"] is None else tuple(data["fitted"])
     mean, std = normalisation["mean"], normalisation["std"]
     others: dict[str, int] = dict.fromkeys(("train", "search", "certify"), source.num_classes)  # not looked at

@@ -26,11 +26,12 @@ from treesurgeon.engine import TreesurgeonError
 from treesurgeon.models.errors import ModelError
 from treesurgeon.search.config import RunError
 from treesurgeon.search.evaluate import Evaluator, Keep, chunks, race
-from treesurgeon.search.finalists import Refined, refine
+from treesurgeon.search.finalists import refine
 from treesurgeon.search.hosts import versions
 from treesurgeon.search.setting import Setting
 from treesurgeon.search.subject import Subject
 from treesurgeon.search.sweep import Part, Sweep
+from treesurgeon.search.tuning import Tuned
 
 PATIENCE = 60  # seconds without a worker before the driver says so
 DEATHS = 5  # in a row, besides one for each worker, without a result in between, before it gives up
@@ -98,9 +99,9 @@ class Worker:
         rows = np.arange(1, len(leaves[0]))
         return self._sweep.answers(self._sweep.parts[part], leaves, [rows])[0]
 
-    def refine(self, plan: engine.Plan) -> Refined:
-        """A finalist's variables."""
-        return refine(self._setting, plan)
+    def refine(self, name: str, plan: engine.Plan, measured: Mapping[str, float]) -> tuple[Tuned, tuple[str, ...]]:
+        """A finalist; see `finalists.refine`."""
+        return refine(self._setting, name, plan, measured)
 
 
 class Crew:

@@ -11,8 +11,10 @@ from treesurgeon.search.conclusion import certificate_rows
 HOSTILE = "</script><img src=x onerror=alert(1)>&\"'"
 
 
-def make_run(path, *, extra="", groups=8, blocks=3, candidates=40, seed=0, epochs=5, status="passed", budget=None):
-    """Write one, with `extra` at the end of every name and text."""
+def make_run(
+    path, *, extra="", groups=8, blocks=3, candidates=40, seed=0, epochs=5, status="passed", budget=None, transfer=False
+):
+    """Write one, with `extra` at the end of every name and text; `transfer`: with baselines, a new head and depths."""
     rng = np.random.default_rng(seed)
     sizes = [16 * 2 ** (3 * i // groups) for i in range(groups)]
     report.write_table(
@@ -51,6 +53,8 @@ def make_run(path, *, extra="", groups=8, blocks=3, candidates=40, seed=0, epoch
     picked = "dense" if status == "nothing smaller passed" else names[0]
     results = [result("dense", 300_000, 9e6, 0.99, 0.95, 0.947, picked)]
     results += [result(n, 200_000 // 2**i, 6e6 / 2**i, 0.99 - i / 50, 0.94, 0.935, picked) for i, n in enumerate(names)]
+    baselines = [f"dense fine-tuned{extra}", f"linear probe{extra}"] if transfer else []
+    results += [result(name, 300_000, 9e6, 0.99, 0.96, 0.955, picked) for name in baselines]
     report.write_table(path / "results.csv", report.RESULT_COLUMNS, results)
     front = [{"variant": n, "reason": f"passes{extra}", "description": f"conv 16→8{extra}"} for n in names]
     report.write_front(path / "front.csv", front)
@@ -98,6 +102,18 @@ def make_run(path, *, extra="", groups=8, blocks=3, candidates=40, seed=0, epoch
         "normalisation": {"mean": [0.5], "std": [0.25]},
         "seed": 0,
     }
+    remarks = {name: {"remark": f"{name}; ahead of v1 by so much{extra}"} for name in baselines}
+    told = f"On test 2 baselines are better.{extra}" if transfer else ""
+    manifest["baselines"] = {"sentence": told, "found": remarks, "level": 0.95}
+    if transfer:
+        manifest["head"] = {"carried": [f"cat{extra}"], "fitted": [f"hat{extra}"]}
+        (path / "shift.json").write_text(json.dumps({"sentence": f"domain shift: the inputs are shifted{extra}"}))
+        depths = [
+            {"point": f"layer{i}{extra}", "features": 8, "params": 1000 * i, "macs": 10_000 * i, "penalty": 0.1}
+            | {"train_accuracy": 0.9, "search_accuracy": share, "gap": 0.9 - share}
+            for i, share in enumerate((0.5, 0.8, 0.7), 1)
+        ]
+        report.write_depth(path / "depth.csv", depths)
     (path / "selected/manifest.json").write_text(json.dumps(manifest))
     config = {"model": f"digits_cnn{extra}", "checkpoint": "c0ffee", "data": {"train": "…"}, "macs": budget, "seed": 0}
     (path / "config.json").write_text(json.dumps({**config, "protect": ["first-stage"], "mean": []}))

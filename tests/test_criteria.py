@@ -202,6 +202,9 @@ def test_every_criterion_scores_every_unit_of_every_group(name):
         "fisher": engine.fisher_energy(square, bench.graph),
         "zeros": engine.zero_share(bench.fn, bench.graph),
         "grams": engine.gram_matrices(bench.fn, bench.graph),
+        "selectivity": lambda params, *args: engine.class_selectivity(
+            lambda params, args: bench.fn(params, *args), bench.graph, 2
+        )(params, args, jnp.arange(len(args[0])) % 2),
     }
 
     @jax.jit

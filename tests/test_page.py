@@ -153,8 +153,31 @@ def test_the_verdict_comes_with_its_certificate(tmp_path, status, words):
     assert words in found[0]
 
 
+def test_baselines_a_new_head_and_depths(tmp_path):
+    made = make_run(tmp_path, transfer=True)
+    page = read(made)
+    assert "linear probe; ahead of v1 by so much" in [text for _, text in page.all("td")]
+    said = [text for _, text in page.all("p")]
+    assert "On test 2 baselines are better." in said
+    assert "Domain shift: the inputs are shifted." in said
+    assert any("over: cat; fitted in closed form: hat." in text for text in said)
+    (data,) = [json.loads(body) for attrs, body in page.all("script") if "type" in attrs]
+    assert [model["name"] for model in data["models"]] == ["dense", "v1", "v2", "v3"]
+    (caption,) = [text for _, text in page.all("caption") if "against depth" in text]
+    assert caption.startswith("Accuracy against depth")
+    cells = [text for _, text in page.all("td")]
+    assert {"80.00%", "1k (33%)", "30k (100%)", "+40.00"} <= {*cells}
+    marked = [text for attrs, text in page.all("tr") if attrs.get("class") == "marked"]
+    assert any(text.startswith("layer2") for text in marked)  # the best on search
+    manifest = json.loads((made / "selected/manifest.json").read_text())
+    del manifest["baselines"], manifest["head"]  # as an older version wrote it
+    (made / "selected/manifest.json").write_text(json.dumps(manifest))
+    (made / "shift.json").unlink()
+    assert not any("baselines" in text for _, text in read(made).all("p") if text.startswith("On test"))
+
+
 def test_hostile_names_stay_text(tmp_path):
-    made = make_run(tmp_path, extra=HOSTILE)
+    made = make_run(tmp_path, extra=HOSTILE, transfer=True)
     page = read(made)
     assert not page.all("img")
     assert len(page.all("script")) == 2
@@ -163,7 +186,8 @@ def test_hostile_names_stay_text(tmp_path):
     assert data["groups"][0]["name"] == "layer0/conv" + HOSTILE
     assert data["models"][1]["name"] == "v1" + HOSTILE
     text = "".join(page.found[0][2])
-    for name in ("digits_cnn", "layer0/conv", "an axis of the output", "0.10", "Certified, as it were.", "passes"):
+    for name in ("digits_cnn", "layer0/conv", "an axis of the output", "0.10", "Certified, as it were.", "passes",
+                 "ahead of v1 by so much", "cat", "the inputs are shifted", "layer2"):  # fmt: skip
         assert name + HOSTILE in text
     for name in ("pareto", "network", "sensitivity", "curves"):
         tags = {element.tag.rpartition("}")[2] for element in ET.parse(made / f"{name}.svg").iter()}
@@ -189,6 +213,14 @@ def test_a_run_without_fine_tuning(tmp_path):
 )
 def test_where_overfitting_starts(train, search, start):
     assert overfitting(train, search) == start
+
+
+def test_curves_that_diverge_are_drawn_as_far_as_they_go():
+    nan = float("nan")
+    chart = charts.curves("v1", [None, 2.0, None, nan], [1.0, 3.0, nan, nan], 0, None, "label")
+    assert "nan" not in chart.inside
+    assert chart.inside.count("<circle") == 1
+    assert "<circle" not in charts.curves("v1", [None], [nan], 0, None, "label").inside
 
 
 def test_planes_map_numbers_to_pixels():

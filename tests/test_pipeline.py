@@ -68,10 +68,32 @@ def place(tmp_path_factory):
     return home
 
 
-def command(place: Path, out: str, *more: str, model: str = "mine:Tiny", checkpoint: str = "checkpoint"):
+# The command line, which sends itself a signal as soon as it prints a line that starts so.
+STRUCK = """
+import builtins, os, sys
+start, number, show = sys.argv.pop(1), int(sys.argv.pop(1)), print
+def say(text="", *rest, **more):
+    show(text, *rest, **more)
+    if str(text).startswith(start):
+        os.kill(os.getpid(), number)
+builtins.print = say
+from treesurgeon.search.cli import main
+main()
+"""
+
+
+def command(
+    place: Path,
+    out: str,
+    *more: str,
+    model: str = "mine:Tiny",
+    checkpoint: str = "checkpoint",
+    struck: tuple[str, int] | None = None,
+):
     arguments = ["search", "--model", model, "--checkpoint", checkpoint, "--out", out, *SMALL, *more]
+    start = ["-m", "treesurgeon.search.cli"] if struck is None else ["-c", STRUCK, struck[0], str(int(struck[1]))]
     return subprocess.Popen(
-        [sys.executable, "-m", "treesurgeon.search.cli", *arguments],
+        [sys.executable, *start, *arguments],
         cwd=place,
         env={
             **os.environ,
@@ -97,7 +119,7 @@ def contents(out: Path) -> dict:
     return {
         "variables": fingerprint(ocp.load(str(out / "selected/variables"))),
         "manifest": {k: v for k, v in manifest.items() if k != "files"},
-        "tables": [(out / name).read_text() for name in ("candidates.csv", "front.csv")],
+        "tables": [(out / f"{name}.csv").read_text() for name in ("candidates", "front", "results", "curves")],
     }
 
 
@@ -135,7 +157,11 @@ def test_a_run_leaves_all_that_a_report_needs(whole):
     )
     finalists = {row["variant"] for row in found.tables["front"]}
     curves = found.tables["curves"]
-    assert [row["variant"] for row in curves if row["best"] == "True"] == sorted(finalists)
+    trained = sorted(set(found.baselines) - {"linear probe"})
+    assert [row["variant"] for row in curves if row["best"] == "True"] == [*sorted(finalists), *trained]
+    assert {"dense fine-tuned", "dense from scratch", "linear probe"} <= set(found.baselines)
+    assert found.manifest["baselines"]["sentence"] in out
+    assert found.shift["sentence"] in out
     assert {row["epoch"] for row in curves} == {"0", "1"}
     searched = [(i, row) for i, row in enumerate(found.tables["groups"]) if row["widths"]]
     undropped = 0
@@ -213,23 +239,12 @@ def test_selected_model_scores_as_the_manifest_says_in_another_process(place, wh
 
 
 def test_killed_runs_go_on_bit_for_bit(place, whole):
-    process = command(place, "killed")
-    assert process.stdout
-    for line in process.stdout:
-        if line.startswith("generation   1/"):
-            break
-    process.send_signal(signal.SIGINT)
-    code, _, err = finish(process)
+    code, _, err = finish(command(place, "killed", struck=("generation   1/", signal.SIGINT)))
     assert code == 130
     assert f"saved in {place / 'killed'}: run the same command again" in err
     assert "Traceback" not in err
-    process = command(place, "killed")
-    assert process.stdout
-    for line in process.stdout:
-        if line.startswith("generation   2/"):
-            break
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    code, _, _ = finish(command(place, "killed", struck=("generation   2/", signal.SIGKILL)))
+    assert code == -signal.SIGKILL
     code, out, err = finish(command(place, "killed"))
     assert code == 0, err
     assert "resumed after generation" in out
@@ -241,7 +256,7 @@ def test_a_complete_run_is_shown_again(place, whole, monkeypatch):
     code, out, err = finish(command(place, "whole"))
     assert code == 0, err
     assert "complete" in out
-    assert out.splitlines()[-7:] == whole[1].splitlines()[-7:]  # the table, the sentence, the place
+    assert out.splitlines()[-12:] == whole[1].splitlines()[-12:]  # the table, the sentences, the place
     assert contents(whole[0]) == before
 
 
@@ -306,6 +321,10 @@ def zoo(place):
         ({"metric": "f2"}, "--metric f2: expected one of accuracy"),
         ({"metric": "f1", "data": "npz:lacking.npz"}, "--metric f1: class '3' has no image in search"),
         ({"cv_folds": 1}, "--cv-folds"),
+        ({"freeze": ("stage9",)}, "--freeze stage9: no parameter's path"),
+        ({"layer_decay": 2.0}, "--layer-decay"),
+        ({"source_data": "npz:absent.npz"}, "absent.npz"),
+        ({"source_data": "npz:shape.npz"}, r"\[8, 8, 1\]"),
     ],
 )
 def test_bad_input(zoo, monkeypatch, changes, message):
@@ -346,7 +365,7 @@ def test_reestimated_statistics_are_those_of_the_batch(zoo):
     setting = prepare(config(zoo))
     subject = setting.subject
     x = setting.roles.train.images[:64]
-    found = subject.reestimate(subject.train, subject.variables, x, jax.random.key(0))
+    found = engine.reestimate(subject.train, subject.momenta)(subject.variables, x, jax.random.key(0))
     kernel = subject.variables["params"]["stage1_0"]["conv"]
     first = nn.Conv(16, (3, 3), padding=1, use_bias="bias" in kernel).apply({"params": kernel}, x)
     stats = found["batch_stats"]["stage1_0"]["bn"]
@@ -444,7 +463,7 @@ def test_what_is_not_certified_and_why(zoo, tmp_path, why):
 
 
 def test_cross_validation_where_certify_is_too_small_and_another_metric(place, monkeypatch):
-    more = "--metric", "cross_entropy", "--epsilon", "0.04", "--eta", "9", "--cv-repeats", "2"
+    more = "--metric", "cross_entropy", "--epsilon", "0.04", "--eta", "9", "--cv-repeats", "2", "--no-baselines"
     code, out, err = finish(command(place, "crossed", *more))
     assert code == 0, err
     assert "nats can be certified" in out

@@ -76,7 +76,7 @@ def test_only_dense_passes():
 def test_the_sentence_names_size_and_error():
     verdict = RULE.select([finalist("v1", 250, 0.105)], DENSE)
     assert verdict.sentence == (
-        "V1 is the smallest that passed: 25.0% of dense's params, error on search 10.50% "
+        "Selected: v1, the smallest that passed; 25.0% of dense's params, error on search 10.50% "
         "(+0.50 points against dense) (chosen on search)."
     )
 

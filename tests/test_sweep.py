@@ -29,9 +29,10 @@ def setup(model):
 @pytest.mark.parametrize(
     ("model", "reconstruct"),
     [
-        ("digits_cnn", "kernels"),
-        ("digits_cnn", "maps"),
-        ("digits_cnn", "none"),
+        ("mlp", "maps"),
+        pytest.param("digits_cnn", "maps", marks=pytest.mark.slow),
+        pytest.param("digits_cnn", "kernels", marks=pytest.mark.slow),
+        pytest.param("digits_cnn", "none", marks=pytest.mark.slow),
         pytest.param("resnet20", "maps", marks=pytest.mark.slow),
     ],
 )
@@ -72,7 +73,10 @@ def test_what_moves_answers_is_no_scale():
     assert 1e-6 < moved(logits, near, labels, weights) < moved(logits, far, labels, weights)
 
 
-@pytest.mark.parametrize("model", ["digits_cnn", "resnet20", "vgg11"])
+SLOW = [pytest.param(model, marks=pytest.mark.slow) for model in ("resnet20", "vgg11")]
+
+
+@pytest.mark.parametrize("model", ["digits_cnn", *SLOW])
 def test_genes_change_the_leaves_they_are_said_to(model):
     _, space, _ = setup(model)
     dense = space.decode(space.dense_genome())

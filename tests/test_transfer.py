@@ -1,6 +1,8 @@
 """Labels that are not the checkpoint's: heads replaced, rows carried over, depth measured, models saved and loaded."""
 
 import csv
+import html
+import json
 import xml.etree.ElementTree as ET
 
 import jax
@@ -14,15 +16,16 @@ from orbax.checkpoint import v1 as ocp
 from treesurgeon import engine, models
 from treesurgeon.search import Config, DataError, open_source, run
 from treesurgeon.search.cli import main
+from treesurgeon.search.data import Roles, Split
 from treesurgeon.search.depth_chart import curves
-from treesurgeon.search.setting import prepare
+from treesurgeon.search.setting import fingerprint, prepare
 from treesurgeon.search.sources import Source
 from treesurgeon.search.subject import Subject, SubjectError, open_subject
-from treesurgeon.search.transfer import count_argument, match_labels, replaceable
+from treesurgeon.search.transfer import Labels, count_argument, match_labels, replaceable, with_new_head
 
 RNG = np.random.default_rng(0)
 SMALL = {"population": 4, "generations": 1, "search_images": 32, "calibration_images": 8, "refit_images": 32,
-         "finalists": 1, "epochs": 1, "certify": False}  # fmt: skip
+         "finalists": 1, "epochs": 1, "certify": False, "reconstruct": "none"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +35,8 @@ def place(tmp_path_factory):
     module = models.resolve("digits_cnn")
     variables = module.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
     ocp.save(str(home / "checkpoint"), jax.tree.map(np.asarray, variables))
+    variables = models.resolve("mlp").init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    ocp.save(str(home / "mlp"), jax.tree.map(np.asarray, variables))
     kinds = RNG.random((4, 8, 8, 1))
     y = np.arange(400) % 4
     x = (kinds[y] + 0.15 * RNG.normal(size=(400, 8, 8, 1))).astype(np.float32)
@@ -146,7 +151,8 @@ class Odd(nn.Module):
             return nn.Conv(3, (8, 8), padding="VALID", name="head")(x)[:, 0, 0]
         if self.kind == "no bias":
             return nn.Dense(3, use_bias=False, name="head")(x.mean((1, 2)))
-        return nn.Dense(3, name="head")(x.mean((1, 2)))
+        logits = nn.Dense(3, name="head")(x.mean((1, 2)))
+        return nn.softmax(logits) if self.kind == "softmax" else logits / 2
 
 
 @pytest.mark.parametrize(("kind", "match"), [("window", "a window of 8×8"), ("no bias", "it has no bias of its own")])
@@ -156,6 +162,54 @@ def test_heads_that_cannot_be_replaced(kind, match):
     subject = Subject(engine.ModelSpec("mine:odd", (8, 8, 1), {}), module, variables, 3)
     with pytest.raises(SubjectError, match=match):
         replaceable(subject)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "temperature"])
+def test_what_follows_the_head_is_refused(kind):
+    module, x = Odd(kind), RNG.random((6, 8, 8, 1)).astype(np.float32)
+    variables = module.init(jax.random.key(0), x)
+    subject = Subject(engine.ModelSpec("mine:odd", (8, 8, 1), {}), module, variables, 3)
+    split = Split(x, np.arange(6, dtype=np.int32) % 3, np.arange(6), ("all",), "")
+    roles = Roles(split, split, split, split, True, ABC)
+    with pytest.raises(SubjectError, match=r"its head params/head/kernel .* something follows it, such as a softmax"):
+        with_new_head(subject, Labels(ABC, True), roles)
+
+
+class Killed(Exception):
+    """What stops a run at a line that it says."""
+
+
+def until(words):
+    def say(line):
+        if line.startswith(words):
+            raise Killed
+
+    return say
+
+
+def files_of(directory):
+    """What a run left as text; the checksums of binary files aside."""
+    names = ("candidates.csv", "front.csv", "results.csv", "curves.csv", "shift.json", "selected/README.md")
+    manifest = json.loads((directory / "selected/manifest.json").read_text())
+    manifest.pop("files")
+    return {name: (directory / name).read_text() for name in names} | {"manifest": manifest}
+
+
+def test_a_killed_search_on_other_labels_goes_on_bit_for_bit(place):
+    changes = {**SMALL, "generations": 2, "epsilon": 0.5, "eta": 0.9, "augment": "flip-crop", "freeze": ("1",),
+               "layer_decay": 0.5, "distill": 0.5, "model": "mlp", "checkpoint": str(place / "mlp")}  # fmt: skip
+    whole, killed = (config(place, "names", out=str(place / name), **changes) for name in ("whole", "killed"))
+    run(whole, lambda _: None)
+    for words in ("generation   1/2", "fine-tuned dense from scratch"):
+        with pytest.raises(Killed):
+            run(killed, until(words))
+        assert not (killed.directory / "selected").exists()
+    said: list = []
+    run(killed, said.append)
+    assert any(line.startswith("resumed after generation 2") for line in said)
+    one, two = (ocp.load(str(each.directory / "selected/variables")) for each in (whole, killed))
+    assert fingerprint(one) == fingerprint(two)
+    assert files_of(whole.directory) == files_of(killed.directory)
 
 
 def test_a_search_on_other_labels_saves_a_model_that_loads(place):
@@ -170,10 +224,26 @@ def test_a_search_on_other_labels_saves_a_model_that_loads(place):
     assert (logits.argmax(1) == roles.test.labels).mean() == pytest.approx(claimed)
     assert model.manifest["labels"] == ["seven", "3", "box", "9"]
     assert model.manifest["head"]["carried"] == ["3", "9"]
-    assert "new head" in (outcome.path / "README.md").read_text()
+    card = (outcome.path / "README.md").read_text()
+    assert "new head" in card
+    names = ["dense", "v1", "dense fine-tuned", "dense from scratch", "linear probe"]
+    if model.manifest["selected"] == "v1":
+        names.append("v1 from scratch")
+    assert [line.variant for line in outcome.lines] == names
+    assert set(model.manifest["baselines"]["found"]) == set(names[2:])
+    assert outcome.baselines.startswith("On test ")
+    assert outcome.baselines in card
+    directory = outcome.path.parent
+    with (directory / "results.csv").open() as file:
+        assert [row["variant"] for row in csv.DictReader(file)] == [line.variant for line in outcome.lines]
+    with (directory / "curves.csv").open() as file:
+        assert {row["variant"] for row in csv.DictReader(file)} == set(names) - {"dense", "linear probe"}
+    assert outcome.baselines in html.unescape((directory / "report.html").read_text())
+    assert sum(line.startswith("domain shift: ") for line in said) == 1
     again = []
-    run(config(place, "names", out=str(place / "run"), epsilon=0.5, eta=0.9, **SMALL), again.append)
+    found = run(config(place, "names", out=str(place / "run"), epsilon=0.5, eta=0.9, **SMALL), again.append)
     assert any("this run is complete" in line for line in again)
+    assert (found.lines, found.baselines) == (outcome.lines, outcome.baselines)
 
 
 def test_depth_by_the_command_line(place, capsys):

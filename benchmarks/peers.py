@@ -1,0 +1,363 @@
+"""The same weights, images and cores: this search beside Torch-Pruning and ModelOpt's FastNAS.
+
+    pip install 'treesurgeon[peers]'
+    python benchmarks/peers.py front --checkpoint resnet56.safetensors --data tfds-dir:PATH
+    python benchmarks/peers.py ranking --checkpoint resnet56.safetensors --data tfds-dir:PATH
+
+`front`: what each tool finds at one budget of multiply-accumulates, how long it takes, what the result is worth before
+any gradient step and after equal fine-tuning. Torch-Pruning ranks channels by L2 and cuts one share everywhere; it may
+cut between the two convolutions of a block only, since it has no rule for zero-padded shortcuts. FastNAS is given 500
+images to score with.
+
+`ranking`: time to the ten best of random candidates. Torch-Pruning copies, cuts and runs them one by one; here they are
+masks in one program, and race.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import torch_resnet
+from front import first
+from harness import bars, publish, wilson
+
+from treesurgeon import engine
+from treesurgeon.search import baselines, pipeline, racing
+from treesurgeon.search.answers import sharpness
+from treesurgeon.search.config import Config
+from treesurgeon.search.data import Split
+from treesurgeon.search.evaluate import Evaluator, batches, measurer
+from treesurgeon.search.finetune import Recipe, fit, objective
+from treesurgeon.search.setting import Setting, prepare
+from treesurgeon.search.space import build
+
+BEST = 10
+LEARNING_RATE = 0.01
+
+
+@dataclass
+class Options:
+    """The command line."""
+
+    what: str
+    model: str
+    checkpoint: str
+    data: str
+    macs: float
+    images: int
+    train: int
+    epochs: int
+    candidates: int
+    fastnas: bool
+    seed: int
+
+
+def main() -> None:
+    """Print and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("front", "ranking"))
+    parser.add_argument("--model", default="resnet56")
+    parser.add_argument("--checkpoint", required=True, help="safetensors with PyTorch's names")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--macs", type=float, default=1 / 2.11, help="share of the dense model's (default 1/2.11)")
+    parser.add_argument("--images", type=int, default=1000, help="ranking: validation images")
+    parser.add_argument("--train", type=int, default=5000, help="front: images to fine-tune on")
+    parser.add_argument("--epochs", type=int, default=1, help="front: epochs of fine-tuning, 0 for none")
+    parser.add_argument("--candidates", type=int, default=200, help="ranking: how many")
+    parser.add_argument("--no-fastnas", dest="fastnas", action="store_false", help="front: leave FastNAS out")
+    parser.add_argument("--seed", type=int, default=0)
+    options = Options(**vars(parser.parse_args()))
+    (front if options.what == "front" else ranking)(options)
+
+
+# --- what each finds --------------------------------------------------------------------------------------
+
+
+def front(options: Options) -> None:
+    """One row for each tool."""
+    with TemporaryDirectory() as place:
+        config = Config(
+            options.model,
+            options.checkpoint,
+            options.data,
+            out=str(Path(place) / "run"),
+            macs=options.macs,
+            protect=("none",),
+            population=16,
+            generations=1,
+            refit_images=4000,
+            finalists=2,
+            epochs=0,
+            certify=False,
+            max_train=options.train,
+            seed=options.seed,
+        )
+        setting = prepare(config)
+        net = torch_resnet.load(options.checkpoint)
+        rows: list[list[str]] = [tuned_torch("dense, PyTorch", setting, options, net, net, 0.0)]
+        start = time.perf_counter()
+        pruned = torch_pruning(setting, options, net)
+        took = time.perf_counter() - start
+        rows.append(tuned_torch("Torch-Pruning, L2", setting, options, net, pruned, took))
+        statistics = copy.deepcopy(pruned)
+        torch_resnet.reestimate(statistics, setting.roles.train.images[: config.calibration_images])
+        took = time.perf_counter() - start
+        rows.append(tuned_torch("the same, statistics re-estimated", setting, options, net, statistics, took))
+        if options.fastnas:
+            start = time.perf_counter()
+            found = fast_nas(setting, options, net)
+            took = time.perf_counter() - start
+            rows.append(tuned_torch("ModelOpt FastNAS", setting, options, net, found, took))
+        start = time.perf_counter()
+        outcome = pipeline.run(config, say=partial(print, flush=True))
+        took = time.perf_counter() - start
+        model = engine.load(outcome.path, module=setting.subject.module)
+        plan = model.plan or engine.Plan()
+        graph = setting.subject.graph
+        dense = engine.cost(graph, engine.Plan()).macs
+        ours = tuned_here(setting, options, plan, model.variables)
+        rows.append(row("treesurgeon", dense / engine.cost(graph, plan).macs, took, ours, setting))
+        same = tuned_here(setting, options, engine.Plan(), setting.subject.variables)
+        rows.append(row("dense, JAX", 1.0, 0.0, same, setting))
+    picture(options, rows)
+    steps = options.epochs * math.ceil(options.train / config.batch_size)
+    publish(
+        f"peers-{options.model}-{options.macs:.3f}",
+        f"{options.model} at {options.macs:.1%} of its multiply-accumulates, by tool",
+        ("found by", "fewer MACs", "seconds", "accuracy, no gradient step", f"after {steps} steps"),
+        rows,
+        f"Accuracy on {len(setting.roles.test):,} test images that nobody was shown, in percent, with its 95 % "
+        f"interval (Wilson). Fine-tuning: {options.train:,} images, {options.epochs} epoch, SGD, Nesterov momentum, "
+        f"peak rate {LEARNING_RATE}, batches of {config.batch_size}, the last step's weights, for all alike. Seconds "
+        f"are wall time with compilation. torch {torch.__version__}, {torch.get_num_threads()} threads.",
+    )
+
+
+def picture(options: Options, rows: list[list[str]]) -> None:
+    """The accuracies without a gradient step, as bars."""
+    shown = []
+    for name, factor, _, found, _ in rows:
+        value, low, high = (float(part) for part in found.replace("(", "").replace(")", "").split() if part != "to")
+        shown.append((f"{name}, {factor}", value, low, high))
+    title = f"{options.model}, accuracy on test before any gradient step"
+    bars(f"peers-{options.model}-{options.macs:.3f}", title, shown, "percent, 95 % interval", "treesurgeon")
+
+
+def row(name: str, factor: float, took: float, accuracies: list[float], setting: Setting) -> list[str]:
+    """Cells of the table."""
+    cells = [wilson(accuracy, len(setting.roles.test)) for accuracy in accuracies]
+    return [name, f"{factor:.2f}×", f"{took:.0f}" if took else "", *cells, *[""] * (2 - len(cells))]
+
+
+def torch_pruning(setting: Setting, options: Options, net: torch_resnet.ResNet) -> torch_resnet.ResNet:
+    """One share of every inner width, the largest within the budget, the filters with the largest L2 norms."""
+    graph = setting.subject.graph
+    inner = [g for g in graph.groups if g.endswith("/conv1") and "/" in g]
+    scores = engine.importance("l2", graph, setting.subject.variables)
+    make = partial(baselines.uniform_plan, graph, scores, groups=inner)
+    return torch_resnet.keep_inner(net, baselines.to_budget(make, graph, "macs", options.macs).keep)
+
+
+def fast_nas(setting: Setting, options: Options, net: torch_resnet.ResNet) -> torch.nn.Module:
+    """FastNAS with its defaults, scored by accuracy on 500 images of `search`."""
+    import modelopt.torch.prune as mtp
+
+    train, search = setting.roles.train, setting.roles.search
+    x = torch.from_numpy(np.ascontiguousarray(train.images[:2000].transpose(0, 3, 1, 2)))
+    loader = [(part, None) for part in x.split(125)]
+
+    def score(model: torch.nn.Module) -> float:
+        model.eval()
+        return float((torch_resnet.answers(model, search.images[:500]).argmax(1) == search.labels[:500]).mean())
+
+    with TemporaryDirectory() as place:
+        found, _ = mtp.prune(
+            copy.deepcopy(net),
+            mode="fastnas",
+            constraints={"flops": f"{100 * options.macs:.2f}%"},
+            dummy_input=torch.zeros(1, 3, 32, 32),
+            config={
+                "data_loader": loader,
+                "collect_func": lambda batch: batch[0],
+                "score_func": score,
+                "checkpoint": str(Path(place) / "fastnas.pth"),
+            },
+        )
+    return found.eval()
+
+
+def tuned_torch(
+    name: str, setting: Setting, options: Options, dense: torch_resnet.ResNet, net: torch.nn.Module, took: float
+) -> list[str]:
+    """Measure a net on `test`, fine-tune a copy, measure again."""
+    test = setting.roles.test
+
+    def accuracy(net: torch.nn.Module) -> float:
+        return float((torch_resnet.answers(net.eval(), test.images).argmax(1) == test.labels).mean())
+
+    found = [accuracy(net)]
+    if options.epochs:
+        net = copy.deepcopy(net)
+        fine_tune_torch(net, setting, options)
+        found.append(accuracy(net))
+    cells = row(name, torch_resnet.macs(dense) / torch_resnet.macs(net), took, found, setting)
+    print(cells, flush=True)
+    return cells
+
+
+def recipe_of(options: Options, batch: int) -> Recipe:
+    """The same for all."""
+    return Recipe(epochs=options.epochs, batch_size=batch, learning_rate=LEARNING_RATE)
+
+
+def fine_tune_torch(net: torch.nn.Module, setting: Setting, options: Options) -> None:
+    """As `search/finetune.py` does it."""
+    train, recipe = setting.roles.train, recipe_of(options, setting.config.batch_size)
+    images = torch.from_numpy(np.ascontiguousarray(train.images.transpose(0, 3, 1, 2)))
+    labels = torch.from_numpy(train.labels.astype(np.int64))
+    decayed = [p for p in net.parameters() if p.ndim > 1]
+    others = [p for p in net.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, recipe.learning_rate, momentum=recipe.momentum, nesterov=True)
+    size = recipe.batch_size
+    per_epoch = math.ceil(len(images) / size)
+    steps = recipe.epochs * per_epoch
+    warmup = min(round(recipe.warmup * steps), steps - 1)
+
+    def rate(step: int) -> float:
+        if step < warmup:
+            return 0.1 + 0.9 * step / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    rng = np.random.default_rng(options.seed)
+    net.train()
+    for _ in range(recipe.epochs):
+        order = np.resize(rng.permutation(len(images)), per_epoch * size).reshape(per_epoch, size)
+        for index in order:
+            loss = torch.nn.functional.cross_entropy(net(images[index]), labels[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    net.eval()
+
+
+def tuned_here(setting: Setting, options: Options, plan: engine.Plan, variables: Any) -> list[float]:
+    """The accuracy of a variant on `test`, before fine-tuning and after."""
+    subject, graph, roles = setting.subject, setting.subject.graph, setting.roles
+    infer, train = (engine.narrow(fn, graph, plan) for fn in (subject.infer, subject.train))
+    measure = measurer(infer, roles.test)
+    found = [1 - measure(variables)[1]]
+    if options.epochs:
+        trainable = jax.tree_util.tree_map_with_path(
+            lambda path, _: graph.leaves[jax.tree_util.keystr(path, simple=True, separator="/")].trainable, variables
+        )
+        data = {"x": roles.train.images, "y": roles.train.labels}
+        recipe = recipe_of(options, setting.config.batch_size)
+        seen: list[Any] = []
+
+        def last(variables: Any) -> tuple[float, float]:  # the newest is taken to be the best: nothing is chosen here
+            seen.append(variables)
+            return -float(len(seen)), -float(len(seen))
+
+        result = fit(objective(train), variables, trainable, data, recipe, jax.random.key(options.seed), last)
+        found.append(1 - measure(result.params)[1])
+    return found
+
+
+# --- how long a ranking takes -----------------------------------------------------------------------------
+
+
+def ranking(options: Options) -> None:
+    """One row for each way to rank the same candidates on the same images."""
+    config = Config(options.model, options.checkpoint, options.data, out="unused", epochs=0, max_train=256)
+    setting = prepare(config)
+    subject, graph = setting.subject, setting.subject.graph
+    split = first(setting.roles.search, options.images)
+    data = batches(split, 125)
+    net = torch_resnet.load(options.checkpoint)
+    inner = {g for g in graph.groups if g.endswith("/conv1") and "/" in g}
+    scores = {g: np.asarray(s) for g, s in engine.importance("l2", graph, subject.variables).items()}
+    space = build(graph, scores, protected={*graph.groups, *graph.blocks} - inner)
+    rng = np.random.default_rng(options.seed)
+    genomes = np.stack([candidate(rng, space.cardinality) for _ in range(options.candidates)]).astype(np.int32)
+    plans = [space.to_plan(genome) for genome in genomes]
+    rows = []
+
+    def timed(name: str, rank: Callable[[], tuple[np.ndarray, float]]) -> np.ndarray:
+        start = time.perf_counter()
+        losses, seen = rank()
+        took = time.perf_counter() - start
+        best = np.argsort(losses, kind="stable")[:BEST]
+        rows.append([name, f"{took:.0f}", f"{len(genomes) / took:.2f}", f"{seen:.0%}", best])
+        print(name, f"{took:.1f} s", f"{seen:.0%} of the images", best.tolist(), flush=True)
+        return best
+
+    def one_by_one() -> tuple[np.ndarray, float]:
+        losses = [
+            loss_of(torch_resnet.answers(torch_resnet.keep_inner(net, p.keep), split.images), split) for p in plans
+        ]
+        return np.array(losses), 1.0
+
+    def population(race: bool) -> tuple[np.ndarray, float]:
+        masks = jax.jit(jax.vmap(space.decode))(genomes)
+        one = jax.tree.map(lambda mask: mask[0], masks)
+        evaluator = Evaluator(subject, one, None, data, population=len(genomes))
+        nobody = racing.References.empty(0, evaluator.count)
+
+        def keep(losses: np.ndarray) -> np.ndarray:
+            size = np.zeros(len(losses))
+            return racing.judge(size, losses, nobody, looks=len(data.images), best=BEST)
+
+        losses, _, _ = evaluator(masks, keep if race else None)
+        if evaluator.compiled != 1:
+            raise RuntimeError(f"compiled {evaluator.compiled} programs instead of one")
+        whole = np.where(np.isnan(losses).any(1), np.inf, losses.mean(1))
+        return whole, float(np.isfinite(losses).mean())
+
+    theirs = timed("Torch-Pruning: copy, cut, run, one by one", one_by_one)
+    timed("one program, every image", partial(population, False))
+    timed("one program, racing", partial(population, True))
+    for cells in rows:
+        found = cells.pop()
+        cells.append(f"{len(set(found) & set(theirs))} of {BEST}")
+    publish(
+        f"ranking-{options.model}",
+        f"The {BEST} best of {options.candidates} random candidates of {options.model}",
+        ("how", "seconds", "candidates/s", "images seen", "the same ten"),
+        rows,
+        f"Inner widths drawn at random, L2 order, loss at the best temperature on {len(split):,} images of `search`. "
+        f"Wall time, compilation included; one run each. torch {torch.__version__}, {torch.get_num_threads()} threads.",
+    )
+
+
+def candidate(rng: np.random.Generator, cards: np.ndarray) -> np.ndarray:
+    """A genome some of whose genes are drawn, a different share for each."""
+    drawn = rng.random(len(cards)) < rng.random()
+    return np.where(drawn, rng.integers(0, cards), 0)
+
+
+def loss_of(logits: np.ndarray, split: Split) -> float:
+    """The mean cross-entropy at the temperature that is best on the first batch, as the evaluator has it."""
+    head = slice(0, 125)
+    right = jax.nn.one_hot(split.labels, logits.shape[-1])
+    factor = sharpness(jnp.asarray(logits[head]), right[head], jnp.ones(125))
+    return float(-(jax.nn.log_softmax(logits * factor) * right).sum(-1).mean())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Running averages of batch statistics, of any model: which leaves they are, and new values for them.
+
+No layer needs to be known by name. A training step maps an average to `old · m + new · (1 - m)`, which is linear in
+the old value: its derivative is the momentum `m`, and one step from zero, divided by `1 - m`, is the statistic of the
+batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from treesurgeon.engine.errors import StructureError
+from treesurgeon.engine.jaxprs import path_name
+
+Train = Callable[..., tuple[Any, Any]]
+
+
+def momenta(train: Train, variables: Any, *args: Any) -> dict[str, float]:
+    """The share of its old value that each running average keeps in one step of training, by the leaf's path.
+
+    What is not an average (its update is not `old · m + new`, with one `m` from 0 to below 1) is left out.
+
+    Args:
+        train: `(variables, *args) -> (output, updates)`; updates are new values of a part of the variables, such as
+            `{"batch_stats": …}`, or of none.
+        variables: pytree of arrays.
+        args: the other arguments of `train`, such as images `[N, H, W, C]` and a key; any values do.
+
+    Raises:
+        StructureError: an update that is not at a leaf of the variables.
+    """
+    updates = jax.eval_shape(train, variables, *args)[1]
+    names = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(updates)}
+    if not names:
+        return {}
+    flat, structure = jax.tree_util.tree_flatten_with_path(variables)
+    at = {path_name(path): i for i, (path, _) in enumerate(flat)}
+    _check(names, at)
+    leaves = [leaf for _, leaf in flat]
+
+    def update(averages: dict[str, Any]) -> Any:
+        new = [averages.get(path_name(path), leaf) for (path, _), leaf in zip(flat, leaves, strict=True)]
+        return train(jax.tree_util.tree_unflatten(structure, new), *args)[1]
+
+    floats = {name: leaves[at[name]] for name in names if jnp.issubdtype(leaves[at[name]].dtype, jnp.floating)}
+    ones = {name: jnp.ones_like(leaf) for name, leaf in floats.items()}
+    slopes = jax.jit(lambda given: jax.jvp(update, (given,), (ones,))[1])(floats)
+    out = {}
+    for path, slope in jax.tree_util.tree_leaves_with_path(slopes):
+        if path_name(path) not in floats:
+            continue
+        values = np.asarray(slope, np.float64)
+        if values.size and np.ptp(values) < 1e-6 and 0 <= values.flat[0] < 1 - 1e-6:
+            out[path_name(path)] = float(values.flat[0])
+    return out
+
+
+def reestimate(train: Train, momenta: Mapping[str, float]) -> Callable[..., Any]:
+    """A function `(variables, *args) -> variables` with every running average replaced by the statistic of one batch.
+
+    The cheapest repair of a pruned network: B. Li et al.: "EagleEye: fast sub-net evaluation for efficient neural
+    network pruning", ECCV 2020, arXiv 2007.02491.
+
+    Args:
+        train: as in `momenta`, or a transformation of it (`narrow(train, …)`, `gate(train, …)`); the variables are then
+            those that it takes.
+        momenta: what `momenta` returned for the dense model.
+    """
+
+    def zeroed(path: Any, leaf: Any) -> Any:
+        return jnp.zeros_like(leaf) if path_name(path) in momenta else leaf
+
+    def fresh(variables: Any, *args: Any) -> Any:
+        if not momenta:
+            return variables
+        _, updates = train(jax.tree_util.tree_map_with_path(zeroed, variables), *args)
+        new = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(updates)}
+
+        def one(path: Any, leaf: Any) -> Any:
+            name = path_name(path)
+            if name not in momenta:
+                return leaf
+            if name not in new:
+                raise StructureError(f"reestimate: {name} has a momentum, but `train` returns no update for it")
+            return (new[name] / (1 - momenta[name])).astype(leaf.dtype)
+
+        return jax.tree_util.tree_map_with_path(one, variables)
+
+    return fresh
+
+
+def _check(names: set[str], at: Mapping[str, int]) -> None:
+    unknown = sorted(names - set(at))
+    if unknown:
+        raise StructureError(
+            f"momenta: `train` returns an update at {unknown[0]}, which is no leaf of the variables; return the new "
+            "values under the paths of the old ones, as {'batch_stats': …}"
+        )

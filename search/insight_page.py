@@ -1,0 +1,102 @@
+"""`insight.html`: groups, their most selective units, and the images these answer to; one file, which loads nothing."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from treesurgeon.search import charts, markup
+from treesurgeon.search.activity import Looked, Units
+from treesurgeon.search.charts import Bar
+from treesurgeon.search.markup import Html, element, join, table
+
+GAP, LEAST = 2, 48  # pixels between images, and of their height
+STYLE = ".strip { height: 3rem; image-rendering: pixelated; vertical-align: middle }"
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<style>
+{style}
+</style>
+</head>
+<body>
+<header><h1>{title}</h1>
+<p>{what}</p></header>
+<main>
+{content}
+</main>
+</body>
+</html>
+"""
+
+
+def write_insight(directory: Path, looked: Looked, found: Sequence[Units], show: int, top: int) -> None:
+    """Write `insight.html`, and its plot as `layers.svg`."""
+    title = f"What the units of {looked.name} answer to"
+    bars = charts.bars(
+        "Participation ratio, of as many units",
+        [Bar(u.group, len(u.selectivity), u.ratio, f"{u.ratio:.1f} of {len(u.selectivity)}") for u in found],
+        "Participation ratio of each group",
+    )
+    rows = [
+        (u.group, str(len(u.selectivity)), f"{u.ratio:.1f}", f"{u.selectivity.mean():.2f}", str(u.idle)) for u in found
+    ]
+    head = ("group", "units", "participation ratio", "mean selectivity", "active on no image")
+    sections = [element("h2", "Groups"), Html(bars.inline()), table("All groups", head, rows, "wnnnn")]
+    sections += [part for units in found for part in _group(looked, units, show, top)]
+    what = (
+        f"On {len(looked.split):,} images of search. Selectivity is (μ - ν) / (μ + ν): μ is the mean activity on the "
+        "class that a unit prefers, ν on the others; 1 answers to one class alone, 0 to all alike. It does not say how "
+        "much the network needs a unit."
+    )
+    text = PAGE.format(
+        title=markup.escape(title),
+        style=charts.CSS + Path(__file__).with_name("page.css").read_text(encoding="utf-8") + STYLE,
+        what=markup.escape(what),
+        content=join(sections, "\n"),
+    )
+    (directory / "layers.svg").write_text(charts.document([bars]), encoding="utf-8")
+    (directory / "insight.html").write_text(text, encoding="utf-8")
+
+
+def _group(looked: Looked, units: Units, show: int, top: int) -> list[Html]:
+    """The most selective units of a group with the images that they are most active on."""
+    shown = np.argsort(-units.selectivity, kind="stable")[:show]
+    if not len(shown):
+        return []
+    prefers = units.prefers
+    cells = []
+    for unit in shown:
+        at = units.top(int(unit), top)
+        names = ", ".join(looked.classes[label] for label in looked.split.labels[at])
+        strip = picture(looked, at, names) if len(at) else Html("active on none")
+        cells.append((str(unit), f"{units.selectivity[unit]:.2f}", looked.classes[prefers[unit]], strip, names))
+    head = ("unit", "selectivity", "prefers", "most active on", "which are")
+    caption = f"{units.group}: its most selective units"
+    return [element("h2", units.group), table(caption, head, cells, "nnwwt")]
+
+
+def picture(looked: Looked, at: np.ndarray, names: str) -> Html:
+    """Images side by side, as they were before normalisation."""
+    images = looked.split.images[at] * np.asarray(looked.std, np.float32) + np.asarray(looked.mean, np.float32)
+    if images.shape[-1] not in (1, 3):
+        images = images.mean(-1, keepdims=True)
+    larger = -(-LEAST // images.shape[1])  # small images in large pixels
+    pixels = np.round(255 * np.clip(images, 0, 1)).astype(np.uint8).repeat(larger, 1).repeat(larger, 2)
+    framed = np.pad(pixels, ((0, 0), (0, 0), (0, GAP), (0, 0)), constant_values=255)
+    strip = np.concatenate(list(framed), 1)
+    out = io.BytesIO()
+    Image.fromarray(strip[..., 0] if strip.shape[-1] == 1 else strip).save(out, "PNG", optimize=True)
+    address = f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
+    return Html(f'<img class="strip" alt="{markup.escape(names)}" src="{address}">')

@@ -1,0 +1,102 @@
+"""Fine-tuning one model of a run: a finalist on its small shapes, or a baseline, on the same data by the same rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from treesurgeon import engine
+from treesurgeon.search.augment import AUGMENTATIONS
+from treesurgeon.search.evaluate import batches, measurer
+from treesurgeon.search.finetune import FitResult, Recipe, fit, objective
+from treesurgeon.search.metrics import Answers
+from treesurgeon.search.policy import EVERYTHING, Policy, held
+from treesurgeon.search.setting import Setting
+
+
+@dataclass(frozen=True, eq=False)
+class Tuned:
+    """A model of a run that is done: cut, fine-tuned, frozen. Before that, where it starts from.
+
+    Attributes:
+        name: unique in the run.
+        plan: what is left of the dense model.
+        variables: on its small shapes.
+        infer: `(variables, x) -> logits`.
+        fitted: how fine-tuning went; None where there was none.
+        cost: see `engine.cost`, and what was measured.
+        trail: answers to the pool after each epoch, where a cross-validation needs them.
+    """
+
+    name: str
+    plan: engine.Plan
+    variables: Any
+    infer: Callable[[Any, Any], Any]
+    fitted: FitResult | None
+    cost: Mapping[str, float]
+    trail: tuple[Answers, ...] = ()
+
+
+def tune(
+    setting: Setting,
+    start: Tuned,
+    say: Callable[[str], None],
+    *,
+    policy: Policy = EVERYTHING,
+    epochs: int | None = None,
+    learning_rate: float | None = None,
+    distill: float = 0.0,
+    note: Callable[[Any], Answers] | None = None,
+) -> Tuned:
+    """Fit a model to `train`; the epoch that is best on `search` is kept.
+
+    Args:
+        setting: the run's.
+        start: the model as it starts.
+        say: told how the error on `search` went.
+        policy: which leaves stay, and at which rates the others learn.
+        epochs: if None, the configured ones.
+        learning_rate: likewise.
+        distill: weight of the dense model's answers.
+        note: what to note after each epoch, for the trail; fine-tuning does not look at it.
+    """
+    config, subject, roles = setting.config, setting.subject, setting.roles
+    metric = config.judged_by
+    whole = not start.plan.keep and not start.plan.drop
+    train = subject.train if whole else engine.narrow(subject.train, subject.graph, start.plan)
+    recipe = Recipe(
+        epochs=config.epochs if epochs is None else epochs,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate if learning_rate is None else learning_rate,
+        weight_decay=config.weight_decay,
+    )
+    data, given = {"x": roles.train.images, "y": roles.train.labels}, {}
+    augment, teacher = AUGMENTATIONS[config.augment], None
+    if distill and augment:  # the teacher sees what the student sees
+        given["dense"], teacher = subject.variables, subject.infer
+    elif distill:
+        whole_train = batches(roles.train, 250)
+        answer = jax.jit(lambda v, xs: jax.lax.map(lambda x: subject.infer(v, x), xs))
+        logits = answer(subject.variables, whole_train.images)
+        data["teacher"] = np.asarray(logits).reshape(-1, logits.shape[-1])[: len(roles.train)]
+    trainable, rates = policy.leaves(subject.graph, start.variables)
+    loss = objective(held(train, policy.frozen), distill=distill, augment=augment, teacher=teacher)
+    measure, trail = measurer(start.infer, roles.search, metric=metric), []
+
+    def evaluate(variables: Any) -> tuple[float, float]:
+        if note:
+            trail.append(note(variables))
+        return measure(variables)
+
+    key = jax.random.key(config.seed)
+    result = fit(loss, start.variables, trainable, data, recipe, key, evaluate, rates=rates, given=given)
+    errors = ", ".join(metric.show(epoch.search_error) for epoch in result.history)
+    say(
+        f"fine-tuned {start.name} ({start.cost['params']:,} parameters): {metric.noun} on search {errors}; "
+        f"kept epoch {result.best_epoch}"
+    )
+    return replace(start, variables=result.params, fitted=result, trail=tuple(trail))
