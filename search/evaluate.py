@@ -188,7 +188,8 @@ class Evaluator:
         """`masks` are those of any one candidate: they say what is searched; calls will mostly have `population`."""
         self.data, self.count = data, int(np.asarray(data.weights).sum())
         self.compiled = 0
-        self.mesh = mesh = mesh or make_mesh((1, 1))
+        mesh = mesh or make_mesh((1, 1))
+        self.mesh: Mesh = mesh
         self._columns = columns = mesh.shape[DATA]
         self._variables: Any = put(mesh, subject.variables)
         masks = jax.tree.map(np.asarray, masks)

@@ -33,7 +33,7 @@ from treesurgeon.search.live import Generation
 from treesurgeon.search.lock import alone
 from treesurgeon.search.page import write_page
 from treesurgeon.search.pool import Pool
-from treesurgeon.search.scoring import describe, hire, make_evaluator, make_sweep, pick_mesh
+from treesurgeon.search.scoring import describe, hire, make_scorer, make_sweep, pick_mesh
 from treesurgeon.search.setting import Setting, prepare
 from treesurgeon.search.space import Space, build, first_stage
 from treesurgeon.search.state import States
@@ -110,7 +110,7 @@ def go_on(setting: Setting, say: Say, pool: Pool) -> Outcome:
     picked = hosts.together(lambda: pick(setting, space, budget, front, say))
     finalists = [(setting, f"v{i}", space.to_plan(genome), found) for i, (genome, found) in enumerate(picked, 1)]
     if crew:
-        refined = crew.done([Job("refine", given) for _, *given in finalists])
+        refined = crew.done([Job("refine", tuple(given)) for _, *given in finalists])
         tuned = [received(setting, each, say) for each in refined]
     elif hosts.several():
         tuned = [received(setting, each, say) for each in hosts.shared(len(finalists), lambda i: refine(*finalists[i]))]
@@ -217,7 +217,7 @@ def search(
     """Evolve the front, or what is left of it; every generation is saved."""
     config, measure, dense = setting.config, budget.measure, budget.dense
     mesh = None if crew else pick_mesh(setting, pool or Pool())
-    evaluator = make_evaluator(setting, space, mesh, crew)
+    evaluator = make_scorer(setting, space, mesh, crew)
     describe(setting, evaluator, say)
 
     if config.precision != "float32":

@@ -57,13 +57,18 @@ def scored(setting: Setting) -> Batches:
     return batches(setting.roles.search, SCORED_AT_ONCE, setting.config.search_images)
 
 
-def make_evaluator(
-    setting: Setting, space: Space, mesh: Mesh | None = None, crew: Crew | None = None, chunk: int | None = None
+def make_scorer(
+    setting: Setting, space: Space, mesh: Mesh | None = None, crew: Crew | None = None
 ) -> Evaluator | RemoteEvaluator:
-    """What scores the candidates of a space."""
-    config, roles = setting.config, setting.roles
+    """What scores candidates, here or with a crew."""
     if crew:
         return RemoteEvaluator(crew, scored(setting), chunk_size(setting))
+    return make_evaluator(setting, space, mesh)
+
+
+def make_evaluator(setting: Setting, space: Space, mesh: Mesh | None = None, chunk: int | None = None) -> Evaluator:
+    """What scores the candidates of a space, on devices of this process."""
+    config, roles = setting.config, setting.roles
     one = jax.jit(space.decode)(space.dense_genome())
     calibration = jnp.asarray(roles.train.images[: config.calibration_images]) if config.calibration_images else None
     return Evaluator(

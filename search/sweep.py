@@ -71,7 +71,8 @@ class Sweep:
         """Of `data` the first batch is used; the other arguments are those of `Evaluator`."""
         self.space, self.compiled = space, 0
         self._before: Any = None  # what was computed last of what comes before a part, and for which masks
-        self.mesh = mesh = mesh or make_mesh((1, 1))
+        mesh = mesh or make_mesh((1, 1))
+        self.mesh: Mesh = mesh
         x = data.images[0]
         self._variables, self._labels, self._weights = put(mesh, subject.variables), data.labels[0], data.weights[0]
         self._data = put(mesh, (x, x[:0] if calibration is None else calibration))

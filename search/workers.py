@@ -11,6 +11,7 @@ P. Moritz et al.: "Ray: a distributed framework for emerging AI applications", O
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -284,7 +285,6 @@ class RemoteSweep(Sweep):
 
 def _ray() -> Any:
     try:
-        import ray
+        return importlib.import_module("ray")
     except ImportError as error:
         raise RunError("--ray needs the package ray: pip install 'treesurgeon[ray]'") from error
-    return ray
