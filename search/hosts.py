@@ -49,6 +49,7 @@ def join(
     if coordinator and not 0 <= (process or 0) < (processes or 0):
         raise RunError(f"--process {process}: expected 0 to {(processes or 0) - 1}, one number for each process")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # where the devices are CPUs
+    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
     try:
         jax.distributed.initialize(
             coordinator,

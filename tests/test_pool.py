@@ -1,5 +1,6 @@
 """Many devices, many processes, workers that come and go: none of them changes what a search finds."""
 
+import importlib.util
 import json
 import os
 import re
@@ -308,12 +309,14 @@ def test_a_worker_that_cannot_start_is_told(place, cluster, tmp_path):
     assert "Ray workers keep dying" in err
 
 
-def test_no_cluster_or_no_ray(place):
-    try:
-        import ray  # noqa: F401
-    except ImportError:
-        message = "treesurgeon\\[ray\\]"
-    else:
-        message = "no cluster there"
-    with pytest.raises(RunError, match=message):
+@pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is installed")
+def test_without_ray():
+    with pytest.raises(RunError, match="treesurgeon\\[ray\\]"):
+        Crew("local", None, print)
+
+
+@pytest.mark.slow
+def test_no_cluster_there():
+    pytest.importorskip("ray")
+    with pytest.raises(RunError, match="no cluster there"):
         Crew("127.0.0.1:1", None, print)
