@@ -25,7 +25,7 @@ from treesurgeon.models.errors import ModelError
 from treesurgeon.search.config import RunError
 
 PACKAGES = ("treesurgeon", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-ROOM = 4096  # bytes of what processes compare
+ROOM = 1 << 15  # bytes of what processes compare
 START_SECONDS = 300  # for all of them to be there
 BROKEN = ("Gloo", "gloo", "UNAVAILABLE", "ABORTED", "Connection", "Socket", "NCCL")  # errors of what connects processes
 END_SECONDS = 30  # to wait for the others at the end

@@ -173,7 +173,11 @@ class Crew:
             for outcome in ready:
                 worker, when, number, result = self._busy.pop(outcome)
                 self._starting -= number == START
-                value = self._result(outcome)
+                try:
+                    value = self._result(outcome)
+                except self.ray.exceptions.ObjectLostError:  # what it was given; the worker itself is fine
+                    self._idle.append(worker)
+                    raise
                 if value is LOST:
                     if when == self._round and number != START:
                         waiting.appendleft((number, jobs[number]))
@@ -193,6 +197,8 @@ class Crew:
         try:
             value = self.ray.get(outcome)
         except errors.RayTaskError as error:
+            if isinstance(error.cause, errors.ObjectLostError):
+                raise error.cause from error
             if isinstance(error.cause, TreesurgeonError | ModelError):
                 raise RunError(f"a Ray worker: {error.cause}") from error
             raise
