@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -118,6 +119,9 @@ class Crew:
         if not self.ray.is_initialized():
             where = {"include_dashboard": False} if address == "local" else {"address": address}
             try:
+                host, _, port = address.rpartition(":")
+                if host and "/" not in host:  # Ray itself tries for many minutes
+                    socket.create_connection((host, int(port)), timeout=10).close()
                 self.ray.init(log_to_driver=False, **where)
             except Exception as error:
                 first = str(error).strip().splitlines()[0][:200]
