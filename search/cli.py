@@ -70,7 +70,7 @@ def _stop(text: str) -> NoReturn:
 
 def _command(arguments: Sequence[str]) -> None:
     parser = tyro.extras.SubcommandApp()
-    from_file = defaults(named_in(arguments) if arguments[:1] == ["search"] else None)
+    from_file = defaults(named_in(arguments) if list(arguments[:1]) == ["search"] else None)
 
     @parser.command(name="search")
     def search(

@@ -8,7 +8,7 @@
 | linear probe | the checkpoint | a logistic head on its features, in closed form; nothing else |
 
 With enough data they can win. As for a finalist, the epoch that is best on `search` is kept; `test` then says how they
-compare with the variant, image by image, and no choice goes by that.
+compare with the variant, image by image, and no choice goes by that. Intervals are for each baseline by itself.
 
 A pruned architecture from scratch: Z. Liu et al.: "Rethinking the value of network pruning", ICLR 2019.
 """

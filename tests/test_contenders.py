@@ -56,6 +56,7 @@ def test_random_weights_are_as_the_initialiser_makes_them_at_the_small_shapes(se
                    if leaf.ndim > 1)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_baselines_are_trained_on_the_same_data(setting):
     subject, graph, said = setting.subject, setting.subject.graph, []
 
@@ -89,7 +90,7 @@ def test_baselines_are_trained_on_the_same_data(setting):
     assert right.mean() > 0.9
 
 
-def test_there_may_be_none(setting):
+def test_there_may_be_none():
     said = []
     for changes, words in (({"baselines": False}, ""), ({"epochs": 0}, "--epochs 0")):
         config = Config("m", "c", "d", **{"epochs": 1, **changes})
@@ -107,7 +108,9 @@ def answers(right, labels):
     return Answers(np.eye(4)[np.where(wrong, (labels + 1) % 4, labels)] * 3.0, labels)
 
 
-@pytest.mark.parametrize("name", ["accuracy", "balanced_accuracy", "cross_entropy", "auroc"])
+@pytest.mark.parametrize(
+    "name", ["accuracy", "balanced_accuracy", "cross_entropy", pytest.param("auroc", marks=pytest.mark.slow)]
+)
 def test_contrasts_have_their_difference_inside_and_turn_round(name):
     metric, labels = METRICS[name], np.arange(160) % 4
     good, bad = (metric.observe(answers(share, labels)) for share in (0.9, 0.7))

@@ -19,6 +19,7 @@ from treesurgeon import engine, models, search
 from treesurgeon.search.compare import Comparison
 from treesurgeon.search.config import Config
 from treesurgeon.search.depth import Depth
+from treesurgeon.search.exporting import Export
 from treesurgeon.search.insight import Insight
 from treesurgeon.search.inspecting import Inspection
 from treesurgeon.search.verify import Verification
@@ -32,6 +33,7 @@ COMMANDS = {
     "depth": Depth,
     "insight": Insight,
     "compare": Comparison,
+    "export": Export,
     "verify": Verification,
 }
 BLOCK = re.compile(r"^(?:<!-- (?P<note>slow) -->\n)?```(?P<kind>\w+)(?P<rest>[^\n]*)\n(?P<text>.*?)^```$", re.M | re.S)
@@ -158,7 +160,7 @@ def test_the_reference_has_all_that_is_public(package):
 def test_mentioned_flags_exist():
     """Flags in running text, of any command."""
     fields = {f.replace("_", "-") for command in COMMANDS.values() for f in command.__dataclass_fields__}
-    fields |= {"json", "quiet", "help"}
+    fields |= {"json", "quiet", "help", "config", "print-config"}
     for name, page in PAGES.items():
         prose = BLOCK.sub("", page.read_text())
         for flag in re.findall(r"`--(?:no-)?([a-z][a-z-]*)", prose):

@@ -27,6 +27,7 @@ def test_the_level_holds_where_both_samples_are_alike():
     assert abs(areas.mean() - 0.5) < 0.03
 
 
+@pytest.mark.slow
 def test_it_finds_shifts_of_mean_and_more_images_find_smaller_ones():
     def share_found(by, count):
         found = 0

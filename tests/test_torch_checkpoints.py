@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from treesurgeon import models
 from treesurgeon.models.pickles import read_torch
 
-SHARED = Path("/work/shared/data/checkpoints")
+SHARED = Path(__file__).resolve().parents[1].parent / "shared/data/checkpoints"
 
 
 class Storage:
