@@ -266,10 +266,11 @@ def search(
     state, references = progress.state, progress.references
     if int(state.generation):
         say(f"resumed after generation {int(state.generation)} of {config.generations}")
+    ask, tell = jax.jit(evolve.ask), jax.jit(evolve.tell)
     while int(state.generation) < config.generations:
         start = time.perf_counter()
         done = int(state.generation)
-        children = evolve.ask(state, space.cardinality)
+        children = ask(state, space.cardinality)
         hosts.agree("candidates", {"generation": done, "genomes": np.asarray(children).tolist()})
         masks, costs = masks_and_costs(children)
         costs = {name: np.asarray(values) for name, values in costs.items()}
@@ -285,7 +286,7 @@ def search(
             loss[within] = racing.estimates(losses, references)
             error[within] = wrong.sum(1, where=~np.isnan(losses)) / np.maximum((~np.isnan(losses)).sum(1), 1)
             references, scored = references.joined(size[within], losses), int((~np.isnan(losses)).sum())
-        state = evolve.tell(state, children, np.stack([size, loss], 1), violation)
+        state = tell(state, children, np.stack([size, loss], 1), violation)
         seen = {"genome": np.asarray(children), "loss": loss, "error": error, "violation": violation, **costs}
         seen["kept"] = kept_units(space, masks)
         seen.pop("size")
