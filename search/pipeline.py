@@ -80,7 +80,9 @@ def _run(config: Config, say: Say, pool: Pool) -> Outcome:
     if crossval.needed(setting):
         say("which is too few for yours: cross-validation on search and certify will take the certificate's place")
     content = identity(config, {"data": roles.fingerprints, "checkpoint": setting.checkpoint})
-    hosts.agree("data, checkpoint or options", {**content, "out": config.directory})
+    # Options first: what they differ in says more than what comes of it.
+    ordered = dict(sorted(content.items(), key=lambda item: item[0] in ("data", "checkpoint")))
+    hosts.agree("options, data or checkpoint", {**ordered, "out": config.directory})
     hosts.together(lambda: claim(config, content))
     with hosts.led(lambda: alone(config.directory)):
         return go_on(setting, say, pool)

@@ -270,8 +270,14 @@ def cluster():
 def ray_workers() -> list[int]:
     """Process numbers of the workers that this process's cluster runs."""
     psutil = pytest.importorskip("psutil")
-    below = psutil.Process().children(recursive=True)
-    return [each.pid for each in below if each.is_running() and "".join(each.cmdline()).startswith("ray::Worker")]
+    out = []
+    for each in psutil.Process().children(recursive=True):
+        try:
+            if "".join(each.cmdline()).startswith("ray::Worker"):
+                out.append(each.pid)
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):  # it has ended meanwhile
+            continue
+    return out
 
 
 @pytest.mark.slow
