@@ -27,20 +27,6 @@ from treesurgeon.search.evaluate import batches, calibrate, loss_and_error, meas
 from treesurgeon.search.finalists import prepared
 from treesurgeon.search.setting import Setting, prepare
 
-CRITERIA = (
-    "random",
-    "l1",
-    "l2",
-    "fpgm",
-    "lamp",
-    "norm_scale",
-    "taylor",
-    "fisher",
-    "activation",
-    "apoz",
-    "reconstruction",
-)
-
 
 @dataclass
 class Options:

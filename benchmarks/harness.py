@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from treesurgeon.search import certificate
-from treesurgeon.search.charts import Chart, document, short, text, ticks
+from treesurgeon.search.charts import CHAR, Chart, document, short, text, ticks
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -82,14 +82,14 @@ def bars(name: str, title: str, rows: Sequence[tuple[str, float, float, float]],
         unit: what the values are.
         ours: how the names begin whose bars are coloured.
     """
-    left, right, height, top = 250.0, 70.0, 26.0, 34.0
-    width, end = 760.0, max(high for _, _, _, high in rows)
+    left, right, height, top = 20 + CHAR * max(len(label) for label, *_ in rows), 70.0, 26.0, 34.0
+    width, end = left + 510, max(high for _, _, _, high in rows)
     base = top + height * len(rows)
 
     def across(value: float) -> float:
         return left + value / end * (width - left - right)
 
-    out = [text(0 + 8, 20, title, "title")]
+    out = [text(8, 20, title, "title")]
     for tick in ticks(0, end):
         out.append(f'<path class="grid" d="M{across(tick):.1f} {top}V{base}"/>')
         out.append(text(across(tick), base + 16, short(tick), "tick middle"))
@@ -100,7 +100,7 @@ def bars(name: str, title: str, rows: Sequence[tuple[str, float, float, float]],
         out.append(f'<rect class="{kind}" x="{left}" y="{y + 4}" width="{across(value) - left:.1f}" height="18"/>')
         middle = y + height / 2
         out.append(f'<path class="interval" d="M{across(low):.1f} {middle}H{across(high):.1f}"/>')
-        out.append(text(across(high) + 6, y + 17, f"{value:.3g}", "tick"))
+        out.append(text(across(high) + 6, y + 17, f"{value:.1f}", "tick"))
     out.append(text((left + width - right) / 2, base + 34, unit, "name middle"))
     label = f"{title}: " + "; ".join(f"{label} {value:.3g}" for label, value, _, _ in rows)
     result(name, "svg").write_text(document([Chart(width, base + 44, label, "".join(out))]))

@@ -1,6 +1,6 @@
 """The same weights, images and cores: this search beside Torch-Pruning and ModelOpt's FastNAS.
 
-    pip install 'treesurgeon[peers]'
+    pip install '.[peers]'
     python benchmarks/peers.py front --checkpoint resnet56.safetensors --data tfds-dir:PATH
     python benchmarks/peers.py ranking --checkpoint resnet56.safetensors --data tfds-dir:PATH
 
@@ -112,9 +112,10 @@ def front(options: Options) -> None:
         pruned = torch_pruning(setting, options, net)
         took = time.perf_counter() - start
         rows.append(tuned_torch("Torch-Pruning, L2", setting, options, net, pruned, took))
+        start = time.perf_counter()
         statistics = copy.deepcopy(pruned)
         torch_resnet.reestimate(statistics, setting.roles.train.images[: config.calibration_images])
-        took = time.perf_counter() - start
+        took += time.perf_counter() - start
         rows.append(tuned_torch("the same, statistics re-estimated", setting, options, net, statistics, took))
         if options.fastnas:
             start = time.perf_counter()
@@ -265,7 +266,7 @@ def tuned_here(setting: Setting, options: Options, plan: engine.Plan, variables:
     found = [1 - measure(variables)[1]]
     if options.epochs:
         trainable = jax.tree_util.tree_map_with_path(
-            lambda path, _: graph.leaves[jax.tree_util.keystr(path, simple=True, separator="/")].trainable, variables
+            lambda path, _: graph.leaves[engine.path_name(path)].trainable, variables
         )
         data = {"x": roles.train.images, "y": roles.train.labels}
         recipe = recipe_of(options, setting.config.batch_size)

@@ -98,8 +98,7 @@ def population(subject: Subject, data: Any, space: Space, count: int, rng: Any) 
 
 def dense_suffix(subject: Subject, images: Any, last: str) -> Callable[[], Any]:
     """The dense model from where the last stage's parameters come in, the values before it being at hand."""
-    flat = jax.tree_util.tree_leaves_with_path(subject.variables)
-    leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+    leaves = engine.named_leaves(subject.variables)
     late = {path: leaf for path, leaf in leaves.items() if any(part.startswith(last) for part in path.split("/"))}
 
     def fn(variables: Any, x: Any, late: Any) -> Any:

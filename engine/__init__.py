@@ -9,6 +9,7 @@ from treesurgeon.engine.flax import from_linen, from_nnx
 from treesurgeon.engine.gating import gate
 from treesurgeon.engine.graph import Block, Graph, Group, Leaf, Member, Plan, Tie
 from treesurgeon.engine.importance import activation_energy, importance, normalise
+from treesurgeon.engine.jaxprs import named_leaves, path_name
 from treesurgeon.engine.narrowing import cut, narrow
 from treesurgeon.engine.readings import fisher_energy, gram_matrices, zero_share
 from treesurgeon.engine.reconstruction import Reconstruction, fold, reconstruct
@@ -68,9 +69,11 @@ __all__ = [
     "levels",
     "load",
     "momenta",
+    "named_leaves",
     "narrow",
     "normalise",
     "participation_ratio",
+    "path_name",
     "points",
     "reconstruct",
     "reestimate",

@@ -272,8 +272,11 @@ def _pool(op: str) -> Rule:
     return rule
 
 
+def _cast(w: Writer, eqn: Eqn, program: Program, x: Value) -> str:
+    return w.node("Cast", [x], to=w.kind(program.aval(eqn.outs[0]).dtype))
+
+
 _IDENTITY = _op("Identity")
-_CAST: Rule = lambda w, eqn, program, x: w.node("Cast", [x], to=w.kind(program.aval(eqn.outs[0]).dtype))  # noqa: E731
 _ELEMENTWISE = {
     "add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "max": "Max", "min": "Min", "pow": "Pow", "neg": "Neg",
     "abs": "Abs", "exp": "Exp", "log": "Log", "tanh": "Tanh", "sqrt": "Sqrt", "logistic": "Sigmoid", "erf": "Erf",
@@ -292,7 +295,7 @@ RULES: dict[str, Rule] = {
     "expm1": _chain(_op("Exp"), _with("Sub", lambda eqn: 1)),
     "clamp": lambda w, eqn, program, low, x, high: w.node("Min", [w.node("Max", [x, low]), high]),
     "select_n": _select,
-    "convert_element_type": _CAST,
+    "convert_element_type": _cast,
     "reshape": _reshape,
     "squeeze": lambda w, eqn, program, x: w.node("Squeeze", [x, np.array(eqn.params["dimensions"], np.int64)]),
     "broadcast_in_dim": _broadcast,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from treesurgeon.engine.errors import StructureError
-from treesurgeon.engine.jaxprs import path_name
+from treesurgeon.engine.jaxprs import named_leaves, path_name
 
 Train = Callable[..., tuple[Any, Any]]
 
@@ -35,7 +35,7 @@ def momenta(train: Train, variables: Any, *args: Any) -> dict[str, float]:
         StructureError: an update that is not at a leaf of the variables.
     """
     updates = jax.eval_shape(train, variables, *args)[1]
-    names = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(updates)}
+    names = set(named_leaves(updates))
     if not names:
         return {}
     flat, structure = jax.tree_util.tree_flatten_with_path(variables)
@@ -51,12 +51,12 @@ def momenta(train: Train, variables: Any, *args: Any) -> dict[str, float]:
     ones = {name: jnp.ones_like(leaf) for name, leaf in floats.items()}
     slopes = jax.jit(lambda given: jax.jvp(update, (given,), (ones,))[1])(floats)
     out = {}
-    for path, slope in jax.tree_util.tree_leaves_with_path(slopes):
-        if path_name(path) not in floats:
+    for name, slope in named_leaves(slopes).items():
+        if name not in floats:
             continue
         values = np.asarray(slope, np.float64)
         if values.size and np.ptp(values) < 1e-6 and 0 <= values.flat[0] < 1 - 1e-6:
-            out[path_name(path)] = float(values.flat[0])
+            out[name] = float(values.flat[0])
     return out
 
 
@@ -79,7 +79,7 @@ def reestimate(train: Train, momenta: Mapping[str, float]) -> Callable[..., Any]
         if not momenta:
             return variables
         _, updates = train(jax.tree_util.tree_map_with_path(zeroed, variables), *args)
-        new = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(updates)}
+        new = named_leaves(updates)
 
         def one(path: Any, leaf: Any) -> Any:
             name = path_name(path)

@@ -38,6 +38,7 @@ from treesurgeon.models.swin import Swin, WindowWidths
 from treesurgeon.models.unet import UNet
 from treesurgeon.models.vgg import VGG
 from treesurgeon.models.vit import ViT
+from treesurgeon.models.weights import flatten
 
 TOLERANCE = 1e-3  # of the largest output, or of 1
 
@@ -148,8 +149,7 @@ def _refusal(module: nn.Module, why: str) -> ModelSpecError:
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_flatten_with_path(nn.meta.unbox(tree))[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+    return {path: tuple(leaf.shape) for path, leaf in flatten(nn.meta.unbox(tree)).items()}
 
 
 # For each family, the arguments of the dense module that change.

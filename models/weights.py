@@ -56,7 +56,7 @@ def load_checkpoint(
             and shape that does not fit is listed, expected beside got), or holding NaN or infinity.
     """
     path = Path(path).expanduser().absolute()
-    leaves = _flatten(nn.meta.unbox(template))
+    leaves = flatten(nn.meta.unbox(template))
     arrays = _read(path)
     if isinstance(model, Preset) and input_shape is None:
         input_shape = model.input_shape
@@ -71,7 +71,7 @@ def load_checkpoint(
     return unflatten_dict({leaf: jax.numpy.asarray(values[leaf]) for leaf in leaves}, sep="/")
 
 
-def _flatten(tree: Any) -> dict[str, Any]:
+def flatten(tree: Any) -> dict[str, Any]:
     """Leaves of a pytree by their path, `params/conv1/kernel`."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
@@ -154,7 +154,7 @@ def _of_tree(tree: Any) -> Arrays:
     """The arrays of a tree by their path; what belongs to training and to random streams is left out."""
     if isinstance(tree, Mapping):
         tree = {name: value for name, value in tree.items() if name not in TRAINING_STATE}
-    flat = {name: np.asarray(value) for name, value in _flatten(tree).items()}
+    flat = {name: np.asarray(value) for name, value in flatten(tree).items()}
     return {name: value for name, value in flat.items() if "rngs" not in name.split("/")}
 
 

@@ -110,7 +110,7 @@ def scratch(setting: Setting, plan: engine.Plan) -> Any:
     made = {(member.path, member.axis) for group in graph.groups.values() for member in group.members if member.makes}
 
     def scaled(path: Any, leaf: Any) -> Any:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = engine.path_name(path)
         dense = graph.leaves[name]
         if leaf.ndim < 2 or not dense.trainable or not np.ptp(np.asarray(leaf, np.float32)):
             return leaf  # scales and biases start alike

@@ -140,9 +140,7 @@ def calibrate(subject: Subject, masks: Any, variables: Any, x: Array, reconstruc
         gated(variables, x, key)
         return kernels, maps
     new = engine.reestimate(gated, subject.momenta)(variables, x, key)
-    leaves = {
-        jax.tree_util.keystr(p, simple=True, separator="/"): v for p, v in jax.tree_util.tree_leaves_with_path(new)
-    }
+    leaves = engine.named_leaves(new)
     return {path: leaves[path] for path in subject.momenta} | kernels, maps
 
 
@@ -155,7 +153,7 @@ def with_leaves(variables: Any, leaves: dict[str, Any]) -> Any:
     """The variables with the leaves at these paths replaced."""
 
     def one(path: Any, leaf: Any) -> Any:
-        return leaves.get(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        return leaves.get(engine.path_name(path), leaf)
 
     return jax.tree_util.tree_map_with_path(one, variables)
 

@@ -36,11 +36,11 @@ class Policy:
         """Two pytrees like the variables: a bool, whether the leaf is trained, and a factor on its learning rate."""
 
         def trained(path: Any, _: Any) -> bool:
-            name = _name(path)
+            name = engine.path_name(path)
             return graph.leaves[name].trainable and name not in self.frozen
 
         def rate(path: Any, _: Any) -> float:
-            return self.rates.get(_name(path), 1.0)
+            return self.rates.get(engine.path_name(path), 1.0)
 
         mapped = jax.tree_util.tree_map_with_path
         return mapped(trained, variables), mapped(rate, variables)
@@ -82,9 +82,9 @@ def held(train: Callable, frozen: Collection[str]) -> Callable:
 
     def apply(variables: Any, x: Any, key: Any) -> tuple[Any, Any]:
         out, updates = train(variables, x, key)
-        old = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(variables)}
+        old = engine.named_leaves(variables)
         kept = jax.tree_util.tree_map_with_path(
-            lambda path, new: old[_name(path)] if _name(path) in frozen else new, updates
+            lambda path, new: old[engine.path_name(path)] if engine.path_name(path) in frozen else new, updates
         )
         return out, kept
 
@@ -113,7 +113,3 @@ def _under(wanted: str, path: str) -> bool:
     """Whether a path, or what follows its collection, is the wanted one or lies under it."""
     parts, prefix = path.split("/"), wanted.split("/")
     return any(parts[start : start + len(prefix)] == prefix for start in (0, 1))
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -129,8 +129,9 @@ def norm_distance(subject: Subject, images: np.ndarray) -> float | None:
     key = jax.random.key(0)
     fresh = engine.reestimate(subject.train, subject.momenta)
     estimate = jax.jit(lambda v, x: fresh(v, x, key))
-    checkpoint = _leaves(subject.variables)
-    halves = [_leaves(estimate(subject.variables, part)) for part in (images[:half], images[half : 2 * half])]
+    checkpoint = engine.named_leaves(jax.tree.map(np.asarray, subject.variables))
+    parts = images[:half], images[half : 2 * half]
+    halves = [engine.named_leaves(jax.tree.map(np.asarray, estimate(subject.variables, part))) for part in parts]
     squares = []
     for path in pairs:
         there, one, two = ((found[f"{path}/mean"], found[f"{path}/var"]) for found in [checkpoint, *halves])
@@ -176,8 +177,3 @@ def _compared(distance: float, count: int) -> Shift:
         f"apart, 0 is alike and 1 disjoint; a measure and no test, which --source-data enables)"
     )
     return Shift("norm statistics", distance, None, None, count, advice, sentence)
-
-
-def _leaves(tree: Any) -> dict[str, np.ndarray]:
-    pairs = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in pairs}

@@ -196,7 +196,7 @@ def by_batch(compute: Callable[[Any], Any], split: Split) -> Any:
 
 def head_arrays(variables: Any, head: Head) -> tuple[np.ndarray, np.ndarray]:
     """Kernel `[F, K]` and bias `[K]` of a head."""
-    leaves = _named(variables)
+    leaves = engine.named_leaves(variables)
     kernel = np.asarray(leaves[head.kernel], np.float32)
     order = [*head.inputs, *(d for d in range(kernel.ndim) if d not in (*head.inputs, head.classes)), head.classes]
     assert head.bias is not None
@@ -229,12 +229,12 @@ def put_head(subject: Subject, head: Head, new: LinearHead, features: np.ndarray
     arrays = {head.kernel: kernel, head.bias: np.asarray(new.bias)}
 
     def one(path: Any, leaf: Any) -> Any:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = engine.path_name(path)
         return jnp.asarray(arrays[name], leaf.dtype) if name in arrays else leaf
 
     variables = jax.tree_util.tree_map_with_path(one, subject.variables)
-    expected = {path: (x.shape, x.dtype) for path, x in _named(spec.template(module)).items()}
-    got = {path: (x.shape, x.dtype) for path, x in _named(variables).items()}
+    expected = {path: (x.shape, x.dtype) for path, x in engine.named_leaves(spec.template(module)).items()}
+    got = {path: (x.shape, x.dtype) for path, x in engine.named_leaves(variables).items()}
     if wrong := sorted(path for path in expected.keys() | got.keys() if expected.get(path) != got.get(path)):
         raise SubjectError(
             f"{spec.model}, built for {classes} classes, differs from the checkpoint in more than its head "
@@ -268,8 +268,3 @@ def count_argument(model: str) -> str:
         f"{model} cannot be built for another number of classes: give its factory an argument `{COUNTS[0]}`, the "
         f"length of the logits, with the checkpoint's number as its default"
     )
-
-
-def _named(tree: Any) -> dict[str, Any]:
-    pairs = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in pairs}

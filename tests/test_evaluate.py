@@ -32,7 +32,9 @@ def rows(tree, i):
     return jax.tree.map(lambda leaf: leaf[i], tree)
 
 
-@pytest.mark.parametrize(("reconstruct", "cached"), [("kernels", True), ("maps", True), ("none", False)])
+@pytest.mark.parametrize(
+    ("reconstruct", "cached"), [pytest.param("kernels", True, marks=pytest.mark.slow), ("maps", True), ("none", False)]
+)
 def test_populations_score_as_a_plain_loop_does(reconstruct, cached):
     subject, masks, data, split = setup()
     calibration = jnp.asarray(RNG.normal(size=(32, 8, 8, 1)), jnp.float32)

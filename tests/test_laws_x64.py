@@ -14,7 +14,7 @@ SHARDS = 4
 LATER = SLOW | {name for i, name in enumerate(zoo.ODD) if i % 12}
 
 
-@pytest.mark.parametrize("shard", range(SHARDS))
+@pytest.mark.parametrize("shard", [0, *(pytest.param(k, marks=pytest.mark.slow) for k in range(1, SHARDS))])
 @pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_laws_in_float64(shard, slow):
     tests = Path(__file__).parent

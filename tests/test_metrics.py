@@ -188,7 +188,10 @@ def population(classes, excess, count=4000):
     return [Answers(noise + strength * signal, labels) for noise, strength in zip(own, (1, 1 - excess), strict=True)]
 
 
-@pytest.mark.parametrize("name", ["balanced_accuracy", "cross_entropy", "f1", "auroc"])
+BOOTSTRAPPED = [pytest.param(name, marks=pytest.mark.slow) for name in ("f1", "auroc")]
+
+
+@pytest.mark.parametrize("name", ["balanced_accuracy", "cross_entropy", *BOOTSTRAPPED])
 def test_false_claims_at_a_tight_null(name, monkeypatch):
     """The margin is the true excess: every claim is false. The bootstrap is only about right."""
     monkeypatch.setattr(resampling, "REPLICATES", 400)

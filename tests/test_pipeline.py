@@ -70,7 +70,8 @@ def place(tmp_path_factory):
 
 # The command line, which sends itself a signal as soon as it prints a line that starts so.
 STRUCK = """
-import builtins, os, sys
+import builtins, os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background processes ignore it
 start, number, show = sys.argv.pop(1), int(sys.argv.pop(1)), print
 def say(text="", *rest, **more):
     show(text, *rest, **more)
@@ -409,6 +410,7 @@ def test_starting_points_within_the_budget_come_first(zoo):
     assert fits == sorted(fits, reverse=True)
 
 
+@pytest.mark.slow
 def test_a_budget_on_what_is_measured(place, monkeypatch):
     """Peak memory stands in for latency: it is measured and predicted in the same way, and does not depend on load."""
     margins = "--epsilon", "0.3", "--eta", "0.9"
@@ -462,6 +464,7 @@ def test_what_is_not_certified_and_why(zoo, tmp_path, why):
     assert why in found.sentence
 
 
+@pytest.mark.slow
 def test_cross_validation_where_certify_is_too_small_and_another_metric(place, monkeypatch):
     more = "--metric", "cross_entropy", "--epsilon", "0.04", "--eta", "9", "--cv-repeats", "2", "--no-baselines"
     code, out, err = finish(command(place, "crossed", *more))

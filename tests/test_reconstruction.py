@@ -36,6 +36,7 @@ MODELS = {
         (16, 8, 8, 3),
     ),
 }
+SOME = [pytest.param(name, marks=pytest.mark.slow) if name == "vit" else name for name in MODELS]
 
 
 def test_a_map_is_the_ridge_solution_of_numpy():
@@ -68,7 +69,7 @@ def test_units_that_others_repeat_are_reconstructed_exactly():
     close(engine.gate(fn, graph)(params, masks | {"maps": maps}, fresh), fn(params, fresh), 1e-3)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SOME)
 def test_maps_under_gate_are_maps_in_kernels(name):
     fn, params, graph, x = build(name)
     learn = engine.reconstruct(fn, graph)
@@ -82,7 +83,7 @@ def test_maps_under_gate_are_maps_in_kernels(name):
     close(jax.jit(engine.narrow(fn, graph, plan))(small, x), gated, 1e-3)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SOME)
 def test_each_rung_comes_nearer_to_the_dense_model(name):
     fn, params, graph, x = build(name)
     plan = Plan({g: np.arange(max(1, v.size * 2 // 3)) for g, v in graph.groups.items()})
@@ -142,7 +143,7 @@ def test_a_bias_takes_what_the_kernel_cannot(use):
     close(out, expected, 1e-3)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SOME)
 def test_refit_under_masks_is_refit_cut(name):
     fn, params, graph, x = build(name)
     plan = random_plan(graph, 1)

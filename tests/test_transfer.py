@@ -212,6 +212,7 @@ def test_a_killed_search_on_other_labels_goes_on_bit_for_bit(place):
     assert files_of(whole.directory) == files_of(killed.directory)
 
 
+@pytest.mark.slow
 def test_a_search_on_other_labels_saves_a_model_that_loads(place):
     said = []
     outcome = run(config(place, "names", out=str(place / "run"), epsilon=0.5, eta=0.9, **SMALL), said.append)

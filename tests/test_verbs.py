@@ -33,6 +33,7 @@ def loss(p, x, y):
 
 GRAPH = engine.trace(model, P, X)
 KEEP, DROP = Plan({"s": [0, 2, 3]}), Plan({"s": [0, 2, 3]}, {"a"})
+MODELS = ["mlp", "digits_cnn", *(pytest.param(name, marks=pytest.mark.slow) for name in ("vgg11", "resnet20"))]
 UNITS = GRAPH.masks(KEEP)["units"]
 
 
@@ -140,7 +141,7 @@ def test_an_unknown_primitive_that_meets_a_pruned_axis():
         engine.narrow(spectrum, GRAPH, KEEP)(engine.cut(P, GRAPH, KEEP), X)
 
 
-@pytest.mark.parametrize("name", ["mlp", "digits_cnn", "vgg11", "resnet20"])
+@pytest.mark.parametrize("name", MODELS)
 def test_the_inference_graph_serves_training(name):
     bench = Bench(subjects()[f"{name}-train"])
     bench.graph = Bench(subjects()[name]).graph
@@ -153,7 +154,7 @@ def test_the_inference_graph_serves_training(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mlp", "digits_cnn", "vgg11", "resnet20"])
+@pytest.mark.parametrize("name", MODELS)
 def test_the_inference_graph_serves_training_in_numbers(name):
     bench = Bench(subjects()[f"{name}-train"])
     bench.graph = Bench(subjects()[name]).graph
@@ -361,7 +362,7 @@ def test_trace_inside_jit():
     close(whole(P, X), engine.narrow(model, GRAPH, KEEP)(engine.cut(P, GRAPH, KEEP), X))
 
 
-@pytest.mark.parametrize("name", ["mlp", "digits_cnn", "vgg11", "resnet20"])
+@pytest.mark.parametrize("name", MODELS)
 def test_symbolic_batch(name):
     bench = Bench(subjects()[name])
     plan = random_plan(bench.graph, 1)
