@@ -8,6 +8,7 @@ search of one process.
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import platform
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +30,8 @@ ROOM = 1 << 15  # bytes of what processes compare
 START_SECONDS = 300  # for all of them to be there
 BROKEN = ("Gloo", "gloo", "UNAVAILABLE", "ABORTED", "Connection", "Socket", "NCCL")  # errors of what connects processes
 END_SECONDS = 30  # to wait for the others at the end
+WAIT = "--xla_cpu_collective_timeout_seconds"  # the half hour of XLA is less than a fine-tuning takes
+WAIT_SECONDS = 7 * 24 * 3600
 
 T = TypeVar("T")
 
@@ -48,6 +51,9 @@ def join(
         raise RunError("--coordinator, --processes and --process go together: give all three, or none of them")
     if coordinator and not 0 <= (process or 0) < (processes or 0):
         raise RunError(f"--process {process}: expected 0 to {(processes or 0) - 1}, one number for each process")
+    flags = os.environ.get("XLA_FLAGS", "")
+    if WAIT not in flags:  # it is read when the devices are looked up, which is later
+        os.environ["XLA_FLAGS"] = f"{flags} {WAIT}={WAIT_SECONDS}"
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # where the devices are CPUs
     jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
     try:
@@ -158,7 +164,7 @@ def watched() -> Iterator[None]:
     """Say what it means when the other processes cannot be reached any more."""
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # Gloo's errors are of both kinds
         if not several() or not any(word in str(error) for word in BROKEN):
             raise
         raise RunError(

@@ -76,7 +76,7 @@ def put(mesh: Mesh, tree: Any, spec: PartitionSpec = COPIED) -> Any:
     def one(leaf: Any) -> Any:
         if jax.process_count() == 1:
             return jax.device_put(leaf, sharding)
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             data = put(mesh, jax.random.key_data(leaf), spec)
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
         whole = np.asarray(leaf)

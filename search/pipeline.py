@@ -25,7 +25,7 @@ from jax import Array
 from treesurgeon import engine
 from treesurgeon.search import crossval, evolve, hosts, racing, report, sensitivity, shift
 from treesurgeon.search.budget import Budget, make_budget
-from treesurgeon.search.conclusion import Outcome, conclude, recall
+from treesurgeon.search.conclusion import Outcome, conclude, recall, save
 from treesurgeon.search.config import Config, RunError, claim, identity
 from treesurgeon.search.evaluate import Batches, batches, in_precision, loss_and_error
 from treesurgeon.search.finalists import finish, pick, received, refine
@@ -118,9 +118,10 @@ def go_on(setting: Setting, say: Say, pool: Pool) -> Outcome:
         tuned = [received(setting, each, say) for each in hosts.shared(len(finalists), lambda i: refine(*finalists[i]))]
     else:
         tuned = [finish(*given, say) for given in finalists]
-    outcome = hosts.together(lambda: conclude(setting, space, budget, [genome for genome, _ in picked], tuned, say))
+    found = hosts.together(lambda: conclude(setting, space, budget, [genome for genome, _ in picked], tuned, say))
+    hosts.each(lambda: save(setting, tuned, found))
     say(f"wrote {hosts.together(lambda: write_page(config.directory))}")
-    return outcome
+    return found.outcome
 
 
 def record(setting: Setting, space: Space) -> None:
