@@ -126,7 +126,9 @@ def measure(
     split = Split(images[64:], np.zeros(options.images, np.int32), np.arange(options.images), ("random",), "")
     masks = jax.tree.map(np.asarray, jax.jit(jax.vmap(space.decode))(genomes))
     one = jax.tree.map(lambda mask: mask[0], masks)
-    evaluator = Evaluator(subject, one, images[:64], batches(split, 128), chunk=CHUNK, mesh=make_mesh((count, 1)))
+    evaluator = Evaluator(
+        subject, one, jax.numpy.asarray(images[:64]), batches(split, 128), chunk=CHUNK, mesh=make_mesh((count, 1))
+    )
     evaluator(masks)
     inside, steps, sent, fetched = [0.0], [0], [0], [0]
     program = evaluator._score

@@ -28,8 +28,22 @@ from jax.sharding import Mesh
 from treesurgeon import engine
 from treesurgeon.search.answers import divergence, loss_and_wrong, sharpness
 from treesurgeon.search.data import Split
-from treesurgeon.search.mesh import CANDIDATE, DATA, EVERY, P, everywhere, groups, make_mesh, put, spread, taking, whole
+from treesurgeon.search.mesh import (
+    CANDIDATE,
+    DATA,
+    EVERY,
+    P,
+    everywhere,
+    from_rows,
+    groups,
+    make_mesh,
+    put,
+    spread,
+    taking,
+    whole,
+)
 from treesurgeon.search.metrics import ACCURACY, Answers, Metric
+from treesurgeon.search.streaming import Ahead, Feed, Streamed
 from treesurgeon.search.subject import Subject
 
 SHARE_OF_MEMORY = 0.2  # for cached frontiers and for a chunk's activations each
@@ -45,22 +59,29 @@ Keep = Callable[[np.ndarray], np.ndarray]
 class Batches:
     """Images cut into batches of one size; `weights` are 0 for the images that fill the last one."""
 
-    images: Array  # float32[B, b, H, W, C]
+    images: Array | Feed  # float32[B, b, H, W, C]
     labels: Array  # int32[B, b]
     weights: Array  # float32[B, b]
 
 
 def batches(split: Split, size: int, limit: int | None = None) -> Batches:
-    """The first `limit` images of a split (any prefix is a random sample) in batches of `size`."""
+    """The first `limit` images of a split (any prefix is a random sample) in batches of `size`.
+
+    Images that stay on disk become a `Feed`, which is no array and cannot be handed to compiled functions.
+    """
     count = min(len(split), limit or len(split))
     size = min(size, count)
     fill = -count % size
     at = np.arange(count + fill) % count
     weights = (np.arange(count + fill) < count).astype(np.float32)
     shape = (-1, size)
-    images = split.images[at]
+    if isinstance(split.images, Streamed):
+        images: Any = Feed(split.images, at.reshape(shape))
+    else:
+        found = split.images[at]
+        images = jnp.asarray(found.reshape(*shape, *found.shape[1:]))
     return Batches(
-        jnp.asarray(images.reshape(*shape, *images.shape[1:])),
+        images,
         jnp.asarray(split.labels[at].reshape(shape)),
         jnp.asarray(weights.reshape(shape)),
     )
@@ -69,11 +90,12 @@ def batches(split: Split, size: int, limit: int | None = None) -> Batches:
 def loss_and_error(infer: Callable[[Array], Array], data: Batches) -> tuple[Array, Array]:
     """Mean cross-entropy and share of wrong answers of `infer: images -> logits`."""
 
-    def one(batch: Batches) -> tuple[Array, Array]:
-        losses, wrong = loss_and_wrong(infer(batch.images), batch.labels)
-        return (losses * batch.weights).sum(), (wrong * batch.weights).sum()
+    def one(batch: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        images, labels, weights = batch
+        losses, wrong = loss_and_wrong(infer(images), labels)
+        return (losses * weights).sum(), (wrong * weights).sum()
 
-    losses, wrong = jax.lax.map(one, data)
+    losses, wrong = jax.lax.map(one, (data.images, data.labels, data.weights))
     total = data.weights.sum()
     return losses.sum() / total, wrong.sum() / total
 
@@ -81,11 +103,16 @@ def loss_and_error(infer: Callable[[Array], Array], data: Batches) -> tuple[Arra
 def answering(infer: Callable[[Any, Array], Array], split: Split, batch: int = 250) -> Callable[[Any], Answers]:
     """`answer(variables) -> Answers` of a model to a whole split, compiled once."""
     data = batches(split, batch)
-    compiled = jax.jit(lambda v, images: jax.lax.map(lambda x: infer(v, x), images))
+    compiled = jax.jit(infer)
 
     def answer(variables: Any) -> Answers:
-        logits = np.asarray(compiled(variables, data.images).astype(jnp.float32))
-        return Answers(logits.reshape(-1, logits.shape[-1])[: len(split)], split.labels)
+        found: list[Array] = []
+        for x in data.images:
+            if len(found) > 1:
+                found[-2].block_until_ready()  # no more than two batches are on the device
+            found.append(compiled(variables, x))
+        logits = np.concatenate([np.asarray(part.astype(jnp.float32)) for part in found])
+        return Answers(logits[: len(split)], split.labels)
 
     return answer
 
@@ -206,6 +233,7 @@ class Evaluator:
             gated = engine.gate(subject.infer, subject.graph)
             return gated(with_leaves(variables, stats), {**masks, "maps": maps}, x.astype(dtype))
 
+        self._images = Ahead(self._laid_out)
         example = jax.ShapeDtypeStruct(data.images.shape[1:], data.images.dtype)
         parts = engine.split(score, self._variables, example, (masks, self._extra))
         self._fixed = jax.jit(parts.once)(self._variables)
@@ -320,13 +348,23 @@ class Evaluator:
         """
         if b in self._known:
             return self._known[b]
-        at = np.minimum(np.arange(b, b + self._columns), len(self.data.images) - 1)
-        x = put(self.mesh, np.asarray(self.data.images)[at], P(DATA))
-        right = (np.asarray(part)[at] for part in (self.data.labels, self.data.weights, self._dense))
+        next_one = b + self._columns
+        if next_one >= len(self.data.images):  # then from the start again, unless all that is known by then
+            next_one = None if self.cached or next_one == self._columns else 0
+        x = self._images(b, next_one)
+        right = (np.asarray(part)[self._columns_at(b)] for part in (self.data.labels, self.data.weights, self._dense))
         shown = self._early(self._fixed, x), put(self.mesh, tuple(right), P(DATA))
         if self.cached:
             self._known[b] = shown
         return shown
+
+    def _columns_at(self, b: int) -> np.ndarray:
+        return np.minimum(np.arange(b, b + self._columns), len(self.data.images) - 1)
+
+    def _laid_out(self, b: int) -> Any:
+        """The images of these batches, on the devices; a process reads those for its own devices alone."""
+        images, at = self.data.images, self._columns_at(b)
+        return from_rows(self.mesh, lambda i: np.asarray(images[int(at[i])]), len(at), images.shape[1:], P(DATA))
 
 
 def race(

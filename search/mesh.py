@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -70,10 +72,14 @@ def make_mesh(shape: tuple[int, int], devices: Sequence[Any] | None = None) -> M
 
 
 def put(mesh: Mesh, tree: Any, spec: PartitionSpec = COPIED) -> Any:
-    """Arrays that every process has as a whole, laid out over the mesh; by default a copy on each device."""
+    """Arrays laid out over the mesh, by default with a copy on each device; every process has them as a whole, or they
+    lie so already.
+    """
     sharding = NamedSharding(mesh, spec)
 
     def one(leaf: Any) -> Any:
+        if isinstance(leaf, Array) and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+            return leaf
         if jax.process_count() == 1:
             return jax.device_put(leaf, sharding)
         if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -83,6 +89,18 @@ def put(mesh: Mesh, tree: Any, spec: PartitionSpec = COPIED) -> Any:
         return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
     return jax.tree.map(one, tree)
+
+
+def from_rows(
+    mesh: Mesh, row: Callable[[int], np.ndarray], count: int, shape: Sequence[int], spec: PartitionSpec
+) -> Array:
+    """An array of so many rows of a shape, its first axis laid out by the spec; a process makes its own rows alone."""
+
+    def part(index: Any) -> np.ndarray:
+        return np.stack([made(i) for i in range(count)[index[0]]])
+
+    made = cache(row)  # several devices may have the same
+    return jax.make_array_from_callback((count, *shape), NamedSharding(mesh, spec), part)
 
 
 def spread(mesh: Mesh, fn: Callable[..., Any], given: Sequence[PartitionSpec], out: Any) -> Callable[..., Any]:

@@ -24,10 +24,11 @@ from jax import Array
 
 from treesurgeon import engine
 from treesurgeon.search import crossval, evolve, hosts, racing, report, sensitivity, shift
+from treesurgeon.search.answers import loss_and_wrong
 from treesurgeon.search.budget import Budget, make_budget
 from treesurgeon.search.conclusion import Outcome, conclude, recall, save
 from treesurgeon.search.config import Config, RunError, claim, identity
-from treesurgeon.search.evaluate import Batches, batches, in_precision, loss_and_error
+from treesurgeon.search.evaluate import Batches, batches, in_precision
 from treesurgeon.search.finalists import finish, pick, received, refine
 from treesurgeon.search.live import Generation
 from treesurgeon.search.lock import alone
@@ -64,7 +65,7 @@ def run(config: Config, say: Say = print, pool: Pool | None = None) -> Outcome:
 
 
 def _run(config: Config, say: Say, pool: Pool) -> Outcome:
-    setting = hosts.each(lambda: prepare(config))
+    setting = hosts.each(lambda: prepare(config, pool.hold))
     subject, roles = setting.subject, setting.roles
     graph, dense = subject.graph, engine.cost(subject.graph, engine.Plan())
     if setting.head:
@@ -334,8 +335,13 @@ def answer_loss(setting: Setting, data: Batches, precision: str) -> float:
     """The dense model's loss on the scoring images, computed in this precision."""
     infer = setting.subject.infer
     variables = in_precision(setting.subject.variables, precision)
-    scored = jax.jit(lambda v, d: loss_and_error(lambda x: infer(v, x.astype(precision)), d)[0])
-    return float(scored(variables, data))
+
+    @jax.jit
+    def total(v: Any, x: Array, labels: Array, weights: Array) -> Array:
+        return (loss_and_wrong(infer(v, x.astype(precision)), labels)[0] * weights).sum()
+
+    losses = [total(variables, *batch) for batch in zip(data.images, data.labels, data.weights, strict=True)]
+    return float(np.sum(losses) / np.asarray(data.weights).sum())
 
 
 def walk(

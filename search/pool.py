@@ -28,11 +28,22 @@ class Pool:
     workers: int | None = None
     """Ray workers. Default: one for each GPU of the cluster, or where there are none for each two CPUs."""
 
+    memory_images: float | None = None
+    """GiB of images of a role (float32) that are held in memory. Of larger ones images are read and decoded as they are
+    needed, by processes of their own, from tfds:, tfds-dir: and folder: data. Default: a sixteenth of the memory."""
+
+    @property
+    def hold(self) -> int | None:
+        """The same in bytes."""
+        return None if self.memory_images is None else int(self.memory_images * 2**30)
+
     def check(self) -> None:
         """Refuse what does not go together."""
         if self.ray and (self.distributed or self.mesh):
             raise RunError("--ray goes with neither --distributed nor --mesh: each of its workers has one device")
         if not self.distributed and (self.coordinator, self.processes, self.process) != (None, None, None):
             raise RunError("--coordinator, --processes and --process are for --distributed: add it")
+        if self.memory_images is not None and not self.memory_images >= 0:
+            raise RunError(f"--memory-images {self.memory_images}: expected GiB, 0 or more")
         if self.workers is not None and (not self.ray or self.workers < 1):
             raise RunError(f"--workers {self.workers}: expected 1 or more, with --ray")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import os
 import socket
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +37,7 @@ from treesurgeon.search.sweep import Part, Sweep
 from treesurgeon.search.tuning import Tuned
 
 PATIENCE = 60  # seconds without a worker before the driver says so
+LATE, LATE_SECONDS = 3, 5  # a piece that takes so many times as long as most, and so long, is done twice
 DEATHS = 5  # in a row, besides one for each worker, without a result in between, before it gives up
 START, LOST = -1, object()
 
@@ -46,6 +48,17 @@ class Job:
 
     method: str
     given: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Given:
+    """A piece of work that a worker is at."""
+
+    worker: Any
+    round: int
+    number: int
+    result: Any
+    since: float
 
 
 class Worker:
@@ -131,9 +144,9 @@ class Crew:
         self.count = count or int(room.get("GPU") or max(room.get("CPU", 1) // 2, 1))
         self._hired: Callable[[], Any] | None = None
         self._idle: deque[Any] = deque()
-        self._busy: dict[Any, tuple[Any, int, int, Any]] = {}  # outcome -> worker, round, number of the job, result
+        self._busy: dict[Any, Given] = {}  # by what will be its outcome
         self._starting = self._round = self._deaths = 0
-        self.died = 0
+        self.died = self.redone = 0
 
     def hire(
         self, setting: Setting, evaluator: Callable[[Setting], Evaluator], sweep: Callable[[Setting], Sweep]
@@ -157,43 +170,68 @@ class Crew:
     def done(self, jobs: Sequence[Job], fetch: bool = True) -> Iterator[Any]:
         """The results of jobs, in their order, whoever does them.
 
+        Where workers have nothing left to do and one is late, another one does the same: what comes first counts.
+
         Args:
             jobs: what to do.
             fetch: whether to bring results here; otherwise they are pairs, of which the second stays where it is, and
                 what comes is a reference to it.
         """
         self._round += 1
-        waiting, results, at = deque(enumerate(jobs)), {}, 0
+        waiting, results, at = deque(range(len(jobs))), {}, 0
+        missing, took = set(waiting), []
         while at < len(jobs):
+            waiting += self._late(missing - set(waiting), took)
             while waiting and self._idle:
-                number, job = waiting.popleft()
-                worker = self._idle.popleft()
+                number = waiting.popleft()
+                if number not in missing:  # it was late, and has come after all
+                    continue
+                job, worker = jobs[number], self._idle.popleft()
                 method = getattr(worker, job.method)
                 sent = [method.remote(*job.given)] if fetch else method.options(num_returns=2).remote(*job.given)
-                self._busy[sent[0]] = worker, self._round, number, sent[-1]
-            ready, _ = self.ray.wait(list(self._busy), timeout=PATIENCE, fetch_local=False)
+                self._busy[sent[0]] = Given(worker, self._round, number, sent[-1], time.monotonic())
+            patience = LATE_SECONDS if self._idle else PATIENCE
+            ready, _ = self.ray.wait(list(self._busy), timeout=patience, fetch_local=False)
             if not ready and not self._idle and len(self._busy) == self._starting:
                 self._say("waiting for a Ray worker: the cluster has no room for one yet, or it takes long to start")
             for outcome in ready:
-                worker, when, number, result = self._busy.pop(outcome)
-                self._starting -= number == START
+                given = self._busy.pop(outcome)
+                self._starting -= given.number == START
                 try:
                     value = self._result(outcome)
                 except self.ray.exceptions.ObjectLostError:  # what it was given; the worker itself is fine
-                    self._idle.append(worker)
+                    self._idle.append(given.worker)
                     raise
+                wanted = given.round == self._round and given.number in missing  # else given up, or done twice
                 if value is LOST:
-                    if when == self._round and number != START:
-                        waiting.appendleft((number, jobs[number]))
+                    if wanted and given.number not in waiting:
+                        waiting.appendleft(given.number)
                     continue
-                self._idle.append(worker)
-                if number == START:
+                self._idle.append(given.worker)
+                if given.number == START:
                     self._check(value)
-                elif when == self._round:  # else of work that was given up
-                    results[number] = value if fetch else result
+                elif wanted:
+                    results[given.number] = value if fetch else given.result
+                    missing.discard(given.number)
+                    took.append(time.monotonic() - given.since)
             while at in results:
                 yield results.pop(at)
                 at += 1
+
+    def _late(self, missing: set[int], took: Sequence[float]) -> list[int]:
+        """Pieces of this round that a worker is late with: idle ones should do them as well."""
+        if not self._idle or not took:
+            return []
+        longest = max(LATE * float(np.median(took)), LATE_SECONDS)
+        since: dict[int, float] = {}  # the latest time, so that what was given away again is given time again
+        for given in self._busy.values():
+            if given.round == self._round and given.number in missing:
+                since[given.number] = max(given.since, since.get(given.number, 0))
+        late = [number for number, start in since.items() if time.monotonic() - start > longest][: len(self._idle)]
+        if late:
+            self.redone += len(late)
+            self._say("a Ray worker is much slower than the others; what it is at is done by another one as well")
+        return late
 
     def _result(self, outcome: Any) -> Any:
         """What a worker returned, or LOST if it died: then another one takes its place."""
@@ -221,7 +259,7 @@ class Crew:
         assert self._hired
         worker = self._hired()
         self._starting += 1
-        self._busy[worker.versions.remote()] = worker, 0, START, None
+        self._busy[worker.versions.remote()] = Given(worker, 0, START, None, time.monotonic())
 
     def _check(self, theirs: Mapping[str, str]) -> None:
         ours = versions()

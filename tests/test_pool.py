@@ -303,6 +303,27 @@ def test_workers_that_die_change_nothing(place, serial, cluster):
 
 
 @pytest.mark.slow
+def test_a_slow_worker_holds_nothing_up(place, serial, cluster):
+    process = start(place, "slowed", "--ray", cluster.address, "--workers", "2")
+    lines, stopped = [], []
+    assert process.stdout
+    try:
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("generation   1/"):
+                stopped = ray_workers()[:1]
+                os.kill(stopped[0], signal.SIGSTOP)  # infinitely slow
+        code, _, err = ended(process)
+    finally:
+        for each in stopped:
+            os.kill(each, signal.SIGKILL)
+    assert code == 0, err
+    assert any(line.startswith("a Ray worker is much slower than the others") for line in lines)
+    assert not any("died" in line for line in lines)
+    assert contents(place / "slowed") == serial
+
+
+@pytest.mark.slow
 def test_a_worker_that_cannot_start_is_told(place, cluster, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
