@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from treesurgeon import engine
-from treesurgeon.search import contenders, crossval, report
+from treesurgeon.search import contenders, crossval, hosts, report
 from treesurgeon.search.budget import Budget, measured_dense
 from treesurgeon.search.certificate import Certificate, Step, certify, not_certified, wilson
 from treesurgeon.search.crossval import Estimate, cross_validate
@@ -154,6 +154,7 @@ def conclude(
 def save(setting: Setting, tuned: Sequence[Tuned], found: Conclusion) -> None:
     """Save the selected model; all processes of a run take part in this."""
     subject, chosen = setting.subject, {each.name: each for each in (untouched(setting), *tuned)}[found.selected]
+    hosts.check_room(found.outcome.path.parent, chosen.variables)
     engine.save(
         found.outcome.path,
         subject.spec,

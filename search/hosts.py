@@ -11,9 +11,11 @@ import hashlib
 import os
 import pickle
 import platform
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -27,6 +29,7 @@ from treesurgeon.search.config import RunError
 
 PACKAGES = ("treesurgeon", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 ROOM = 1 << 15  # bytes of what processes compare
+BLOCK = 1 << 24  # bytes that are written at once
 START_SECONDS = 300  # for all of them to be there
 BROKEN = ("Gloo", "gloo", "UNAVAILABLE", "ABORTED", "Connection", "Socket", "NCCL")  # errors of what connects processes
 END_SECONDS = 30  # to wait for the others at the end
@@ -146,6 +149,40 @@ def agree(what: str, content: Mapping[str, Any]) -> None:
                     f"{what} differ between the processes of this search: process 0 has {there}, process {number} has "
                     f"{here}. Results would not be the same everywhere: make them alike, and start again"
                 )
+
+
+def check_room(directory: Path, tree: Any) -> None:
+    """Refuse to go on, on all processes, where arrays of this size cannot be written.
+
+    Orbax saves from all processes, which wait for each other while they do: one that fails in the middle of it can only
+    end, and leave it to the others to notice that.
+
+    Raises:
+        RunError: with the reason.
+    """
+    size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(tree))
+
+    def write() -> None:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=directory) as file:
+                for start in range(0, size, BLOCK):
+                    file.write(bytes(min(BLOCK, size - start)))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise RunError(unwritable(directory, error)) from error
+
+    if several():
+        together(write)
+
+
+def unwritable(path: Path, error: BaseException) -> str:
+    """What to say of a place that cannot be written."""
+    return (
+        f"{path} cannot be written ({type(error).__name__}: {_first_line(error)}): make room, or see to the permissions, "
+        "and run the same command again to go on"
+    )
 
 
 def versions() -> dict[str, str]:

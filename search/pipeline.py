@@ -120,7 +120,7 @@ def go_on(setting: Setting, say: Say, pool: Pool) -> Outcome:
     else:
         tuned = [finish(*given, say) for given in finalists]
     found = hosts.together(lambda: conclude(setting, space, budget, [genome for genome, _ in picked], tuned, say))
-    hosts.each(lambda: save(setting, tuned, found))
+    save(setting, tuned, found)
     say(f"wrote {hosts.together(lambda: write_page(config.directory))}")
     return found.outcome
 

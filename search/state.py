@@ -73,18 +73,11 @@ class States:
 
 def _write(path: Path, tree: Any) -> None:
     """Save with Orbax, from all processes."""
-
-    def save() -> None:
-        try:
-            ocp.save(str(path), tree)
-        except Exception as error:  # Orbax raises many types for a disk that is full or may not be written
-            text = str(error).strip().split("\n")[0][:300]
-            raise RunError(
-                f"{path} cannot be written ({type(error).__name__}: {text}): make room, or see to the permissions, and "
-                "run the same command again to go on"
-            ) from error
-
-    hosts.each(save)
+    hosts.check_room(path.parent, tree)
+    try:
+        ocp.save(str(path), tree)
+    except Exception as error:  # Orbax raises many types for a disk that is full or may not be written
+        raise RunError(hosts.unwritable(path, error)) from error
 
 
 def _read(path: Path) -> Any:

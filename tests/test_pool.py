@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -56,7 +57,7 @@ def place(tmp_path_factory):
     return home
 
 
-def start(place: Path, out: str, *more: str, devices: int = 1):
+def start(place: Path, out: str, *more: str, devices: int = 1, room: int | None = None):
     arguments = f"search --model mine:Tiny --checkpoint checkpoint --out {out} {SMALL}".split()
     flags = re.sub(r"--xla_force_host\S+", "", os.environ.get("XLA_FLAGS", ""))
     return subprocess.Popen(
@@ -70,6 +71,7 @@ def start(place: Path, out: str, *more: str, devices: int = 1):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=room and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))),
     )
 
 
@@ -221,6 +223,22 @@ def test_where_a_process_ends_all_do_and_the_run_goes_on(place, serial):
     assert code == 0, err
     assert "resumed after generation" in out
     assert contents(place / "lost") == serial
+
+
+@pytest.mark.slow
+def test_where_one_cannot_write_all_say_so_and_the_run_goes_on(place, serial):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = f"127.0.0.1:{free.getsockname()[1]}"
+    shared = ("--distributed", "--coordinator", where, "--processes", "2")
+    full = start(place, "full", *shared, "--process", "0", room=3000)  # bytes of a file: less than a generation takes
+    other = start(place, "full", *shared, "--process", "1")
+    for code, _, err in map(ended, (full, other)):
+        assert code == 2, err
+        assert "cannot be written" in err
+    code, _, err = ended(start(place, "full"))
+    assert code == 0, err
+    assert contents(place / "full") == serial
 
 
 @pytest.mark.slow
