@@ -132,6 +132,9 @@ def save(
 ) -> Path:
     """Write a pruned model to a new directory, whole or not at all.
 
+    In a program of several processes (`jax.distributed`) all of them call this, with the same arguments; the first one
+    writes, and the others may return before it has.
+
     Args:
         path: the directory to make; it must not exist.
         spec: how to build the dense module.
@@ -151,9 +154,14 @@ def save(
     module = spec.cut(module) if module is not None else spec.build()
     model = _assemble(module, spec, variables, plan, {})
     path.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    if jax.process_count() == 1:
+        work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    else:
+        work = path.parent / f".{path.name}.unfinished"  # a name that all of them know
     try:
         _write_variables(work / "variables", variables)
+        if jax.process_index():
+            return path
         (work / "model.stablehlo").write_bytes(to_stablehlo(lambda x: model(x), spec.input_shape, spec.input_dtype))
         (work / "README.md").write_text(card)
         content = {
@@ -177,7 +185,8 @@ def save(
         work.chmod(0o755)
         work.rename(path)
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        if jax.process_index() == 0:
+            shutil.rmtree(work, ignore_errors=True)
     return path
 
 

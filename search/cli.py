@@ -21,11 +21,13 @@ from treesurgeon.search.config import Config
 from treesurgeon.search.config_file import defaults, named_in, write
 from treesurgeon.search.depth import Depth, depth
 from treesurgeon.search.exporting import Export, export
+from treesurgeon.search.hosts import lead
 from treesurgeon.search.insight import Insight, insight
 from treesurgeon.search.inspecting import Inspection, inspect
 from treesurgeon.search.live import telling
 from treesurgeon.search.page import write_page
 from treesurgeon.search.pipeline import run
+from treesurgeon.search.pool import Pool
 from treesurgeon.search.report import show
 from treesurgeon.search.verify import Verification, verify
 
@@ -73,6 +75,7 @@ def _command(arguments: Sequence[str]) -> None:
     @parser.command(name="search")
     def search(
         config: Annotated[Config, tyro.conf.arg(name="")] = from_file,
+        pool: Annotated[Pool, tyro.conf.arg(name="")] = Pool(),  # noqa: B008  it is frozen
         config_file: Annotated[
             Path | None,
             tyro.conf.arg(
@@ -96,10 +99,11 @@ def _command(arguments: Sequence[str]) -> None:
             return
         try:
             with telling(quiet, as_json) as say:
-                outcome = run(config, say)
+                outcome = run(config, say, pool)
         except KeyboardInterrupt:
             _stop(f"stopped; {_resuming(config.directory)}")
-        _tell(outcome, as_json)
+        if lead():
+            _tell(outcome, as_json)
 
     @parser.command(name="inspect")
     def look(options: Annotated[Inspection, tyro.conf.arg(name="")]) -> None:

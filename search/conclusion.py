@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from treesurgeon import engine
-from treesurgeon.search import contenders, crossval, report
+from treesurgeon.search import contenders, crossval, hosts, report
 from treesurgeon.search.budget import Budget, measured_dense
 from treesurgeon.search.certificate import Certificate, Step, certify, not_certified, wilson
 from treesurgeon.search.crossval import Estimate, cross_validate
@@ -50,6 +50,22 @@ class Outcome:
         return self.verdict["sentence"]
 
 
+@dataclass(frozen=True)
+class Conclusion:
+    """What a run found, and what is to be saved of it.
+
+    Attributes:
+        outcome: what it found.
+        selected: the name of the selected model.
+        manifest, card: see `engine.save`.
+    """
+
+    outcome: Outcome
+    selected: str
+    manifest: Mapping[str, Any]
+    card: str
+
+
 def conclude(
     setting: Setting,
     space: Space,
@@ -57,19 +73,11 @@ def conclude(
     genomes: Mapping[str, np.ndarray],
     tuned: Sequence[Tuned],
     say: Callable[[str], None],
-) -> Outcome:
-    """Measure the frozen finalists, select and certify, train the baselines, measure on test once, and save."""
-    config, subject, graph, roles = setting.config, setting.subject, setting.subject.graph, setting.roles
-    metric = config.judged_by
-    whole = Tuned(
-        "dense",
-        engine.Plan(),
-        subject.variables,
-        subject.infer,
-        None,
-        {k: int(v) for k, v in engine.cost(graph, engine.Plan())._asdict().items()} | measured_dense(setting, budget),
-        subject,
-    )
+) -> Conclusion:
+    """Measure the frozen finalists, select and certify, train the baselines, measure on test once, and write tables."""
+    config, roles, metric = setting.config, setting.roles, setting.config.judged_by
+    whole = untouched(setting)
+    whole = replace(whole, cost={**whole.cost, **measured_dense(setting, budget)})
     measured = {each.name: measure(setting, each) for each in (whole, *tuned)}
     dense, others = measured["dense"], [measured[each.name] for each in tuned]
     rule = WithinMargins(config.epsilon, config.eta, budget.measure, metric)
@@ -134,19 +142,35 @@ def conclude(
     report.write_table(
         config.directory / "certificate.csv", report.CERTIFICATE_COLUMNS, certificate_rows(certificate.steps)
     )
-    path = engine.save(
-        config.directory / "selected",
+    path = config.directory / "selected"
+    return Conclusion(
+        Outcome(tuple(lines), outcome, path, baselines["sentence"]),
+        chosen.name,
+        {**_manifest(setting, chosen, outcome, lines, certificate, estimates), "baselines": baselines},
+        _card(setting, outcome, lines, estimates, baselines["sentence"]),
+    )
+
+
+def save(setting: Setting, tuned: Sequence[Tuned], found: Conclusion) -> None:
+    """Save the selected model; all processes of a run take part in this."""
+    chosen = {each.name: each for each in (untouched(setting), *tuned)}[found.selected]
+    hosts.check_room(found.outcome.path.parent, chosen.variables)
+    engine.save(
+        found.outcome.path,
         chosen.subject.spec,
         chosen.variables,
         chosen.plan,
-        manifest={
-            **_manifest(setting, chosen, outcome, lines, certificate, estimates),
-            "baselines": baselines,
-        },
-        card=_card(setting, outcome, lines, estimates, baselines["sentence"]),
+        manifest=found.manifest,
+        card=found.card,
         module=chosen.subject.module,
     )
-    return Outcome(tuple(lines), outcome, path, baselines["sentence"])
+
+
+def untouched(setting: Setting) -> Tuned:
+    """The dense model."""
+    subject, plan = setting.subject, engine.Plan()
+    cost = {name: int(value) for name, value in engine.cost(subject.graph, plan)._asdict().items()}
+    return Tuned("dense", plan, subject.variables, subject.infer, None, cost, subject)
 
 
 def measure(setting: Setting, model: Tuned) -> Finalist:

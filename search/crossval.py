@@ -26,6 +26,7 @@ from scipy import stats
 from treesurgeon.search.data import Roles, Split
 from treesurgeon.search.metrics import Answers, Metric
 from treesurgeon.search.setting import Setting
+from treesurgeon.search.streaming import joined
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ def pool(roles: Roles) -> Split:
     def both(name: str) -> np.ndarray:
         return np.concatenate([getattr(roles.search, name), getattr(roles.certify, name)])
 
-    return Split(both("images"), both("labels"), both("indices"), roles.search.origin, "", both("digests"))
+    images = joined(roles.search.images, roles.certify.images)
+    return Split(images, both("labels"), both("indices"), roles.search.origin, "", both("digests"))
 
 
 def fold_count(setting: Setting) -> int:

@@ -10,12 +10,14 @@ the same in every version (NEP 19), and no method whose stream may change.
 """
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from treesurgeon.search.sources import BATCH, DataError, Source, default_data_dir, open_source
+from treesurgeon.search.streaming import Streamed, normalised, read_raw, room
 
 __all__ = ["DataError", "Roles", "Source", "Split", "default_data_dir", "open_source", "sample_images", "split_roles"]
 
@@ -28,7 +30,7 @@ class Split:
     """The images of one role, in an order without meaning: any prefix is a random sample.
 
     Attributes:
-        images: `[N, H, W, C]` float32, normalised.
+        images: `[N, H, W, C]` float32, normalised; an array, or what stands for one that would not fit into memory.
         labels: `[N]` int32.
         indices: `[N]` int64, positions in the dataset's splits named by `origin`, laid end to end.
         origin: those splits.
@@ -37,7 +39,7 @@ class Split:
         digests: `[N]` uint64, of each image as stored, whatever its label: 8 bytes of BLAKE2b. Empty if unknown.
     """
 
-    images: np.ndarray
+    images: np.ndarray | Streamed
     labels: np.ndarray
     indices: np.ndarray
     origin: tuple[str, ...]
@@ -86,6 +88,7 @@ def split_roles(
     seed: int = 0,
     shares: Sequence[float] = SHARES,
     caps: Mapping[str, int] | None = None,
+    hold: int | None = None,
 ) -> Roles:
     """Give every image of a dataset one role, and read the images.
 
@@ -101,6 +104,8 @@ def split_roles(
         shares: of the images, for `train`, `search`, `certify` and `test`. Where `train` has splits of its own the
             others share the rest, as the last three numbers are to each other.
         caps: the most images of a role, stratified. A cap changes no other role.
+        hold: bytes of float32 images of a role that are held in memory; of a larger one images are read when they are
+            needed (see streaming.py), where `input_shape` is given. By default a sixteenth of the memory.
 
     Raises:
         DataError: splits, labels or images that do not fit, or too few of them.
@@ -123,7 +128,7 @@ def split_roles(
         order = np.argsort(np.random.PCG64([seed, stream]).random_raw(len(labels)), kind="stable")
         parts = _divide(source, origin, labels, order, roles, weights, caps or {})
         for role, indices in parts.items():
-            splits[role] = _read_split(source, origin, indices, labels[indices], input_shape, mean, std)
+            splits[role] = _read_split(source, origin, indices, labels[indices], input_shape, mean, std, hold)
     return Roles(**splits, clean=fitted is not None, label_names=source.label_names)
 
 
@@ -153,7 +158,8 @@ def sample_images(
         raise DataError(f"data {source.spec!r}: it has no images (splits: {dict(source.splits) or 'none'})")
     chosen = np.argsort(np.random.PCG64([seed, 2]).random_raw(total), kind="stable")[:count]
     labels = np.zeros(len(chosen), np.int32)
-    return _read_split(source, tuple(source.splits), chosen, labels, input_shape, mean, std).images
+    found = _read_split(source, tuple(source.splits), chosen, labels, input_shape, mean, std, None)
+    return np.asarray(found.images)
 
 
 def _check_arguments(source: Source, shares: Sequence[float], caps: Mapping[str, int], seed: int) -> None:
@@ -267,10 +273,13 @@ def _read_split(
     input_shape: Sequence[int] | None,
     mean: Sequence[float],
     std: Sequence[float],
+    hold: int | None,
 ) -> Split:
     """Read images in the dataset's order, batch by batch; put them, normalised, in the order of `indices`."""
-    images = np.zeros(0, np.float32)  # allocated when the first batch shows the shape
-    offset = scale = np.ones(1, np.float32)
+    size = 4 * len(indices) * math.prod(input_shape or ())
+    streamed = bool(source.address and input_shape) and size > (room() if hold is None else hold)
+    shape, images = input_shape, np.zeros(0, np.float32)  # allocated when the first batch shows the shape
+    offset = scale = np.zeros(0, np.float32)
     digest = hashlib.sha256()
     digests = np.empty(len(indices), np.uint64)
     position = np.argsort(indices)  # position[k]: where the k-th image of the dataset's order goes
@@ -281,20 +290,25 @@ def _read_split(
         for k in range(0, len(inside), BATCH):
             batch = inside[k : k + BATCH]
             local = ascending[batch] - start
-            raw = source.read_images(split, local)
+            raw = read_raw(source, split, local) if streamed else source.read_images(split, local)
             raw = raw[..., None] if raw.ndim == 3 else raw
             where = f"data {source.spec!r}, split {split!r}"
-            _check_images(where, raw, local, images.shape[1:] if images.size else input_shape)
-            if not images.size:
-                images = np.empty((len(indices), *raw.shape[1:]), np.float32)
+            _check_images(where, raw, local, shape)
+            if not scale.size:
+                shape = raw.shape[1:]
+                images = np.empty((0 if streamed else len(indices), *shape), np.float32)
                 offset, scale = _per_channel(where, mean, std, raw.shape[-1])
                 digest.update(f"{raw.dtype} {raw.shape[1:]}".encode())
             digest.update(np.ascontiguousarray(raw).tobytes())
             digests[position[batch]] = [_image_digest(image) for image in raw]
-            unit = raw.astype(np.float32) / 255 if raw.dtype == np.uint8 else raw.astype(np.float32)
-            images[position[batch]] = (unit - offset) / scale
+            if not streamed:
+                images[position[batch]] = normalised(raw, offset, scale)
         start += source.splits[split]
     digest.update(labels[position].astype("<i4").tobytes())
+    if streamed:
+        assert source.address
+        sizes = tuple((split, source.splits[split]) for split in origin)
+        images = Streamed(source.address, sizes, indices, tuple(input_shape or ()), offset, scale)
     return Split(images, labels, indices, origin, digest.hexdigest(), digests)
 
 

@@ -15,7 +15,7 @@ images, and kept for the whole search where it fits into memory.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,11 +23,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
 from treesurgeon import engine
 from treesurgeon.search.answers import divergence, loss_and_wrong, sharpness
 from treesurgeon.search.data import Split
+from treesurgeon.search.mesh import (
+    CANDIDATE,
+    DATA,
+    EVERY,
+    P,
+    everywhere,
+    from_rows,
+    groups,
+    make_mesh,
+    put,
+    spread,
+    taking,
+    whole,
+)
 from treesurgeon.search.metrics import ACCURACY, Answers, Metric
+from treesurgeon.search.streaming import Ahead, Feed, Streamed
 from treesurgeon.search.subject import Subject
 
 SHARE_OF_MEMORY = 0.2  # for cached frontiers and for a chunk's activations each
@@ -35,6 +51,7 @@ MOST_CHUNK = 8
 SAMPLES = 2048  # places that a candidate's kernels are fitted to
 
 Reconstruct = Literal["kernels", "maps", "none"]
+Keep = Callable[[np.ndarray], np.ndarray]
 
 
 @jax.tree_util.register_dataclass
@@ -42,22 +59,29 @@ Reconstruct = Literal["kernels", "maps", "none"]
 class Batches:
     """Images cut into batches of one size; `weights` are 0 for the images that fill the last one."""
 
-    images: Array  # float32[B, b, H, W, C]
+    images: Array | Feed  # float32[B, b, H, W, C]
     labels: Array  # int32[B, b]
     weights: Array  # float32[B, b]
 
 
 def batches(split: Split, size: int, limit: int | None = None) -> Batches:
-    """The first `limit` images of a split (any prefix is a random sample) in batches of `size`."""
+    """The first `limit` images of a split (any prefix is a random sample) in batches of `size`.
+
+    Images that stay on disk become a `Feed`, which is no array and cannot be handed to compiled functions.
+    """
     count = min(len(split), limit or len(split))
     size = min(size, count)
     fill = -count % size
     at = np.arange(count + fill) % count
     weights = (np.arange(count + fill) < count).astype(np.float32)
     shape = (-1, size)
-    images = split.images[at]
+    if isinstance(split.images, Streamed):
+        images: Any = Feed(split.images, at.reshape(shape))
+    else:
+        found = split.images[at]
+        images = jnp.asarray(found.reshape(*shape, *found.shape[1:]))
     return Batches(
-        jnp.asarray(images.reshape(*shape, *images.shape[1:])),
+        images,
         jnp.asarray(split.labels[at].reshape(shape)),
         jnp.asarray(weights.reshape(shape)),
     )
@@ -66,11 +90,12 @@ def batches(split: Split, size: int, limit: int | None = None) -> Batches:
 def loss_and_error(infer: Callable[[Array], Array], data: Batches) -> tuple[Array, Array]:
     """Mean cross-entropy and share of wrong answers of `infer: images -> logits`."""
 
-    def one(batch: Batches) -> tuple[Array, Array]:
-        losses, wrong = loss_and_wrong(infer(batch.images), batch.labels)
-        return (losses * batch.weights).sum(), (wrong * batch.weights).sum()
+    def one(batch: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        images, labels, weights = batch
+        losses, wrong = loss_and_wrong(infer(images), labels)
+        return (losses * weights).sum(), (wrong * weights).sum()
 
-    losses, wrong = jax.lax.map(one, data)
+    losses, wrong = jax.lax.map(one, (data.images, data.labels, data.weights))
     total = data.weights.sum()
     return losses.sum() / total, wrong.sum() / total
 
@@ -78,11 +103,16 @@ def loss_and_error(infer: Callable[[Array], Array], data: Batches) -> tuple[Arra
 def answering(infer: Callable[[Any, Array], Array], split: Split, batch: int = 250) -> Callable[[Any], Answers]:
     """`answer(variables) -> Answers` of a model to a whole split, compiled once."""
     data = batches(split, batch)
-    compiled = jax.jit(lambda v, images: jax.lax.map(lambda x: infer(v, x), images))
+    compiled = jax.jit(infer)
 
     def answer(variables: Any) -> Answers:
-        logits = np.asarray(compiled(variables, data.images).astype(jnp.float32))
-        return Answers(logits.reshape(-1, logits.shape[-1])[: len(split)], split.labels)
+        found: list[Array] = []
+        for x in data.images:
+            if len(found) > 1:
+                found[-2].block_until_ready()  # no more than two batches are on the device
+            found.append(compiled(variables, x))
+        logits = np.concatenate([np.asarray(part.astype(jnp.float32)) for part in found])
+        return Answers(logits[: len(split)], split.labels)
 
     return answer
 
@@ -163,6 +193,7 @@ class Evaluator:
         compiled: how often the two programs were compiled.
         cached: whether the frontier of all batches is kept.
         frontier_bytes: what the frontier of one batch takes.
+        mesh: the devices.
     """
 
     def __init__(
@@ -177,17 +208,23 @@ class Evaluator:
         reconstruct: Reconstruct = "maps",
         precision: str = "float32",
         cache_bytes: int | None = None,
+        mesh: Mesh | None = None,
     ):
         """`masks` are those of any one candidate: they say what is searched; calls will mostly have `population`."""
         self.data, self.count = data, int(np.asarray(data.weights).sum())
         self.compiled = 0
-        self._variables: Any = subject.variables
+        mesh = mesh or make_mesh((1, 1))
+        self.mesh: Mesh = mesh
+        self._columns = columns = mesh.shape[DATA]
+        self._variables: Any = put(mesh, subject.variables)
+        masks = jax.tree.map(np.asarray, masks)
         self._calibration: Any = None
         self._extra: Any = ({}, {})
         size = data.images.shape[1]
         self.chunk = chunk or (1 if reconstruct == "kernels" else fitting_chunk(subject, size, population))
+        self._take = taking(mesh, P(CANDIDATE))
         if calibration is not None:
-            self._prepare_calibration(subject, masks, calibration, reconstruct)
+            self._prepare_calibration(subject, masks, put(mesh, calibration), reconstruct)
         dtype = jnp.dtype(precision)
 
         def score(variables: Any, x: Array, late: Any) -> Array:
@@ -196,50 +233,61 @@ class Evaluator:
             gated = engine.gate(subject.infer, subject.graph)
             return gated(with_leaves(variables, stats), {**masks, "maps": maps}, x.astype(dtype))
 
-        parts = engine.split(score, self._variables, data.images[0], (masks, self._extra))
+        self._images = Ahead(self._laid_out)
+        example = jax.ShapeDtypeStruct(data.images.shape[1:], data.images.dtype)
+        parts = engine.split(score, self._variables, example, (masks, self._extra))
         self._fixed = jax.jit(parts.once)(self._variables)
-        self._early = jax.jit(parts.early)
-        known = self._early(self._fixed, data.images[0])
-        self.frontier_bytes = sum(leaf.nbytes for leaf in known)
+        self.frontier_bytes = sum(
+            leaf.size * leaf.dtype.itemsize for leaf in jax.eval_shape(parts.early, self._fixed, example)
+        )
         limit = memory() * SHARE_OF_MEMORY if cache_bytes is None else cache_bytes
-        self.cached = self.frontier_bytes * len(data.images) <= limit
-        self._known: dict[int, Any] = {0: known} if self.cached else {}
+        self.cached = self.frontier_bytes * -(-len(data.images) // self._columns) <= limit
+        self._known: dict[int, Any] = {}
 
-        def chunk_score(fixed: Any, known: Any, batch: Any, dense: Array, late: Any, factor: Array) -> Any:
+        def early(fixed: Any, x: Array) -> Any:
+            return jax.tree.map(lambda leaf: leaf[None], parts.early(fixed, x[0]))
+
+        def chunk_score(fixed: Any, known: Any, batch: Any, late: Any, factor: Array) -> Any:
             self.compiled += 1  # runs once for each compilation
-            labels, weights = batch
+            known, (labels, weights, dense) = jax.tree.map(lambda leaf: leaf[0], (known, batch))
             logits = jax.vmap(parts.late, (None, None, 0))(fixed, known, late)
             right = jax.nn.one_hot(labels, logits.shape[-1])
             fitted = jax.vmap(sharpness, (0, None, None))(logits, right, weights)
+            if columns > 1:  # what was fitted to the first of the batches that are shown
+                fitted = jax.lax.all_gather(fitted, DATA)[0]
             factor = jnp.where(jnp.isnan(factor), fitted, factor)
             logits = logits.astype(jnp.float32) * factor[:, None, None]
             losses, wrong = jax.vmap(loss_and_wrong, (0, None))(logits, labels)
             return losses, wrong, jax.vmap(divergence, (None, 0))(dense, logits), factor
 
-        self._score = jax.jit(chunk_score)
-        infer = jax.jit(subject.infer)
-        dense = jnp.stack([infer(subject.variables, x) for x in data.images])
-        right = jax.nn.one_hot(data.labels.reshape(-1), dense.shape[-1])
-        self._dense = dense * jax.jit(sharpness)(dense.reshape(right.shape), right, data.weights.reshape(-1))
+        self._early = spread(mesh, early, (P(), P(DATA)), P(DATA))
+        scores = P(CANDIDATE, DATA)
+        self._score = spread(
+            mesh,
+            chunk_score,
+            (P(), P(DATA), P(DATA), P(CANDIDATE), P(CANDIDATE)),
+            (scores, scores, scores, P(CANDIDATE)),
+        )
+        self._dense = dense_answers(subject, data)
 
     def _prepare_calibration(self, subject: Subject, masks: Any, calibration: Array, reconstruct: Reconstruct) -> None:
         def find(variables: Any, x: Array, masks: Any) -> Any:
             return calibrate(subject, masks, variables, x, reconstruct)
 
-        parts = engine.split(find, subject.variables, calibration, masks)
-        fixed = jax.jit(parts.once)(subject.variables)
+        parts = engine.split(find, self._variables, calibration, masks)
+        fixed = jax.jit(parts.once)(self._variables)
         known = jax.jit(parts.early)(fixed, calibration)
         stats, _ = jax.jit(parts.late)(fixed, known, masks)
         varies, _ = parts.varies
         # What lies before the first mask is every candidate's: it goes into the variables, and stays unbatched.
-        self._variables = with_leaves(subject.variables, {p: v for p, v in stats.items() if not varies[p]})
+        self._variables = with_leaves(self._variables, {p: v for p, v in stats.items() if not varies[p]})
 
         def chunk_calibrate(fixed: Any, known: Any, masks: Any) -> Any:
             self.compiled += 1
             stats, maps = jax.vmap(parts.late, (None, None, 0))(fixed, known, masks)
             return {p: v for p, v in stats.items() if varies[p]}, maps
 
-        self._calibrate = jax.jit(chunk_calibrate)
+        self._calibrate = spread(self.mesh, chunk_calibrate, (P(), P(), P(EVERY)), P(EVERY))
         self._calibration = (fixed, known)
         stats, maps = jax.eval_shape(parts.late, fixed, known, masks)
         self._extra = ({p: v for p, v in stats.items() if varies[p]}, maps)
@@ -250,12 +298,13 @@ class Evaluator:
             return ({}, {})
         total = len(jax.tree.leaves(masks)[0])
         found = []
-        for rows in chunks(np.arange(total), self.chunk):
-            found.append(self._calibrate(*self._calibration, _rows(masks, rows)))
+        for rows in groups(list(chunks(np.arange(total), self.chunk)), self.mesh.size):
+            each = self._calibrate(*self._calibration, put(self.mesh, _rows(masks, rows), P(EVERY)))
+            found.append(everywhere(self.mesh, each))
         return jax.tree.map(lambda *parts: jnp.concatenate(parts)[:total], *found)
 
     def __call__(
-        self, masks: Any, keep: Callable[[np.ndarray], np.ndarray] | None = None, limit: int | None = None
+        self, masks: Any, keep: Keep | None = None, limit: int | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Loss, wrong or not, and divergence from the dense model, each `[P, N]`; NaN and True for images not seen.
 
@@ -266,37 +315,115 @@ class Evaluator:
             keep: called after each batch with the losses so far, `[P, n]`: which candidates go on, `bool[P]`.
             limit: batches of images at most.
         """
-        total = len(jax.tree.leaves(masks)[0])
-        late = (masks, self.calibrated(masks))
-        weights = np.asarray(self.data.weights) > 0
-        losses = np.full((total, weights.size), np.nan, np.float32)
-        wrong = np.ones((total, weights.size), bool)
-        apart = np.full_like(losses, np.nan)
-        factors = np.full(total, np.nan, np.float32)
-        alive = np.arange(total)
-        size = weights.shape[1]
-        for b in range(min(len(weights), limit or len(weights))):
-            known = self._frontier(b)
-            for rows in chunks(alive, self.chunk):
-                batch = self.data.labels[b], self.data.weights[b]
-                found = self._score(self._fixed, known, batch, self._dense[b], _rows(late, rows), factors[rows])
-                at = slice(b * size, (b + 1) * size)
-                losses[rows, at], wrong[rows, at], apart[rows, at], factors[rows] = (np.asarray(part) for part in found)
-            if keep is not None:
-                going = keep(losses[:, : min((b + 1) * size, self.count)])
-                alive = alive[going[alive]]
-                if not len(alive):
-                    break
-        real = weights.reshape(-1)
-        return losses[:, real], wrong[:, real], apart[:, real]
+        masks = jax.tree.map(np.asarray, masks)
+        extra = self.calibrated(masks)
+        width = self.mesh.shape[CANDIDATE]
 
-    def _frontier(self, b: int) -> Any:
+        def score(pieces: list[np.ndarray], b: int, factors: np.ndarray) -> Iterator[Any]:
+            for rows in groups(pieces, width):
+                found = self.show(_rows(masks, rows), self._take(extra, rows), b, factors[rows])
+                for start in range(0, len(rows), self.chunk):
+                    yield [part[start : start + self.chunk] for part in found]
+
+        total = len(jax.tree.leaves(masks)[0])
+        return race(score, total, np.asarray(self.data.weights), self.chunk, self._columns, keep, limit)
+
+    def show(self, masks: Any, extra: Any, b: int, factors: np.ndarray) -> list[np.ndarray]:
+        """Losses, wrong or not, divergences and factors of a chunk of candidates for each row of the mesh; see `race`.
+
+        Args:
+            masks: theirs, stacked.
+            extra: what they need besides, likewise.
+            b: the first of the batches that they are shown.
+            factors: of their logits, NaN where they are to be found.
+        """
+        known, batch = self._shown(b)
+        late, factors = put(self.mesh, ((masks, extra), factors), P(CANDIDATE))
+        return list(whole(self._score(self._fixed, known, batch, late, factors)))
+
+    def _shown(self, b: int) -> Any:
+        """Of the batches that the columns of the mesh are shown from `b` on: the frontier, and what answers should be.
+
+        Where there are fewer batches than columns, the rest see the last one again.
+        """
         if b in self._known:
             return self._known[b]
-        known = self._early(self._fixed, self.data.images[b])
+        next_one = b + self._columns
+        if next_one >= len(self.data.images):  # then from the start again, unless all that is known by then
+            next_one = None if self.cached or next_one == self._columns else 0
+        x = self._images(b, next_one)
+        right = (np.asarray(part)[self._columns_at(b)] for part in (self.data.labels, self.data.weights, self._dense))
+        shown = self._early(self._fixed, x), put(self.mesh, tuple(right), P(DATA))
         if self.cached:
-            self._known[b] = known
-        return known
+            self._known[b] = shown
+        return shown
+
+    def _columns_at(self, b: int) -> np.ndarray:
+        return np.minimum(np.arange(b, b + self._columns), len(self.data.images) - 1)
+
+    def _laid_out(self, b: int) -> Any:
+        """The images of these batches, on the devices; a process reads those for its own devices alone."""
+        images, at = self.data.images, self._columns_at(b)
+        return from_rows(self.mesh, lambda i: np.asarray(images[int(at[i])]), len(at), images.shape[1:], P(DATA))
+
+
+def race(
+    score: Callable[[list[np.ndarray], int, np.ndarray], Iterable[Any]],
+    total: int,
+    weights: np.ndarray,
+    chunk: int,
+    columns: int = 1,
+    keep: Keep | None = None,
+    limit: int | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Show batch after batch to the candidates that are left; what `Evaluator.__call__` returns.
+
+    Args:
+        score: called with pieces, each the numbers of `chunk` candidates, the first batch, and a factor for every
+            candidate, NaN where it has none yet: for each piece losses, wrong or not and divergences
+            `[chunk, columns * b]`, and factors `[chunk]`, in any array type.
+        total: candidates.
+        weights: of the images, `float[B, b]`.
+        chunk: candidates a piece.
+        columns: batches that are shown at once.
+        keep, limit: see `Evaluator.__call__`. Where several batches are shown at once, candidates are judged after each
+            of them all the same, and what one saw after it was out is forgotten.
+    """
+    real = weights > 0
+    count, size, seen = int(real.sum()), weights.shape[1], min(len(weights), limit or len(weights))
+    losses = np.full((total, weights.size), np.nan, np.float32)
+    wrong = np.ones((total, weights.size), bool)
+    apart = np.full_like(losses, np.nan)
+    factors = np.full(total, np.nan, np.float32)
+    alive = np.ones(total, bool)
+    for first in range(0, seen, columns):
+        here = range(first, min(first + columns, seen))
+        pieces = list(chunks(np.flatnonzero(alive), chunk))
+        at = slice(first * size, (here[-1] + 1) * size)
+        width = at.stop - at.start
+        for rows, found in zip(pieces, score(pieces, first, factors), strict=False):
+            parts = [np.asarray(part) for part in found]
+            losses[rows, at], wrong[rows, at], apart[rows, at] = (part[:, :width] for part in parts[:3])
+            factors[rows] = parts[3]
+        if keep is None:
+            continue
+        for b in here:
+            out = slice(b * size, (b + 1) * size)
+            losses[~alive, out], wrong[~alive, out], apart[~alive, out] = np.nan, True, np.nan
+            if alive.any():
+                alive &= keep(losses[:, : min((b + 1) * size, count)])
+        if not alive.any():
+            break
+    real = real.reshape(-1)
+    return losses[:, real], wrong[:, real], apart[:, real]
+
+
+def dense_answers(subject: Subject, data: Batches) -> Array:
+    """The dense model's logits for every batch, `[B, b, classes]`, at their best temperature."""
+    infer = jax.jit(subject.infer)
+    dense = jnp.stack([infer(subject.variables, x) for x in data.images])
+    right = jax.nn.one_hot(data.labels.reshape(-1), dense.shape[-1])
+    return dense * jax.jit(sharpness)(dense.reshape(right.shape), right, data.weights.reshape(-1))
 
 
 def _rows(tree: Any, rows: np.ndarray) -> Any:
@@ -324,7 +451,7 @@ def fitting_chunk(subject: Subject, images: int, population: int | None = None) 
 
 def memory() -> int:
     """Bytes of memory that the device has: not what is free now, so that a run that is resumed is cut up alike."""
-    stats = jax.devices()[0].memory_stats()
+    stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

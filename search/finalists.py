@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,9 @@ from treesurgeon.search import crossval, evolve
 from treesurgeon.search.budget import Budget, example
 from treesurgeon.search.config import RunError
 from treesurgeon.search.evaluate import answering
+from treesurgeon.search.finetune import FitResult
 from treesurgeon.search.latency import pick_measured, profile_plan
+from treesurgeon.search.metrics import Answers
 from treesurgeon.search.setting import Setting
 from treesurgeon.search.space import Space
 from treesurgeon.search.tuning import Tuned, tune
@@ -136,3 +138,33 @@ def fine_tuned(setting: Setting, start: Tuned, say: Callable[[str], None]) -> Tu
     if not config.epochs:
         return replace(start, trail=(note(start.variables),)) if note else start
     return tune(setting, start, say, policy=setting.policy, distill=config.distill, note=note)
+
+
+class Refined(NamedTuple):
+    """A finalist that was finished on another machine: what can be sent from there, and what there was to say."""
+
+    name: str
+    plan: engine.Plan
+    variables: Any
+    fitted: FitResult | None
+    cost: Mapping[str, float]
+    trail: tuple[Answers, ...]
+    said: tuple[str, ...]
+
+
+def refine(setting: Setting, name: str, plan: engine.Plan, measured: Mapping[str, float]) -> Refined:
+    """`finish`, to be `received` elsewhere."""
+    said: list[str] = []
+    found = finish(setting, name, plan, measured, said.append)
+    variables = jax.tree.map(np.asarray, found.variables)
+    fitted = replace(found.fitted, params=variables) if found.fitted else None
+    return Refined(name, plan, variables, fitted, found.cost, found.trail, tuple(said))
+
+
+def received(setting: Setting, found: Refined, say: Callable[[str], None]) -> Tuned:
+    """The finalist that was refined elsewhere."""
+    for line in found.said:
+        say(line)
+    subject = setting.subject
+    infer = engine.narrow(subject.infer, subject.graph, found.plan)
+    return Tuned(found.name, found.plan, found.variables, infer, found.fitted, found.cost, subject, found.trail)

@@ -24,6 +24,7 @@ from jax import Array
 from jax.tree_util import keystr
 
 from treesurgeon.engine.errors import TreesurgeonError
+from treesurgeon.search.streaming import Feed, Streamed
 
 Params = Any  # a pytree of arrays
 Batch = Mapping[str, Array]
@@ -101,7 +102,7 @@ def fit(
             (`{"batch_stats": …}`) whose leaves replace those at the same paths.
         params: pytree of arrays, narrow or not.
         trainable: the same pytree with a bool at each leaf.
-        data: arrays with one row an image; a batch holds the same names.
+        data: arrays with one row an image, or what stands for one (`streaming.Streamed`); batches hold the same names.
         recipe: optimiser, schedule, stopping.
         key: drives shuffling and the loss's own randomness.
         evaluate: `params -> (loss, error)` on `search`, in inference mode.
@@ -131,8 +132,10 @@ def fit(
     # One compiled step and a loop on the host: inside `lax.scan`, XLA's CPU backend runs the gradients of convolutions
     # many times slower.
     @jax.jit
-    def update(state: Any, arrays: Batch, given: Any, index: Array, key: Array) -> Any:
-        return step(state, {**given, **{name: array[index] for name, array in arrays.items()}}, key)
+    def update(state: Any, batch: Batch, given: Any, key: Array) -> Any:
+        return step(state, {**given, **batch}, key)
+
+    take = jax.jit(lambda arrays, index: {name: array[index] for name, array in arrays.items()})
 
     @jax.jit
     def schedule(key: Array) -> tuple[Array, Array]:
@@ -140,20 +143,25 @@ def fit(
         order = jnp.resize(jax.random.permutation(shuffle, rows), (steps, size))
         return order, jax.random.split(noise, steps)
 
-    def epoch(state: Any, arrays: Batch, key: Array) -> Any:
-        losses = []
-        for index, noise in zip(*schedule(key), strict=True):
-            state, loss = update(state, arrays, given, index, noise)
+    def epoch(state: Any, key: Array) -> Any:
+        order, noises = schedule(key)
+        feeds = {name: Feed(array, np.asarray(order)) for name, array in streamed.items()}
+        losses: list[Array] = []
+        for index, noise, *read in zip(order, noises, *feeds.values(), strict=True):
+            if feeds and len(losses) > 1:
+                losses[-2].block_until_ready()  # no more than two batches are on the device
+            state, loss = update(state, take(arrays, index) | dict(zip(feeds, read, strict=True)), given, noise)
             losses.append(loss)
         return state, jnp.stack(losses).mean()
 
-    arrays = {name: jnp.asarray(array) for name, array in data.items()}
+    streamed = {name: array for name, array in data.items() if isinstance(array, Streamed)}
+    arrays = {name: jnp.asarray(array) for name, array in data.items() if name not in streamed}
     state = trained, frozen, optimizer.init(trained)
     history = [Epoch(0, None, *map(float, evaluate(params)))]
     best, best_epoch = params, 0
     for number in range(1, recipe.epochs + 1):
         now = jax.random.fold_in(key, number)
-        state, loss = epoch(state, arrays, now)
+        state, loss = epoch(state, now)
         current = join(*state[:2])
         history.append(Epoch(number, float(loss), *map(float, evaluate(current))))
         if _merit(history[-1], recipe) < _merit(history[best_epoch], recipe):

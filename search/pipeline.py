@@ -23,36 +23,50 @@ import optax
 from jax import Array
 
 from treesurgeon import engine
-from treesurgeon.search import crossval, evolve, racing, report, sensitivity, shift
+from treesurgeon.search import crossval, evolve, hosts, racing, report, sensitivity, shift
+from treesurgeon.search.answers import loss_and_wrong
 from treesurgeon.search.budget import Budget, make_budget
-from treesurgeon.search.conclusion import Outcome, conclude, recall
+from treesurgeon.search.conclusion import Outcome, conclude, recall, save
 from treesurgeon.search.config import Config, RunError, claim, identity
-from treesurgeon.search.evaluate import Batches, Evaluator, batches, in_precision, loss_and_error
-from treesurgeon.search.finalists import finish, pick
+from treesurgeon.search.evaluate import Batches, batches, in_precision
+from treesurgeon.search.finalists import finish, pick, received, refine
 from treesurgeon.search.live import Generation
 from treesurgeon.search.lock import alone
 from treesurgeon.search.page import write_page
+from treesurgeon.search.pool import Pool
+from treesurgeon.search.scoring import describe, hire, make_scorer, make_sweep, pick_mesh
 from treesurgeon.search.setting import Setting, prepare
 from treesurgeon.search.space import Space, build, first_stage
 from treesurgeon.search.state import States
 from treesurgeon.search.sweep import Sweep
 from treesurgeon.search.truncating import truncations
+from treesurgeon.search.workers import Crew, Job
 
 Say = Callable[[str], None]
 
 CALIBRATION = 256  # images of train that units are ranked on
-SWEEP_IMAGES = 128  # of search
-PACKAGES = ("treesurgeon", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 FISHER_IMAGES = 64  # each takes a backward pass of its own
 
 
-def run(config: Config, say: Say = print) -> Outcome:
-    """Run or resume a search; see `Config`.
+def run(config: Config, say: Say = print, pool: Pool | None = None) -> Outcome:
+    """Run or resume a search; see `Config`, and `Pool` for where.
 
     Raises:
         TreesurgeonError, ModelError: bad input, told before anything is written.
     """
-    setting = prepare(config)
+    pool = pool or Pool()
+    pool.check()
+    if pool.distributed:
+        hosts.join(pool.coordinator, pool.processes, pool.process)
+        hosts.agree("versions", hosts.versions())
+        say = say if hosts.lead() else lambda line: None
+        say(f"{jax.process_count()} processes with {jax.device_count()} devices; if one of them ends, all do")
+    with hosts.watched():
+        return _run(config, say, pool)
+
+
+def _run(config: Config, say: Say, pool: Pool) -> Outcome:
+    setting = hosts.each(lambda: prepare(config, pool.hold))
     subject, roles = setting.subject, setting.roles
     graph, dense = subject.graph, engine.cost(subject.graph, engine.Plan())
     if setting.head:
@@ -67,37 +81,51 @@ def run(config: Config, say: Say = print) -> Outcome:
         say(config.judged_by.resolution(roles.certify.labels, config.epsilon, config.delta))
     if crossval.needed(setting):
         say("which is too few for yours: cross-validation on search and certify will take the certificate's place")
-    claim(config, identity(config, {"data": roles.fingerprints, "checkpoint": setting.checkpoint}))
-    with alone(config.directory):
-        return go_on(setting, say)
+    content = identity(config, {"data": roles.fingerprints, "checkpoint": setting.checkpoint})
+    # Options first: what they differ in says more than what comes of it.
+    ordered = dict(sorted(content.items(), key=lambda item: item[0] in ("data", "checkpoint")))
+    hosts.agree("options, data or checkpoint", {**ordered, "out": config.directory})
+    hosts.together(lambda: claim(config, content))
+    with hosts.led(lambda: alone(config.directory)):
+        return go_on(setting, say, pool)
 
 
-def go_on(setting: Setting, say: Say) -> Outcome:
+def go_on(setting: Setting, say: Say, pool: Pool) -> Outcome:
     """Run a search from where it is to its end, or show the outcome of one that is complete."""
     config = setting.config
-    if (config.directory / "selected").exists():
+    if hosts.together(lambda: (config.directory / "selected").exists()):
         say("this run is complete; choose another --out to run again")
         if not (config.directory / "report.html").exists():
             say(f"it has no report: treesurgeon report {config.directory} writes it")
-        return recall(setting)
-    shifted = shift.look(setting)
+        return hosts.together(lambda: recall(setting))
+    shifted = hosts.together(lambda: shift.look(setting))
     say(shifted.sentence)
-    (config.directory / "shift.json").write_text(json.dumps(asdict(shifted), indent=1) + "\n")
+    text = json.dumps(asdict(shifted), indent=1) + "\n"
+    hosts.together(lambda: (config.directory / "shift.json").write_text(text))
     states = States(config.directory / "state")
     scores = states.arrays("scores", lambda: rank(setting))
     space = build_space(setting, scores)
-    record(setting, space)
+    hosts.together(lambda: record(setting, space))
     variants = np.prod(space.cardinality.astype(float))
     say(f"searching {len(space.groups)} groups and {len(space.blocks)} blocks: {variants:.1e} variants")
     budget = make_budget(setting, space, states, say)
-    front = search(setting, space, budget, states, say)
-    picked = pick(setting, space, budget, front, say)
-    tuned = [finish(setting, f"v{i}", space.to_plan(genome), found, say) for i, (genome, found) in enumerate(picked, 1)]
+    crew = hire(setting, space, pool, say) if pool.ray else None
+    front = search(setting, space, budget, states, say, pool, crew)
+    picked = hosts.together(lambda: pick(setting, space, budget, front, say))
+    finalists = [(setting, f"v{i}", space.to_plan(genome), found) for i, (genome, found) in enumerate(picked, 1)]
+    if crew:
+        refined = crew.done([Job("refine", tuple(given)) for _, *given in finalists])
+        tuned = [received(setting, each, say) for each in refined]
+    elif hosts.several():
+        tuned = [received(setting, each, say) for each in hosts.shared(len(finalists), lambda i: refine(*finalists[i]))]
+    else:
+        tuned = [finish(*given, say) for given in finalists]
     genomes = {each.name: genome for each, (genome, _) in zip(tuned, picked, strict=True)}
     tuned += truncations(setting, budget, say)
-    outcome = conclude(setting, space, budget, genomes, tuned, say)
-    say(f"wrote {write_page(config.directory)}")
-    return outcome
+    found = hosts.together(lambda: conclude(setting, space, budget, genomes, tuned, say))
+    save(setting, tuned, found)
+    say(f"wrote {hosts.together(lambda: write_page(config.directory))}")
+    return found.outcome
 
 
 def record(setting: Setting, space: Space) -> None:
@@ -124,7 +152,7 @@ def environment() -> dict[str, Any]:
     device = jax.devices()[0]
     return {
         "python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES},
+        **{name: version(name) for name in hosts.PACKAGES},
         "system": f"{platform.system()} {platform.machine()}",
         "device": f"{device.device_kind} ({device.platform}), {jax.device_count()} of them",
     }
@@ -184,15 +212,20 @@ class Progress:
     references: racing.References
 
 
-def search(setting: Setting, space: Space, budget: Budget, states: States, say: Say) -> evolve.Scored:
+def search(
+    setting: Setting,
+    space: Space,
+    budget: Budget,
+    states: States,
+    say: Say,
+    pool: Pool | None = None,
+    crew: Crew | None = None,
+) -> evolve.Scored:
     """Evolve the front, or what is left of it; every generation is saved."""
     config, measure, dense = setting.config, budget.measure, budget.dense
-    evaluator = make_evaluator(setting, space)
-    where = "kept in memory" if evaluator.cached else "computed for each generation"
-    say(
-        f"{evaluator.count} images score a candidate, {evaluator.chunk} candidates at a time; what comes before the "
-        f"first change is {where} ({evaluator.frontier_bytes / 2**20:.1f} MB a batch)"
-    )
+    mesh = None if crew else pick_mesh(setting, pool or Pool())
+    evaluator = make_scorer(setting, space, mesh, crew)
+    describe(setting, evaluator, say)
 
     if config.precision != "float32":
         exact, ours = (answer_loss(setting, evaluator.data, dtype) for dtype in ("float32", config.precision))
@@ -218,7 +251,7 @@ def search(setting: Setting, space: Space, budget: Budget, states: States, say: 
         "descent",
         lambda: walk(
             space,
-            make_sweep(setting, space),
+            make_sweep(setting, space, mesh, crew),
             energies(setting, space),
             sizes,
             budget.share,
@@ -227,7 +260,8 @@ def search(setting: Setting, space: Space, budget: Budget, states: States, say: 
             say,
         ),
     )
-    report.write_sensitivity(config.directory / "sensitivity.csv", sensitivity.table(space, walked["rise"]))
+    rises = sensitivity.table(space, walked["rise"])
+    hosts.together(lambda: report.write_sensitivity(config.directory / "sensitivity.csv", rises))
     state = evolve.init(
         jax.random.key(config.seed),
         space.cardinality,
@@ -244,6 +278,7 @@ def search(setting: Setting, space: Space, budget: Budget, states: States, say: 
         start = time.perf_counter()
         done = int(state.generation)
         children = ask(state, space.cardinality)
+        hosts.agree("candidates", {"generation": done, "genomes": np.asarray(children).tolist()})
         masks, costs = masks_and_costs(children)
         costs = {name: np.asarray(values) for name, values in costs.items()}
         violation = budget.over(costs)
@@ -263,7 +298,9 @@ def search(setting: Setting, space: Space, budget: Budget, states: States, say: 
         seen["kept"] = kept_units(space, masks)
         seen.pop("size")
         rows = [{name: values[i] for name, values in seen.items()} for i in range(config.population)]
-        report.write_generation(config.directory / "candidates.csv", done, rows)
+        hosts.together(
+            lambda done=done, rows=rows: report.write_generation(config.directory / "candidates.csv", done, rows)
+        )
         states.save(done + 1, Progress(state, references))
         took = time.perf_counter() - start
         front, total = evolve.front(state), config.generations
@@ -279,31 +316,6 @@ def kept_units(space: Space, masks: Any) -> np.ndarray:
     units = {group: np.asarray(mask).sum(-1) for group, mask in masks["units"].items()}
     kept = [units.get(group, np.full(count, size)) for group, size in space.sizes.items()]
     return np.array(kept, int).reshape(-1, count).T
-
-
-def make_evaluator(setting: Setting, space: Space) -> Evaluator:
-    """What scores the candidates of a space."""
-    config, roles = setting.config, setting.roles
-    one = jax.jit(space.decode)(space.dense_genome())
-    calibration = jnp.asarray(roles.train.images[: config.calibration_images]) if config.calibration_images else None
-    return Evaluator(
-        setting.subject,
-        one,
-        calibration,
-        batches(roles.search, 128, config.search_images),
-        chunk=config.chunk,
-        population=config.population,
-        reconstruct=config.reconstruct,
-        precision=config.precision,
-    )
-
-
-def make_sweep(setting: Setting, space: Space) -> Sweep:
-    """What tries single changes."""
-    config, roles = setting.config, setting.roles
-    calibration = jnp.asarray(roles.train.images[: config.calibration_images]) if config.calibration_images else None
-    data = batches(roles.search, SWEEP_IMAGES, SWEEP_IMAGES)
-    return Sweep(setting.subject, space, calibration, data, chunk=config.chunk, reconstruct=config.reconstruct)
 
 
 def energies(setting: Setting, space: Space) -> dict[str, np.ndarray]:
@@ -326,8 +338,13 @@ def answer_loss(setting: Setting, data: Batches, precision: str) -> float:
     """The dense model's loss on the scoring images, computed in this precision."""
     infer = setting.subject.infer
     variables = in_precision(setting.subject.variables, precision)
-    scored = jax.jit(lambda v, d: loss_and_error(lambda x: infer(v, x.astype(precision)), d)[0])
-    return float(scored(variables, data))
+
+    @jax.jit
+    def total(v: Any, x: Array, labels: Array, weights: Array) -> Array:
+        return (loss_and_wrong(infer(v, x.astype(precision)), labels)[0] * weights).sum()
+
+    losses = [total(variables, *batch) for batch in zip(data.images, data.labels, data.weights, strict=True)]
+    return float(np.sum(losses) / np.asarray(data.weights).sum())
 
 
 def walk(

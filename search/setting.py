@@ -64,8 +64,8 @@ class Opened:
     fitted: tuple[str, ...] | None
 
 
-def open_parts(config: Config) -> Opened:
-    """Open the data and the model, and check that they fit each other but for their labels."""
+def open_parts(config: Config, hold: int | None = None) -> Opened:
+    """Open the data and the model, and check that they fit each other but for their labels; see `prepare`."""
     preset = models.get(config.model) if ":" not in config.model else None
     size = config.image_size * 2 if len(config.image_size) == 1 else config.image_size
     wanted = (*(size or preset.input_shape[:2]), preset.input_shape[2]) if preset else size or None
@@ -90,6 +90,7 @@ def open_parts(config: Config) -> Opened:
         seed=config.seed,
         shares=config.shares,
         caps={"train": config.max_train},
+        hold=hold,
     )
     for role in ("train", "test"):
         if len(np.unique(getattr(roles, role).labels)) < 2:
@@ -99,10 +100,15 @@ def open_parts(config: Config) -> Opened:
     return Opened(subject, roles, labels, tuple(mean), tuple(std), fitted)
 
 
-def prepare(config: Config) -> Setting:
-    """Open the data and the model, replace the head where the labels ask for it, and check the budget."""
+def prepare(config: Config, hold: int | None = None) -> Setting:
+    """Open the data and the model, replace the head where the labels ask for it, and check the budget.
+
+    Args:
+        config: the run's.
+        hold: bytes of images of a role that are held in memory, see `split_roles`.
+    """
     config.check()
-    opened = open_parts(config)
+    opened = open_parts(config, hold)
     subject, head = opened.subject, None
     checkpoint = fingerprint(subject.variables)
     if opened.labels.replaced:

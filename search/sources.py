@@ -9,7 +9,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,19 @@ class DataError(TreesurgeonError):
 
 
 @dataclass(frozen=True)
+class Address:
+    """How to open a dataset again, in another process; see `open_source`."""
+
+    spec: str
+    data_dir: str | None
+    shape: tuple[int, ...] | None
+
+    def open(self) -> "Source":
+        """Open it."""
+        return open_source(self.spec, self.data_dir, self.shape)
+
+
+@dataclass(frozen=True)
 class Source:
     """A dataset that is there, and how to read it.
 
@@ -39,6 +52,7 @@ class Source:
         read_images: `(split, ascending indices [n]) -> [n, H, W, C]`, or `[n, H, W]` for a single channel, as
             stored: uint8, or floating point.
         named: whether `label_names` are names that somebody gave, not numbers that were counted.
+        address: how to open it again; None where its images are in memory anyway.
     """
 
     spec: str
@@ -47,6 +61,7 @@ class Source:
     read_labels: Callable[[str], np.ndarray]
     read_images: Callable[[str, np.ndarray], np.ndarray]
     named: bool = False
+    address: Address | None = None
 
     @property
     def num_classes(self) -> int:
@@ -79,6 +94,12 @@ def open_source(spec: str, data_dir: str | Path | None = None, shape: Sequence[i
         DataError: it is not there, or cannot be read; the message says what to run.
     """
     root = default_data_dir() if data_dir is None else Path(data_dir).expanduser()
+    address = Address(spec, None if data_dir is None else str(data_dir), None if shape is None else tuple(shape))
+    found = _open(spec, root, shape)
+    return found if spec.startswith("npz:") else replace(found, address=address)
+
+
+def _open(spec: str, root: Path, shape: Sequence[int] | None) -> Source:
     kind, _, rest = spec.partition(":")
     if spec == "digits":
         from treesurgeon.search import digits  # imports TFDS and scikit-learn: seconds, and only here

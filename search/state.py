@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from treesurgeon.search import hosts
 from treesurgeon.search.config import RunError
 
 KEPT = 2  # generations that stay on disk
@@ -26,7 +27,7 @@ class States:
     def arrays(self, name: str, make: Callable[[], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """Arrays by name that are made once in a run: a resumed search must start from what it started from before."""
         path = self.directory / name
-        if not path.exists():
+        if not hosts.together(path.exists):
             made = make()
             names = np.frombuffer(json.dumps(list(made)).encode(), np.uint8)
             _write(path, {"names": names, **{str(i): np.asarray(x) for i, x in enumerate(made.values())}})
@@ -41,15 +42,13 @@ class States:
         """Save the state after so many generations."""
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
         path = self.directory / f"{generation:06d}"
-        if path.exists():
-            shutil.rmtree(path)
+        hosts.together(lambda: path.exists() and shutil.rmtree(path))
         _write(path, {str(i): leaf for i, leaf in enumerate(leaves)})
-        for old in self._saved()[:-KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
+        hosts.together(self._forget)
 
     def latest(self, start: Any) -> Any:
         """The newest saved state, else `start`."""
-        saved = self._saved()
+        saved = hosts.together(self._saved)
         if not saved:
             return start
         loaded: Any = _read(saved[-1])
@@ -62,6 +61,10 @@ class States:
                 raise RunError(f"{saved[-1]} holds the state of another search: move {self.directory} away")
         return jax.tree.unflatten(tree, [jax.numpy.asarray(leaf) for leaf in found])
 
+    def _forget(self) -> None:
+        for old in self._saved()[:-KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
+
     def _saved(self) -> list[Path]:
         if not self.directory.is_dir():
             return []
@@ -69,14 +72,12 @@ class States:
 
 
 def _write(path: Path, tree: Any) -> None:
+    """Save with Orbax, from all processes."""
+    hosts.check_room(path.parent, tree)
     try:
         ocp.save(str(path), tree)
     except Exception as error:  # Orbax raises many types for a disk that is full or may not be written
-        text = str(error).strip().split("\n")[0][:300]
-        raise RunError(
-            f"{path} cannot be written ({type(error).__name__}: {text}): make room, or see to the permissions, and run "
-            "the same command again to go on"
-        ) from error
+        raise RunError(hosts.unwritable(path, error)) from error
 
 
 def _read(path: Path) -> Any:

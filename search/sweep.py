@@ -17,10 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
 from treesurgeon import engine
 from treesurgeon.search.answers import divergence, sharpness
 from treesurgeon.search.evaluate import Batches, Reconstruct, calibrate, chunks, fitting_chunk, with_leaves
+from treesurgeon.search.mesh import EVERY, P, groups, make_mesh, put, spread, whole
 from treesurgeon.search.space import Space
 from treesurgeon.search.subject import Subject
 
@@ -64,12 +66,16 @@ class Sweep:
         chunk: int | None = None,
         reconstruct: Reconstruct = "maps",
         parts: int = PARTS,
+        mesh: Mesh | None = None,
     ):
         """Of `data` the first batch is used; the other arguments are those of `Evaluator`."""
         self.space, self.compiled = space, 0
+        self._before: Any = None  # what was computed last of what comes before a part, and for which masks
+        mesh = mesh or make_mesh((1, 1))
+        self.mesh: Mesh = mesh
         x = data.images[0]
-        self._variables, self._labels, self._weights = subject.variables, data.labels[0], data.weights[0]
-        self._data = (x, x[:0] if calibration is None else calibration)
+        self._variables, self._labels, self._weights = put(mesh, subject.variables), data.labels[0], data.weights[0]
+        self._data = put(mesh, (x, x[:0] if calibration is None else calibration))
 
         def answer(variables: Any, data: Any, masks: Any) -> Array:
             x, calibration = data
@@ -95,9 +101,8 @@ class Sweep:
                 self.compiled += 1  # runs once for each compilation
                 return jax.vmap(lambda masks: cut.late(fixed, known, masks))(masks)
 
-            self.parts.append(
-                Part(frozenset(genes), leaves, jax.jit(cut.once), jax.jit(cut.early), jax.jit(late), size)
-            )
+            compiled = jax.jit(cut.once), jax.jit(cut.early), spread(mesh, late, (P(), P(), P(EVERY)), P(EVERY))
+            self.parts.append(Part(frozenset(genes), leaves, *compiled, size))
 
     def __call__(self, start: np.ndarray, changed: np.ndarray) -> np.ndarray:
         """The divergence of the answers of each of `changed` from those of `start`, in nats, `float[K]`.
@@ -117,16 +122,33 @@ class Sweep:
             mine = np.flatnonzero([g in part.genes for g in gene])
             if not len(mine):
                 continue
-            rest = [leaf[0] for i, leaf in enumerate(leaves) if i not in part.leaves]
-            fixed = part.once(self._variables)
-            known = part.early(fixed, (self._data, rest))
             rows = np.concatenate([[0], mine + 1])  # the start itself, for comparison
-            found = []
-            for at in chunks(rows, part.chunk):
-                found.append(np.asarray(part.late(fixed, known, [leaves[i][at] for i in part.leaves])))
-            logits = np.concatenate(found)[: len(rows)]
+            logits = np.concatenate(self.answers(part, leaves, list(chunks(rows, part.chunk))))[: len(rows)]
             out[mine] = [moved(logits[0], each, self._labels, self._weights) for each in logits[1:]]
         return out
+
+    def answers(self, part: Part, leaves: list[np.ndarray], pieces: list[np.ndarray]) -> list[np.ndarray]:
+        """The logits of pieces of candidates, `[chunk, b, classes]` each.
+
+        Args:
+            part: the one whose leaves may differ between them.
+            leaves: of the masks of all candidates; what they have in common is read off the first.
+            pieces: `part.chunk` rows of the leaves each.
+        """
+        rest = [leaf[0] for i, leaf in enumerate(leaves) if i not in part.leaves]
+        if self._before is None or self._before[0] is not part or not _alike(self._before[1], rest):
+            fixed = part.once(self._variables)
+            self._before = part, rest, fixed, part.early(fixed, (self._data, rest))
+        _, _, fixed, known = self._before
+        found = []
+        for rows in groups(pieces, self.mesh.size):
+            masks = put(self.mesh, [leaves[i][rows] for i in part.leaves], P(EVERY))
+            found += np.split(whole(part.late(fixed, known, masks)), self.mesh.size)
+        return found[: len(pieces)]
+
+
+def _alike(some: list[np.ndarray], others: list[np.ndarray]) -> bool:
+    return all(np.array_equal(one, other) for one, other in zip(some, others, strict=True))
 
 
 @jax.jit

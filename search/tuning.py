@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-import numpy as np
 
 from treesurgeon import engine
 from treesurgeon.search.augment import AUGMENTATIONS
-from treesurgeon.search.evaluate import batches, measurer
+from treesurgeon.search.evaluate import answering, measurer
 from treesurgeon.search.finetune import FitResult, Recipe, fit, objective
 from treesurgeon.search.metrics import Answers
 from treesurgeon.search.policy import EVERYTHING, Policy, held
@@ -82,10 +81,7 @@ def tune(
     if distill and augment:  # the teacher sees what the student sees
         given["dense"], teacher = dense.variables, dense.infer
     elif distill:
-        whole_train = batches(roles.train, 250)
-        answer = jax.jit(lambda v, xs: jax.lax.map(lambda x: dense.infer(v, x), xs))
-        logits = answer(dense.variables, whole_train.images)
-        data["teacher"] = np.asarray(logits).reshape(-1, logits.shape[-1])[: len(roles.train)]
+        data["teacher"] = answering(dense.infer, roles.train)(dense.variables).logits
     trainable, rates = policy.leaves(subject.graph, start.variables)
     loss = objective(held(train, policy.frozen), distill=distill, augment=augment, teacher=teacher)
     measure, trail = measurer(start.infer, roles.search, metric=metric), []

@@ -1,0 +1,76 @@
+"""Scores of one population on several meshes, in a process of its own, whose start settles how many devices it has.
+
+`python devices.py COUNT RECONSTRUCT SHAPE…` prints, for each shape, what `Evaluator` and `Sweep` found, as digests.
+"""
+
+import hashlib
+import json
+import os
+import sys
+
+import quick
+
+quick.settle()
+os.environ["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={sys.argv[1]}"
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+
+from treesurgeon import engine, models  # noqa: E402
+from treesurgeon.search import racing, sensitivity  # noqa: E402
+from treesurgeon.search.data import Split  # noqa: E402
+from treesurgeon.search.evaluate import Evaluator, batches  # noqa: E402
+from treesurgeon.search.mesh import make_mesh, parse_shape  # noqa: E402
+from treesurgeon.search.space import build  # noqa: E402
+from treesurgeon.search.subject import Subject  # noqa: E402
+from treesurgeon.search.sweep import Sweep  # noqa: E402
+
+CANDIDATES, IMAGES = 11, 72
+
+
+def setup():
+    """A subject, its space, genomes, calibration images and data, the same in every process."""
+    rng = np.random.default_rng(0)
+    module = models.mlp((12, 8))
+    variables = module.init(jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32))
+    subject = Subject(engine.ModelSpec("mlp", (8, 8, 1), {"widths": (12, 8)}), module, variables, 10)
+    space = build(subject.graph, {name: rng.random(group.size) for name, group in subject.graph.groups.items()})
+    drawn = [rng.integers(0, space.cardinality) for _ in range(CANDIDATES - 1)]
+    genomes = np.stack([space.dense_genome(), *drawn]).astype(np.int32)
+    images = rng.normal(size=(IMAGES + 16, 8, 8, 1)).astype(np.float32)
+    labels = np.array(subject.infer(subject.variables, images).argmax(-1), np.int32)
+    labels[::4] = rng.integers(0, 10, len(labels[::4]))
+    split = Split(images[:IMAGES], labels[:IMAGES], np.arange(IMAGES), ("x",), "")
+    return subject, space, genomes, images[IMAGES:], batches(split, 16)
+
+
+def digest(*arrays) -> str:
+    """Of the bits."""
+    return hashlib.sha256(b"".join(np.asarray(array).tobytes() for array in arrays)).hexdigest()[:16]
+
+
+def main(shapes: list[str], reconstruct: str) -> None:
+    """Print one JSON object for each shape."""
+    subject, space, genomes, calibration, data = setup()
+    masks = jax.jit(jax.vmap(space.decode))(genomes)
+    one = jax.tree.map(lambda leaf: leaf[0], masks)
+    size = np.ones(CANDIDATES)
+    probed = sensitivity.probes(space, space.dense_genome())[:9]
+    for shape in shapes:
+        mesh = make_mesh(parse_shape(shape))
+        evaluator = Evaluator(subject, one, calibration, data, chunk=2, reconstruct=reconstruct, mesh=mesh)
+
+        def judge(losses):
+            return racing.judge(size, losses, racing.References.empty(4, IMAGES), looks=5, alpha=0.5)
+
+        scored = evaluator(masks)
+        raced = evaluator(masks, judge)
+        found = {"shape": shape, "compiled": evaluator.compiled, "scored": digest(*scored), "raced": digest(*raced)}
+        found["seen"] = (~np.isnan(raced[0])).sum(1).tolist()
+        sweep = Sweep(subject, space, calibration, data, chunk=2, reconstruct=reconstruct, parts=1, mesh=mesh)
+        found |= {"swept": digest(sweep(space.dense_genome(), probed)), "sweep compiled": sweep.compiled}
+        print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[3:], sys.argv[2])
