@@ -21,8 +21,9 @@ import tyro
 from treesurgeon import engine
 from treesurgeon.search import report
 from treesurgeon.search.config import Config, RunError
-from treesurgeon.search.depth_chart import curves
+from treesurgeon.search.depth_chart import depths
 from treesurgeon.search.heads import LinearHead, best_logistic, ridge
+from treesurgeon.search.pictures import write_pictures
 from treesurgeon.search.setting import open_parts
 from treesurgeon.search.transfer import by_batch
 
@@ -38,8 +39,8 @@ class Depth:
     data: str
     """digits, tfds:NAME (prepared), tfds-dir:PATH, npz:PATH, or folder:PATH; labels need not be the checkpoint's."""
     out: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
-    """Where depth.csv and depth.svg go; earlier ones are replaced. In a run's directory `treesurgeon report` shows
-    them too. Default: runs/MODEL-depth."""
+    """Where depth.csv, depth.svg and depth.png go; earlier ones are replaced. In a run's directory `treesurgeon report`
+    shows them too. Default: runs/MODEL-depth."""
     head: Literal["ridge", "logistic"] = "ridge"
     """What is fitted to the features: least squares to one-hot labels, or logistic regression (slower)."""
     fitted_split: tuple[str, ...] = ()
@@ -83,7 +84,7 @@ class Cut:
 
 
 def depth(options: Depth, say: Callable[[str], None]) -> list[Cut]:
-    """Fit a head at every point, print the table, and write `depth.csv` and `depth.svg`.
+    """Fit a head at every point, print the table, and write `depth.csv`, `depth.svg` and `depth.png`.
 
     Raises:
         TreesurgeonError, ModelError: bad input.
@@ -165,7 +166,7 @@ def finish(options: Depth, cuts: Sequence[Cut], say: Callable[[str], None]) -> N
         ],
     )
     told = [f"{cut.point}: {cut.params:,} parameters, {cut.macs:,} multiply-accumulates" for cut in cuts]
-    lines_of = {"train": [cut.train for cut in cuts], "search": [cut.search for cut in cuts]}
-    picture = curves(f"{options.model}: accuracy against depth", [cut.point for cut in cuts], lines_of, told)
-    (options.directory / "depth.svg").write_text(picture + "\n", encoding="utf-8")
-    say(f"wrote {options.directory / 'depth.csv'} and depth.svg")
+    shares = {"train": [cut.train for cut in cuts], "search": [cut.search for cut in cuts]}
+    chart = depths(f"{options.model}: accuracy against depth", [cut.point for cut in cuts], shares, told)
+    write_pictures(options.directory, "depth", [chart])
+    say(f"wrote {options.directory / 'depth.csv'}, depth.svg and depth.png")

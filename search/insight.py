@@ -39,8 +39,8 @@ class Insight:
     checkpoint: str = ""
     """An Orbax directory, or a .safetensors file; not for a selected model, which has its variables."""
     out: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
-    """Where units.csv, layers.csv, layers.svg and insight.html go; earlier ones are replaced. Default: beside the
-    selected model, or runs/MODEL-insight."""
+    """Where units.csv, layers.csv, layers.svg, layers.png and insight.html go; earlier ones are replaced. Default:
+    beside the selected model, or runs/MODEL-insight."""
     images: int = 500
     """Images of `search` that are looked at, at most."""
     show: int = 6
@@ -75,7 +75,7 @@ class Insight:
 
 
 def insight(options: Insight, say: Callable[[str], None]) -> list[Units]:
-    """Look at every group, say it as a table, and write `units.csv`, `layers.csv`, `layers.svg` and `insight.html`.
+    """Look at every group, say it as a table, and write it: `insight.html`, `units.csv`, `layers.csv`, `.svg`, `.png`.
 
     Raises:
         TreesurgeonError, ModelError: bad input.
@@ -101,7 +101,7 @@ def insight(options: Insight, say: Callable[[str], None]) -> list[Units]:
         say(f"not seen, since no kernel of its own reads them: {', '.join(unseen)}")
     write_tables(options, looked, found)
     write_insight(options.directory, looked, found, options.show, options.top)
-    say(f"wrote {options.directory / 'insight.html'}, layers.svg, units.csv and layers.csv")
+    say(f"wrote {options.directory / 'insight.html'}, layers.svg, layers.png, units.csv and layers.csv")
     return found
 
 

@@ -14,6 +14,7 @@ from treesurgeon.search import charts, markup
 from treesurgeon.search.activity import Looked, Units
 from treesurgeon.search.charts import Bar
 from treesurgeon.search.markup import Html, element, join, table
+from treesurgeon.search.pictures import write_pictures, write_whole
 
 GAP, LEAST = 2, 48  # pixels between images, and of their height
 STYLE = ".strip { height: 3rem; image-rendering: pixelated; vertical-align: middle }"
@@ -42,7 +43,7 @@ PAGE = """<!DOCTYPE html>
 
 
 def write_insight(directory: Path, looked: Looked, found: Sequence[Units], show: int, top: int) -> None:
-    """Write `insight.html`, and its plot as `layers.svg`."""
+    """Write `insight.html`, and its plot as `layers.svg` and `layers.png`."""
     title = f"What the units of {looked.name} answer to"
     bars = charts.bars(
         "Participation ratio, of as many units",
@@ -66,8 +67,8 @@ def write_insight(directory: Path, looked: Looked, found: Sequence[Units], show:
         what=markup.escape(what),
         content=join(sections, "\n"),
     )
-    (directory / "layers.svg").write_text(charts.document([bars]), encoding="utf-8")
-    (directory / "insight.html").write_text(text, encoding="utf-8")
+    write_pictures(directory, "layers", [bars])
+    write_whole(directory / "insight.html", text.encode())
 
 
 def _group(looked: Looked, units: Units, show: int, top: int) -> list[Html]:

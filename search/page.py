@@ -1,4 +1,4 @@
-"""`report.html`: one file that works offline, and the plots beside it as SVG.
+"""`report.html`: one file that works offline, and the plots beside it as SVG and as PNG.
 
 Everything comes from the run's directory (see records.py), so that a report can be made again at any time, anywhere.
 The page may load nothing: its security policy names its one script by hash, and forbids all else.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -17,6 +16,7 @@ from treesurgeon.search import charts, markup, panels
 from treesurgeon.search.charts import short
 from treesurgeon.search.markup import Html, element, join, table
 from treesurgeon.search.metrics import ACCURACY
+from treesurgeon.search.pictures import write_pictures, write_whole
 from treesurgeon.search.records import DENSE, FAILS, NONE, PASSED, Run, known, number, open_run
 from treesurgeon.search.report import SPLITS, UNKNOWN, shown
 
@@ -41,11 +41,13 @@ def write_page(directory: Path) -> Path:
         "sensitivity": [panels.sensitivity(run)],
         "curves": [chart for _, chart, _ in panels.learning(run)],
     }
+    if run.depth:
+        plots["depth"] = [panels.depth_chart(run)]
     for name, drawn in plots.items():
         if drawn:
-            _write(directory / f"{name}.svg", charts.document(drawn))
+            write_pictures(directory, name, drawn)
     path = directory / "report.html"
-    _write(path, page(run))
+    write_whole(path, page(run).encode())
     return path
 
 
@@ -199,10 +201,3 @@ def _shown(value: Any) -> str:
     if value is None or value in ("", []):
         return UNKNOWN
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _write(path: Path, content: str) -> None:
-    """In one step, so that nobody meets half a file."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(content, encoding="utf-8")
-    beside.replace(path)

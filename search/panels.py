@@ -10,6 +10,7 @@ from typing import Any
 
 from treesurgeon.search import charts
 from treesurgeon.search.charts import Bar, Chart, Point, short
+from treesurgeon.search.depth_chart import depths
 from treesurgeon.search.markup import Html, element, join, table
 from treesurgeon.search.metrics import ACCURACY
 from treesurgeon.search.records import Row, Run, known, number, numbers
@@ -289,7 +290,15 @@ def learning_curves(run: Run) -> Html:
         return element("p", "The finalists were not fine-tuned (--epochs 0), or there are none.")
     figures = join([element("div", Html(chart.inline())) for _, chart, _ in found])
     numbers_ = element("details", join([element("summary", "The numbers"), *(rows for _, _, rows in found)]))
-    return join([element("div", figures, class_="curves"), numbers_])
+    return join([element("div", figures, class_="curves"), numbers_, files("curves.svg", "curves.png")])
+
+
+def depth_chart(run: Run) -> Chart:
+    """Accuracy against depth."""
+    told = [f"{row['point']}: {short(known(row, 'params'))} parameters, {short(known(row, 'macs'))} MACs"
+            for row in run.depth]  # fmt: skip
+    shares = {split: [known(row, f"{split}_accuracy") for row in run.depth] for split in ("train", "search")}
+    return depths(f"{run.config['model']}: accuracy against depth", [row["point"] for row in run.depth], shares, told)
 
 
 def depth(run: Run) -> Html:
@@ -309,7 +318,13 @@ def depth(run: Run) -> Html:
     ]
     caption = "Accuracy against depth: the checkpoint cut at every block, with a head in closed form on its features"
     head = ("cut at", "parameters", "MACs", "on search", "train", "search", "gap, points")
-    return table(caption, head, cells, "wnnwnnn", [best])
+    found = table(caption, head, cells, "wnnwnnn", [best])
+    return join([Html(depth_chart(run).inline()), found, files("depth.csv", "depth.svg", "depth.png")])
+
+
+def files(*names: str) -> Html:
+    """Links to files beside the page."""
+    return element("p", join([element("a", name, href=name) for name in names], " "), class_="files")
 
 
 def _bar(length: float, part: float) -> Html:

@@ -198,6 +198,7 @@ def test_a_run_without_fine_tuning(tmp_path):
     made = make_run(tmp_path, epochs=0)
     assert any("not fine-tuned" in text for _, text in read(made).all("p"))
     assert not (made / "curves.svg").exists()
+    assert not any(attrs["href"].startswith("curves.svg") for attrs, _ in read(made).all("a"))
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,13 @@ import contextlib
 import csv
 import json
 import os
+import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import get_args
 
@@ -250,6 +252,55 @@ def test_killed_runs_go_on_bit_for_bit(place, whole):
     assert code == 0, err
     assert "resumed after generation" in out
     assert contents(place / "killed") == contents(whole[0])
+
+
+KILLS = 50
+
+
+def unfinished(out: Path) -> set[str]:
+    """What is being written in a run's directory: files and directories that still have a name for the moment."""
+    found = [*out.glob(".*"), *out.glob("state/*tmp*")]
+    return {path.name for path in found if path.name != ".lock"}
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_ends_as_if_undisturbed(place):
+    """By turns after a random time, and while something is being written; whenever it ends, the result is the same."""
+    quick = ["--no-baselines"]
+    finish(command(place, "undisturbed-first", *quick))  # compiles
+    start = time.monotonic()
+    code, _, err = finish(command(place, "undisturbed", *quick))
+    assert code == 0, err
+    lasts, want, out = time.monotonic() - start, contents(place / "undisturbed"), place / "disturbed"
+    assert want == contents(place / "undisturbed-first")
+    draw, killed, writing, ended = random.Random(0), 0, 0, 0
+
+    def ends(code: int, err: str) -> bool:
+        if code == -signal.SIGKILL:
+            return False
+        assert code == 0, err
+        assert contents(out) == want
+        assert not unfinished(out)
+        shutil.rmtree(out)
+        return True
+
+    while killed < KILLS:
+        process, moment = command(place, out.name, *quick), time.monotonic() + draw.uniform(0, lasts)
+        seen, before = unfinished(out), draw.randrange(4)  # how many writes it may finish
+        while process.poll() is None and (killed % 2 or time.monotonic() < moment):
+            new = unfinished(out) - seen
+            seen |= new
+            if killed % 2 and new and (before := before - len(new)) < 0:
+                break
+            time.sleep(0.001)
+        process.kill()
+        writing += killed % 2 and bool(unfinished(out))
+        done = ends(*finish(process)[::2])
+        ended, killed = ended + done, killed + (not done)
+    code, _, err = finish(command(place, out.name, *quick))
+    assert ends(code, err)
+    print(f"{killed} kills of runs of {lasts:.0f} s, {writing} with something half written; {ended + 1} runs ended")
+    assert writing > KILLS // 8
 
 
 def test_a_complete_run_is_shown_again(place, whole, monkeypatch):

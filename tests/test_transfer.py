@@ -15,9 +15,10 @@ from orbax.checkpoint import v1 as ocp
 
 from treesurgeon import engine, models
 from treesurgeon.search import Config, DataError, open_source, run
+from treesurgeon.search.charts import document
 from treesurgeon.search.cli import main
 from treesurgeon.search.data import Roles, Split
-from treesurgeon.search.depth_chart import curves
+from treesurgeon.search.depth_chart import depths
 from treesurgeon.search.setting import fingerprint, prepare
 from treesurgeon.search.sources import Source
 from treesurgeon.search.subject import Subject, SubjectError, open_subject
@@ -270,13 +271,15 @@ def test_depth_by_the_command_line(place, capsys):
     assert sum(node.tag.endswith("circle") for node in root.iter()) == 2 * len(rows)
 
 
-def test_curves_stand_where_their_values_are():
-    root = ET.fromstring(curves("a < b", ["p", "q"], {"one": [0.25, 0.75], "two": [0.5, 0.5]}))
+def test_depths_stand_where_their_values_are():
+    chart = depths("a < b", ["p", "q"], {"train": [0.5, 0.5], "search": [0.25, 0.75]})
+    root = ET.fromstring(document([chart]))
     heights = [float(node.get("cy")) for node in root.iter() if node.tag.endswith("circle")]
-    assert heights[0] > heights[2] == heights[3] > heights[1]
+    assert heights[0] > heights[2] == heights[3] > heights[1]  # the one that ends higher comes first
     assert heights[0] - heights[2] == pytest.approx(heights[2] - heights[1], abs=0.2)
+    assert "on search: p 25.0%, q 75.0%" in chart.label
     with pytest.raises(ValueError, match="a value for each of 2 places"):
-        curves("t", ["p", "q"], {"one": [0.5]})
+        depths("t", ["p", "q"], {"search": [0.5]})
 
 
 def test_npz_names_are_read(place):
