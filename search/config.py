@@ -240,9 +240,9 @@ def claim(config: Config, content: Mapping[str, Any]) -> None:
                 + "\n".join(rows)
             )
         return
-    if config.directory.is_dir() and any(config.directory.iterdir()):
+    beside = path.with_name(".config.json")  # a kill may leave it
+    if config.directory.is_dir() and set(config.directory.iterdir()) - {beside}:
         raise RunError(f"{config.directory} is not empty and holds no run: choose another --out")
     config.directory.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(".config.json")
     beside.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
     beside.replace(path)
