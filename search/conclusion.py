@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from treesurgeon import engine
-from treesurgeon.search import contenders, crossval, report
-from treesurgeon.search.budget import Budget, measured_dense
+from treesurgeon.search import contenders, crossval, formats, report
+from treesurgeon.search.budget import Budget, example, measured_dense
 from treesurgeon.search.certificate import Certificate, Step, certify, not_certified, wilson
 from treesurgeon.search.crossval import Estimate, cross_validate
 from treesurgeon.search.data import Split
@@ -133,6 +133,7 @@ def conclude(
     report.write_table(
         config.directory / "certificate.csv", report.CERTIFICATE_COLUMNS, certificate_rows(certificate.steps)
     )
+    forms = measure_formats(setting, chosen, whole, say)
     path = engine.save(
         config.directory / "selected",
         subject.spec,
@@ -142,10 +143,26 @@ def conclude(
             **_manifest(setting, selected.name, outcome, lines, certificate, estimates),
             "baselines": baselines,
         },
-        card=_card(setting, outcome, lines, estimates, baselines["sentence"]),
+        card=_card(setting, outcome, lines, estimates, baselines["sentence"]) + formats.markdown(forms),
         module=subject.module,
     )
     return Outcome(tuple(lines), outcome, path, baselines["sentence"])
+
+
+def measure_formats(setting: Setting, chosen: Tuned, whole: Tuned, say: Callable[[str], None]) -> list[formats.Form]:
+    """What the selected model takes in every format, into `formats.csv` as well; nothing where it is the dense one."""
+    config, subject = setting.config, setting.subject
+    if not config.formats or chosen is whole:
+        return []
+    say(f"writing {chosen.name} in every format, and timing it beside dense (--no-formats leaves this out)")
+    spec = {"input_shape": subject.spec.input_shape, "input_dtype": subject.spec.input_dtype}
+    models = [
+        engine.Model(subject.module, each.variables, subject.graph, each.plan, {"model": spec})
+        for each in (chosen, whole)
+    ]
+    forms = formats.measure(*models, example(setting).astype(subject.spec.input_dtype), say)
+    report.write_table(config.directory / "formats.csv", report.FORMAT_COLUMNS, [asdict(form) for form in forms])
+    return forms
 
 
 def measure(setting: Setting, model: Tuned) -> Finalist:

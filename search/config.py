@@ -155,6 +155,9 @@ class Config:
     """Whether to train what the selected variant has to beat, on the same data for as many steps: the dense model
     fine-tuned, dense and selected from scratch, and a linear head on the dense model's features. They are reported
     beside it, and no choice goes by them. Without epochs there are none."""
+    formats: bool = True
+    """Whether the selected model is written in every format of `treesurgeon export` and timed beside the dense one, for
+    the card; the files are not kept."""
     scratch_epochs: int | None = None
     """Epochs of those from scratch. Default: as many as the finalists'."""
     scratch_learning_rate: float = 0.1

@@ -75,6 +75,7 @@ def page(run: Run) -> str:
         curves=panels.learning_curves(run),
         data_section=data_and_checkpoint(run),
         certificate=certificate(run),
+        formats=formats(run),
         pinned=pinned(run),
         settings=settings(run),
     )
@@ -165,6 +166,29 @@ def data_and_checkpoint(run: Run) -> Html:
 
 def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + "."
+
+
+def formats(run: Run) -> Html:
+    """What the selected model takes in each format of `treesurgeon export`."""
+    if not run.formats:
+        return element("p", "Nothing was measured: dense was selected, or formats were left out (--no-formats).")
+    head = ("format", "bytes", "dense", "ms", "dense", "speed-up", "calls", "on")
+    cells = [
+        (
+            row["format"],
+            *(f"{known(row, name):,.0f}" for name in ("bytes", "dense_bytes")),
+            *(f"{known(row, name):.3g}" for name in ("latency", "dense_latency")),
+            f"{known(row, 'dense_latency') / known(row, 'latency'):.2f}×",
+            row["repeats"],
+            row["device"],
+        )
+        for row in run.formats
+    ]
+    caption = (
+        f"{run.selected['variant']} as treesurgeon export writes it: size, and median milliseconds for "
+        f"{run.formats[0]['batch']} images, in calls that took turns with the dense model's"
+    )
+    return join([table(caption, head, cells, "wnnnnnnw"), panels.files("formats.csv")])
 
 
 # --- the rest ---------------------------------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ def _dashed(points: Sequence[Place], dashes: Sequence[float]) -> list[list[Place
 def _text(image: Image.Image, words: str, at: Place, look: Look, angle: float) -> None:
     """A line of text; turned about where it is anchored."""
     font = _font(SCALE * float(look["font-size"].removesuffix("px")))
-    anchor, colour = ANCHORS[look.get("text-anchor", "start")], _colour(look, "fill")
+    anchor, colour = ANCHORS[look.get("text-anchor", "start")], ImageColor.getrgb(look["fill"])
     thick = SCALE / 8 if look.get("font-weight") == str(BOLD) else 0
     x, y = SCALE * at[0], SCALE * at[1]
     if angle:
@@ -202,6 +202,6 @@ def _colour(look: Look, name: str) -> tuple[int, int, int, int] | None:
     """Red, green, blue and how opaque; None where nothing is painted."""
     if look.get(name, "none") == "none":
         return None
-    red, green, blue, alpha = ImageColor.getcolor(look[name], "RGBA")  # pyright: ignore[reportAssignmentType]
+    red, green, blue, *alpha = ImageColor.getrgb(look[name])
     opaque = float(look.get("opacity", 1)) * float(look.get(f"{name}-opacity", 1))
-    return red, green, blue, round(alpha * opaque)
+    return red, green, blue, round((alpha[0] if alpha else 255) * opaque)

@@ -38,6 +38,7 @@ class Run:
         tables: the rows of every CSV file by its name without `.csv`.
         shift: `shift.json`, where there is one.
         depth: the rows of `depth.csv`, where `treesurgeon depth` has written one there.
+        formats: the rows of `formats.csv`, where formats were measured.
     """
 
     directory: Path
@@ -47,6 +48,7 @@ class Run:
     tables: Mapping[str, Sequence[Row]]
     shift: Mapping[str, Any] = field(default_factory=dict)
     depth: Sequence[Row] = ()
+    formats: Sequence[Row] = ()
 
     @property
     def metric(self) -> Metric:
@@ -99,7 +101,10 @@ def open_run(path: Path) -> Run:
         _json(path / "environment.json"),
         {name: _rows(path / f"{name}.csv", columns) for name, columns in TABLES.items()},
         _json(path / "shift.json") if (path / "shift.json").exists() else {},
-        _rows(path / "depth.csv", report.DEPTH_COLUMNS) if (path / "depth.csv").exists() else (),
+        *(
+            _rows(path / f"{name}.csv", columns) if (path / f"{name}.csv").exists() else ()
+            for name, columns in (("depth", report.DEPTH_COLUMNS), ("formats", report.FORMAT_COLUMNS))
+        ),
     )
     for name, wanted in (("dense", "variant=dense"), ("selected", "selected=True")):
         key, value = wanted.split("=")

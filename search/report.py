@@ -79,6 +79,7 @@ FRONT_COLUMNS = (
     "genome",
 )
 DEPTH_COLUMNS = ("point", "features", "params", "macs", "train_accuracy", "search_accuracy", "gap", "penalty")
+FORMAT_COLUMNS = ("format", "bytes", "dense_bytes", "latency", "dense_latency", "repeats", "batch", "device")
 UNKNOWN = "–"
 
 

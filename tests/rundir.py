@@ -114,6 +114,15 @@ def make_run(
             for i, share in enumerate((0.5, 0.8, 0.7), 1)
         ]
         report.write_depth(path / "depth.csv", depths)
+        report.write_table(
+            path / "formats.csv",
+            report.FORMAT_COLUMNS,
+            [
+                {"format": name, "bytes": 500_000, "dense_bytes": 1_250_000, "latency": 2.0, "dense_latency": 5.0}
+                | {"repeats": 20, "batch": 32, "device": f"cpu{extra}"}
+                for name in ("stablehlo", "onnx")
+            ],
+        )
     (path / "selected/manifest.json").write_text(json.dumps(manifest))
     config = {"model": f"digits_cnn{extra}", "checkpoint": "c0ffee", "data": {"train": "…"}, "macs": budget, "seed": 0}
     (path / "config.json").write_text(json.dumps({**config, "protect": ["first-stage"], "mean": []}))

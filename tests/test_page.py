@@ -167,6 +167,7 @@ def test_baselines_a_new_head_and_depths(tmp_path):
     assert caption.startswith("Accuracy against depth")
     cells = [text for _, text in page.all("td")]
     assert {"80.00%", "1k (33%)", "30k (100%)", "+40.00"} <= {*cells}
+    assert {"500,000", "1,250,000", "2.50×"} <= {*cells}  # a format: bytes, the dense model's, how much faster
     marked = [text for attrs, text in page.all("tr") if attrs.get("class") == "marked"]
     assert any(text.startswith("layer2") for text in marked)  # the best on search
     manifest = json.loads((made / "selected/manifest.json").read_text())

@@ -26,7 +26,7 @@ from treesurgeon.search.transfer import Labels, count_argument, match_labels, re
 
 RNG = np.random.default_rng(0)
 SMALL = {"population": 4, "generations": 1, "search_images": 32, "calibration_images": 8, "refit_images": 32,
-         "finalists": 1, "epochs": 1, "certify": False, "reconstruct": "none"}  # fmt: skip
+         "finalists": 1, "epochs": 1, "certify": False, "reconstruct": "none", "formats": False}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +216,8 @@ def test_a_killed_search_on_other_labels_goes_on_bit_for_bit(place):
 @pytest.mark.slow
 def test_a_search_on_other_labels_saves_a_model_that_loads(place):
     said = []
-    outcome = run(config(place, "names", out=str(place / "run"), epsilon=0.5, eta=0.9, **SMALL), said.append)
+    settings = {**SMALL, "epsilon": 0.5, "eta": 0.9, "formats": True}
+    outcome = run(config(place, "names", out=str(place / "run"), **settings), said.append)
     assert said[0].startswith("the labels are not the checkpoint's: new head params/linear/kernel on 128 features; ")
     model = engine.load(outcome.path)
     roles = prepare(config(place, "names")).roles
@@ -228,6 +229,9 @@ def test_a_search_on_other_labels_saves_a_model_that_loads(place):
     assert model.manifest["head"]["carried"] == ["3", "9"]
     card = (outcome.path / "README.md").read_text()
     assert "new head" in card
+    with (outcome.path.parent / "formats.csv").open() as file:
+        for row in csv.DictReader(file):
+            assert f"| {row['format']} | {int(row['bytes']):,} | " in card
     names = ["dense", "v1", "dense fine-tuned", "dense from scratch", "linear probe"]
     if model.manifest["selected"] == "v1":
         names.append("v1 from scratch")
@@ -243,7 +247,7 @@ def test_a_search_on_other_labels_saves_a_model_that_loads(place):
     assert outcome.baselines in html.unescape((directory / "report.html").read_text())
     assert sum(line.startswith("domain shift: ") for line in said) == 1
     again = []
-    found = run(config(place, "names", out=str(place / "run"), epsilon=0.5, eta=0.9, **SMALL), again.append)
+    found = run(config(place, "names", out=str(place / "run"), **settings), again.append)
     assert any("this run is complete" in line for line in again)
     assert (found.lines, found.baselines) == (outcome.lines, outcome.baselines)
 
