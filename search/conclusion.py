@@ -13,6 +13,7 @@ import numpy as np
 
 from treesurgeon import engine
 from treesurgeon.search import contenders, crossval, formats, report
+from treesurgeon.search.activity import Looked
 from treesurgeon.search.budget import Budget, example, measured_dense
 from treesurgeon.search.certificate import Certificate, Step, certify, not_certified, wilson
 from treesurgeon.search.crossval import Estimate, cross_validate
@@ -21,10 +22,12 @@ from treesurgeon.search.evaluate import answering, measurer
 from treesurgeon.search.metrics import ACCURACY, Metric
 from treesurgeon.search.openings import claim_opening, record_opening
 from treesurgeon.search.selection import Finalist, Verdict, WithinMargins
+from treesurgeon.search.selective import write_selective
 from treesurgeon.search.setting import Setting
 from treesurgeon.search.space import Space
 from treesurgeon.search.tuning import Tuned
 
+LOOKED = 500  # images of `search` on which units are looked at
 ENDS = ("difference", "low", "high")  # of an estimate, as `front.csv` has them
 
 
@@ -133,6 +136,8 @@ def conclude(
     report.write_table(
         config.directory / "certificate.csv", report.CERTIFICATE_COLUMNS, certificate_rows(certificate.steps)
     )
+    if config.pictures:
+        write_selective(config.directory, looked_at(setting, chosen))
     forms = measure_formats(setting, chosen, whole, say)
     path = engine.save(
         config.directory / "selected",
@@ -149,6 +154,16 @@ def conclude(
     return Outcome(tuple(lines), outcome, path, baselines["sentence"])
 
 
+def looked_at(setting: Setting, model: Tuned) -> Looked:
+    """A frozen model and some images of `search`."""
+    search, count = setting.roles.search, LOOKED
+    split = replace(search, images=search.images[:count], labels=search.labels[:count], indices=search.indices[:count])
+    x = jax.ShapeDtypeStruct((1, *setting.subject.spec.input_shape), setting.subject.spec.input_dtype)
+    graph = engine.trace(model.infer, model.variables, x)
+    parts = split, tuple(setting.roles.label_names), setting.mean, setting.std
+    return Looked(model.name, model.infer, model.variables, graph, *parts)
+
+
 def measure_formats(setting: Setting, chosen: Tuned, whole: Tuned, say: Callable[[str], None]) -> list[formats.Form]:
     """What the selected model takes in every format, into `formats.csv` as well; nothing where it is the dense one."""
     config, subject = setting.config, setting.subject
@@ -156,11 +171,11 @@ def measure_formats(setting: Setting, chosen: Tuned, whole: Tuned, say: Callable
         return []
     say(f"writing {chosen.name} in every format, and timing it beside dense (--no-formats leaves this out)")
     spec = {"input_shape": subject.spec.input_shape, "input_dtype": subject.spec.input_dtype}
-    models = [
+    small, dense = (
         engine.Model(subject.module, each.variables, subject.graph, each.plan, {"model": spec})
         for each in (chosen, whole)
-    ]
-    forms = formats.measure(*models, example(setting).astype(subject.spec.input_dtype), say)
+    )
+    forms = formats.measure(small, dense, example(setting).astype(subject.spec.input_dtype), say)
     report.write_table(config.directory / "formats.csv", report.FORMAT_COLUMNS, [asdict(form) for form in forms])
     return forms
 

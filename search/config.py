@@ -155,6 +155,8 @@ class Config:
     """Whether to train what the selected variant has to beat, on the same data for as many steps: the dense model
     fine-tuned, dense and selected from scratch, and a linear head on the dense model's features. They are reported
     beside it, and no choice goes by them. Without epochs there are none."""
+    pictures: bool = True
+    """Whether the report shows images of `search` that the selected model's most selective units answer to."""
     formats: bool = True
     """Whether the selected model is written in every format of `treesurgeon export` and timed beside the dense one, for
     the card; the files are not kept."""

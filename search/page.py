@@ -71,6 +71,7 @@ def page(run: Run) -> str:
         unscored=markup.escape(panels.unscored(run)),
         front=panels.front(run),
         network=panels.before_and_after(run),
+        units=panels.selective(run),
         sensitivity=panels.sensitivities(run),
         curves=panels.learning_curves(run),
         data_section=data_and_checkpoint(run),

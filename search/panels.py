@@ -11,10 +11,11 @@ from typing import Any
 from treesurgeon.search import charts
 from treesurgeon.search.charts import Bar, Chart, Point, short
 from treesurgeon.search.depth_chart import depths
-from treesurgeon.search.markup import Html, element, join, table
+from treesurgeon.search.markup import Html, element, escape, join, table
 from treesurgeon.search.metrics import ACCURACY
-from treesurgeon.search.records import Row, Run, known, number, numbers
+from treesurgeon.search.records import Row, Run, known, number, numbers, picture
 from treesurgeon.search.report import UNKNOWN, shown
+from treesurgeon.search.strips import address
 
 AXES = {
     "params": "parameters",
@@ -244,6 +245,30 @@ def _rises(run: Run) -> list[tuple[str, str, float]]:
             halves[name] = kept, rise
     out += [(name, f"{kept} of {sizes[name]}", rise) for name, (kept, rise) in halves.items()]
     return sorted(out, key=lambda entry: -entry[2])
+
+
+def selective(run: Run) -> Html:
+    """The most selective units of the selected model with the images that they are most active on."""
+    if not run.selective:
+        return element("p", "Nothing is shown: units were not looked at (--no-pictures), or none is ever active.")
+    names = run.manifest["labels"]
+    figures = []
+    for k, row in enumerate(run.selective):
+        labels = [names[i] if i < len(names) else UNKNOWN for i in numbers(row["top_labels"])]
+        where = "; below, where on them" if row["maps"] == "True" else ""
+        words = f"Unit {row['unit']} of {row['group']} is most active on: {', '.join(labels)}{where}"
+        image = Html(f'<img class="strip" alt="{escape(words)}" src="{address(picture(run, k))}">')
+        told = (
+            f"{row['group']}, unit {row['unit']}: prefers {row['class']}, selectivity {known(row, 'selectivity'):.2f}"
+        )
+        figures.append(element("figure", join([element("figcaption", told), image])))
+    words = (
+        f"The most selective units of {run.selected['variant']}, two of a group at most, with the images of search "
+        "that each is most active on; below, in orange, where on them, if its group keeps positions. Selectivity is "
+        "(μ - ν) / (μ + ν): μ is the mean activity on the class that a unit prefers, ν on the others. It says what a "
+        "unit answers to, not how much the network needs it; treesurgeon insight shows all groups."
+    )
+    return join([element("p", words), element("div", join(figures), class_="units"), files("selective.csv")])
 
 
 # --- learning ---------------------------------------------------------------------------------------------------------

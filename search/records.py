@@ -24,6 +24,11 @@ TABLES: Mapping[str, Sequence[str]] = {
     "blocks": report.BLOCK_COLUMNS,
     "pinned": report.PIN_COLUMNS,
 }
+OPTIONAL: Mapping[str, Sequence[str]] = {
+    "depth": report.DEPTH_COLUMNS,
+    "formats": report.FORMAT_COLUMNS,
+    "selective": report.SELECTIVE_COLUMNS,
+}
 Row = Mapping[str, str]
 PASSED, FAILS, NONE, DENSE = "passed", "fails", "not certified", "nothing smaller passed"
 
@@ -39,6 +44,7 @@ class Run:
         shift: `shift.json`, where there is one.
         depth: the rows of `depth.csv`, where `treesurgeon depth` has written one there.
         formats: the rows of `formats.csv`, where formats were measured.
+        selective: the rows of `selective.csv`, where units were looked at.
     """
 
     directory: Path
@@ -49,6 +55,7 @@ class Run:
     shift: Mapping[str, Any] = field(default_factory=dict)
     depth: Sequence[Row] = ()
     formats: Sequence[Row] = ()
+    selective: Sequence[Row] = ()
 
     @property
     def metric(self) -> Metric:
@@ -103,7 +110,7 @@ def open_run(path: Path) -> Run:
         _json(path / "shift.json") if (path / "shift.json").exists() else {},
         *(
             _rows(path / f"{name}.csv", columns) if (path / f"{name}.csv").exists() else ()
-            for name, columns in (("depth", report.DEPTH_COLUMNS), ("formats", report.FORMAT_COLUMNS))
+            for name, columns in OPTIONAL.items()
         ),
     )
     for name, wanted in (("dense", "variant=dense"), ("selected", "selected=True")):
@@ -111,6 +118,22 @@ def open_run(path: Path) -> Run:
         if sum(row.get(key) == value for row in run.tables["results"]) != 1:
             raise RunError(f"{path}/results.csv does not have exactly one row of the {name} model: copy the run again")
     return run
+
+
+def picture(run: Run, number: int) -> bytes:
+    """The picture of a row of `selective.csv`."""
+    for ending, start in (("png", b"\x89PNG"), ("jpg", b"\xff\xd8\xff")):
+        path = run.directory / f"selective/{number}.{ending}"
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise RunError(f"{path} cannot be read ({error}): copy the run again") from error
+        if not content.startswith(start):
+            raise RunError(f"{path} is no picture: copy the run again")
+        return content
+    raise _missing(run.directory / f"selective/{number}.png")
 
 
 def number(text: str) -> float | None:

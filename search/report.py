@@ -79,6 +79,7 @@ FRONT_COLUMNS = (
     "genome",
 )
 DEPTH_COLUMNS = ("point", "features", "params", "macs", "train_accuracy", "search_accuracy", "gap", "penalty")
+SELECTIVE_COLUMNS = ("group", "unit", "selectivity", "class", "top_images", "top_labels", "maps")
 FORMAT_COLUMNS = ("format", "bytes", "dense_bytes", "latency", "dense_latency", "repeats", "batch", "device")
 UNKNOWN = "–"
 

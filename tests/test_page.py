@@ -83,11 +83,13 @@ def test_headings_tables_and_pictures_are_named(made):
             assert (made / attrs["href"]).is_file()
 
 
-def test_nothing_is_asked_from_outside(made):
-    text = write_page(made).read_text()
+def test_nothing_is_asked_from_outside(tmp_path):
+    text = write_page(make_run(tmp_path, transfer=True)).read_text()
     assert "http" not in text.replace("http-equiv", "")
     page = Reader(text)
-    assert not any(name in ("link", "img", "iframe", "object") or "src" in attrs for name, attrs, _ in page.found)
+    assert not any(name in ("link", "iframe", "object") for name, *_ in page.found)
+    sources = [attrs["src"] for _, attrs, _ in page.found if "src" in attrs]
+    assert [source.partition(";")[0] for source in sources] == ["data:image/png", "data:image/jpeg"]
     assert "url(" not in text
     assert "@import" not in text
     (policy,) = [attrs["content"] for attrs, _ in page.all("meta") if "http-equiv" in attrs]
@@ -167,6 +169,10 @@ def test_baselines_a_new_head_and_depths(tmp_path):
     assert caption.startswith("Accuracy against depth")
     cells = [text for _, text in page.all("td")]
     assert {"80.00%", "1k (33%)", "30k (100%)", "+40.00"} <= {*cells}
+    alts = [attrs["alt"] for attrs, _ in page.all("img")]
+    assert alts[0] == "Unit 0 of layer0/conv is most active on: hat, cat; below, where on them"
+    assert alts[1] == "Unit 1 of layer1/conv is most active on: hat, cat"
+    assert "layer1/conv, unit 1: prefers hat, selectivity 0.88" in [text for _, text in page.all("figcaption")]
     assert {"500,000", "1,250,000", "2.50×"} <= {*cells}  # a format: bytes, the dense model's, how much faster
     marked = [text for attrs, text in page.all("tr") if attrs.get("class") == "marked"]
     assert any(text.startswith("layer2") for text in marked)  # the best on search
@@ -180,7 +186,7 @@ def test_baselines_a_new_head_and_depths(tmp_path):
 def test_hostile_names_stay_text(tmp_path):
     made = make_run(tmp_path, extra=HOSTILE, transfer=True)
     page = read(made)
-    assert not page.all("img")
+    assert [sorted(attrs) for attrs, _ in page.all("img")] == [["alt", "class", "src"]] * 2
     assert len(page.all("script")) == 2
     assert not any(key.startswith("on") for _, attrs, _ in page.found for key in attrs)
     (data,) = [json.loads(body) for attrs, body in page.all("script") if "type" in attrs]

@@ -55,6 +55,7 @@ class Tiny(nn.Module):
 SMALL = [
     "--data", "digits", "--fitted-split", "train", "--population", "6", "--generations", "4", "--search-images", "48",
     "--calibration-images", "16", "--finalists", "2", "--epochs", "1", "--max-train", "200", "--no-formats",
+    "--no-pictures",
 ]  # fmt: skip
 
 

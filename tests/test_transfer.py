@@ -26,7 +26,8 @@ from treesurgeon.search.transfer import Labels, count_argument, match_labels, re
 
 RNG = np.random.default_rng(0)
 SMALL = {"population": 4, "generations": 1, "search_images": 32, "calibration_images": 8, "refit_images": 32,
-         "finalists": 1, "epochs": 1, "certify": False, "reconstruct": "none", "formats": False}  # fmt: skip
+         "finalists": 1, "epochs": 1, "certify": False, "reconstruct": "none", "formats": False,
+         "pictures": False}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +217,7 @@ def test_a_killed_search_on_other_labels_goes_on_bit_for_bit(place):
 @pytest.mark.slow
 def test_a_search_on_other_labels_saves_a_model_that_loads(place):
     said = []
-    settings = {**SMALL, "epsilon": 0.5, "eta": 0.9, "formats": True}
+    settings = {**SMALL, "epsilon": 0.5, "eta": 0.9, "formats": True, "pictures": True}
     outcome = run(config(place, "names", out=str(place / "run"), **settings), said.append)
     assert said[0].startswith("the labels are not the checkpoint's: new head params/linear/kernel on 128 features; ")
     model = engine.load(outcome.path)
@@ -229,6 +230,7 @@ def test_a_search_on_other_labels_saves_a_model_that_loads(place):
     assert model.manifest["head"]["carried"] == ["3", "9"]
     card = (outcome.path / "README.md").read_text()
     assert "new head" in card
+    assert '<img class="strip" alt="Unit ' in (outcome.path.parent / "report.html").read_text()
     with (outcome.path.parent / "formats.csv").open() as file:
         for row in csv.DictReader(file):
             assert f"| {row['format']} | {int(row['bytes']):,} | " in card
