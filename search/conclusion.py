@@ -102,7 +102,9 @@ def conclude(
             metric=metric,
         )
         lines.append(line)
-        results.append(_result(line, each, {split: len(getattr(roles, split)) for split in report.SPLITS}))
+        row = _result(line, each, {split: len(getattr(roles, split)) for split in report.SPLITS})
+        wrong = finalist.search_error if metric is ACCURACY else error_on(each, roles.search, ACCURACY)
+        results.append(row | {"wrong": wrong})
     size = dense.cost["params"]
     contrasts = {
         name: contenders.contrast(metric, on_test[name], on_test[chosen.name], what, each.cost["params"] / size)

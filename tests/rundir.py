@@ -168,7 +168,7 @@ def candidate(rng, sizes, blocks, over):
 def result(name, params, macs, train, search, test, selected):
     """A row of results.csv."""
     row = {"variant": name, "selected": name == selected, "params": params, "macs": int(macs), "bytes": 4 * params}
-    row |= {"activation_bytes": int(macs / 100), "gap": train - search}
+    row |= {"activation_bytes": int(macs / 100), "gap": train - search, "wrong": 1 - search}
     for split, share in (("train", train), ("search", search), ("test", test)):
         low, high = wilson(share, 500)
         row |= {split: share, f"{split}_low": low, f"{split}_high": high, f"{split}_images": 500}

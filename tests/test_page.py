@@ -15,10 +15,11 @@ import pytest
 from browser import BROWSER, browser
 from rundir import HOSTILE, make_run
 
-from treesurgeon.search import charts
+from treesurgeon.search import charts, report
 from treesurgeon.search.charts import Plane, Point
 from treesurgeon.search.cli import main
 from treesurgeon.search.config import RunError
+from treesurgeon.search.metrics import METRICS
 from treesurgeon.search.page import write_page
 from treesurgeon.search.panels import AXES, overfitting
 from treesurgeon.search.records import TABLES, open_run
@@ -121,6 +122,29 @@ def test_the_data_of_the_plot_are_those_of_the_tables(tmp_path, budget):
     assert (f"{over} more were over the budget" in "".join(t for _, t in page.all("p"))) == bool(over)
     chosen = [text for attrs, text in page.all("option") if "selected" in attrs]
     assert chosen == [AXES["macs" if budget else "params"], AXES["error"]]
+
+
+@pytest.mark.parametrize(("metric", "noun"), [("f1", "F1 error (1 - macro F1)"), ("cross_entropy", "cross-entropy")])
+def test_other_metrics_have_an_axis_of_their_own(made, metric, noun):
+    path = made / "selected/manifest.json"
+    path.write_text(path.read_text().replace('"metric": "accuracy"', f'"metric": "{metric}"'))
+    table = rows(made / "results.csv")
+    for i, row in enumerate(table):
+        row["wrong"] = str(0.125 * i)
+    report.write_table(made / "results.csv", report.RESULT_COLUMNS, table)
+    page = read(made)
+    (data,) = [json.loads(body) for attrs, body in page.all("script") if "type" in attrs]
+    assert data["axes"]["error"] == "share of wrong answers on search"
+    assert METRICS[metric].noun == noun
+    assert data["axes"]["judged"] == f"{noun} on search (finished models)"
+    assert [model["error"] for model in data["models"]] == [0, 0.125, 0.25, 0.375]
+    scores = [float(row["search"]) for row in table]
+    assert [model["judged"] for model in data["models"]] == [1 - s if metric == "f1" else s for s in scores]
+    assert not any("judged" in candidate for candidate in data["candidates"])
+    assert "judged" in [attrs["value"] for attrs, _ in page.all("option")]
+    svg = (made / "pareto.svg").read_text()
+    assert "share of wrong answers on search</text>" in svg
+    assert svg.count('class="model"') + svg.count('class="selected"') == 4
 
 
 def test_tables_say_what_the_files_say(made):
