@@ -49,6 +49,9 @@ class Depth:
     """Subtracted from images in 0 to 1. Default: the zoo's, else 0."""
     std: tuple[float, ...] = ()
     """Divides images. Default: the zoo's, else 1."""
+    image_size: tuple[int, ...] = ()
+    """Side, or height and width, to which the images of folder: are scaled and cropped. Default: what the zoo's model
+    takes, else as they are."""
     max_train: int = 5000
     """Images of `train` that are used, at most."""
     data_dir: str = ""
@@ -91,20 +94,21 @@ def depth(options: Depth, say: Callable[[str], None]) -> list[Cut]:
     """
     if options.max_train < 2:
         raise RunError(f"--max-train {options.max_train}: expected at least 2")
-    opened = open_parts(
-        Config(
-            options.model,
-            options.checkpoint,
-            options.data,
-            fitted_split=options.fitted_split,
-            mean=options.mean,
-            std=options.std,
-            max_train=options.max_train,
-            data_dir=options.data_dir,
-            seed=options.seed,
-            head="fit",
-        )
+    config = Config(
+        options.model,
+        options.checkpoint,
+        options.data,
+        fitted_split=options.fitted_split,
+        mean=options.mean,
+        std=options.std,
+        image_size=options.image_size,
+        max_train=options.max_train,
+        data_dir=options.data_dir,
+        seed=options.seed,
+        head="fit",
     )
+    config.check()
+    opened = open_parts(config)
     subject, roles, classes = opened.subject, opened.roles, len(opened.labels.names)
     say(
         f"{options.data}: {classes} classes, train {len(roles.train):,} and search {len(roles.search):,} images"

@@ -36,6 +36,7 @@ from treesurgeon.search.records import numbers, open_run
 from treesurgeon.search.selection import Finalist, Verdict
 from treesurgeon.search.setting import fingerprint, prepare
 from treesurgeon.search.space import build
+from treesurgeon.search.subject import SubjectError, open_subject
 
 MODEL = """
 from flax import linen as nn
@@ -393,6 +394,38 @@ def test_bad_input(zoo, monkeypatch, changes, message):
         run(given, lambda _: None)
     assert len(str(caught.value).splitlines()) < 30
     assert not (zoo / "out-of-nothing/selected").exists()
+
+
+class Counting(nn.Module):
+    """Knows how many images there are only when they are there."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(10)(x.reshape(len(x), -1))
+
+
+class Rows(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(10)(x.reshape(-1, x.shape[-1]))
+
+
+class AnyNumber(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(10)(x.reshape(x.shape[0], -1))
+
+
+def test_models_take_any_number_of_images(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "theirs", sys.modules[__name__])
+    for name, words in (
+        ("Counting", r"does not take images of shape \[8, 8, 1\] in any number.*x.shape\[0\] or -1, not len\(x\)"),
+        ("Rows", r"expected logits \[N, classes\] for N images, got \(64\*n, 10\)"),
+    ):
+        with pytest.raises(SubjectError, match=words):
+            open_subject(f"theirs:{name}", "nowhere", (8, 8, 1))
+    ocp.save(tmp_path / "c", AnyNumber().init(jax.random.key(0), jnp.zeros((1, 8, 8, 1))))
+    assert open_subject("theirs:AnyNumber", str(tmp_path / "c"), (8, 8, 1)).num_classes == 10
 
 
 def test_a_directory_that_is_not_a_run_is_left_alone(zoo):
