@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import io
+import math
 import pickle
 import struct
 import zipfile
@@ -59,6 +60,8 @@ class _Tensor:
         last = self.offset + sum((n - 1) * step for n, step in zip(self.shape, self.strides, strict=True))
         if 0 not in self.shape and last >= len(data):
             raise ValueError("a tensor that reaches beyond its data")
+        if math.prod(self.shape) > len(data):  # the same numbers many times over
+            raise ValueError("a tensor larger than its data")
         steps = [step * data.itemsize for step in self.strides]
         return np.lib.stride_tricks.as_strided(data[self.offset :], self.shape, steps).copy()
 
@@ -136,6 +139,8 @@ def _refusal(path: Path, why: str) -> CheckpointError:
 def _read_zip(file: Any) -> Any:
     with zipfile.ZipFile(file) as archive:
         names = archive.namelist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("it is compressed, which torch.save never does")
         found = [name for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(found) != 1:
             raise CheckpointError("it holds no data.pkl")

@@ -21,6 +21,7 @@ from treesurgeon.search.activity import Looked, Units, measured
 from treesurgeon.search.config import Config, RunError
 from treesurgeon.search.data import Split, open_source, split_roles
 from treesurgeon.search.insight_page import write_insight
+from treesurgeon.search.records import reading
 from treesurgeon.search.setting import open_parts
 from treesurgeon.search.transfer import by_batch
 
@@ -83,7 +84,11 @@ def insight(options: Insight, say: Callable[[str], None]) -> list[Units]:
     for name, least in (("images", 2), ("show", 0), ("top", 1)):
         if getattr(options, name) < least:
             raise RunError(f"--{name} {getattr(options, name)}: expected at least {least}")
-    looked = open_selected(options, options.selected) if options.selected else open_model(options)
+    if options.selected:
+        with reading(options.selected):
+            looked = open_selected(options, options.selected)
+    else:
+        looked = open_model(options)
     if len(np.unique(looked.split.labels)) < 2:
         raise RunError(f"--images {options.images}: these are of one class, expected two or more; raise it")
     active = jax.jit(engine.unit_activity(looked.infer, looked.graph))

@@ -13,11 +13,11 @@ from string import Template
 from typing import Any
 
 from treesurgeon.search import charts, markup, panels
-from treesurgeon.search.charts import short
+from treesurgeon.search.charts import Chart, short
 from treesurgeon.search.markup import Html, element, join, table
 from treesurgeon.search.metrics import ACCURACY
 from treesurgeon.search.pictures import write_pictures, write_whole
-from treesurgeon.search.records import DENSE, FAILS, NONE, PASSED, Run, known, number, open_run
+from treesurgeon.search.records import DENSE, FAILS, NONE, PASSED, Run, known, number, open_run, reading
 from treesurgeon.search.report import SPLITS, UNKNOWN, shown
 
 BADGES = {
@@ -35,6 +35,18 @@ def write_page(directory: Path) -> Path:
         RunError: the directory holds no complete run.
     """
     run = open_run(directory)
+    with reading(directory):
+        plots, text = draw(run), page(run)
+    for name, drawn in plots.items():
+        if drawn:
+            write_pictures(directory, name, drawn)
+    path = directory / "report.html"
+    write_whole(path, text.encode())
+    return path
+
+
+def draw(run: Run) -> dict[str, list[Chart]]:
+    """The plots by the names of their files."""
     plots = {
         "pareto": [panels.pareto(run)],
         "network": [panels.network(run)],
@@ -43,12 +55,7 @@ def write_page(directory: Path) -> Path:
     }
     if run.depth:
         plots["depth"] = [panels.depth_chart(run)]
-    for name, drawn in plots.items():
-        if drawn:
-            write_pictures(directory, name, drawn)
-    path = directory / "report.html"
-    write_whole(path, page(run).encode())
-    return path
+    return plots
 
 
 def page(run: Run) -> str:

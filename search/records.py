@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from treesurgeon.engine import TreesurgeonError
 from treesurgeon.search import report
 from treesurgeon.search.config import RunError
 from treesurgeon.search.metrics import METRICS, Metric
@@ -118,6 +120,23 @@ def open_run(path: Path) -> Run:
         if sum(row.get(key) == value for row in run.tables["results"]) != 1:
             raise RunError(f"{path}/results.csv does not have exactly one row of the {name} model: copy the run again")
     return run
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """While the block goes by what files at a path say: they can say anything.
+
+    Raises:
+        RunError: the block met an entry that is not there, or is of another kind or out of range.
+    """
+    try:
+        yield
+    except TreesurgeonError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise RunError(
+            f"{path}: an entry of its files is missing or of another kind ({error!r}): copy it again, or repeat the run"
+        ) from error
 
 
 def picture(run: Run, number: int) -> bytes:

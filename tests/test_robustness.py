@@ -77,7 +77,6 @@ def test_two_processes_do_not_share_a_run(tmp_path):
         assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
-@pytest.mark.slow
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
     halves = [".candidates.csv.123", ".report.html.9", ".depth.png.77", "state/000001.orbax-checkpoint-tmp-5/x",
               ".selected.ab_c1234/variables/d"]  # fmt: skip
@@ -98,6 +97,7 @@ def test_a_run_that_was_killed_before_it_had_its_configuration_begins(tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_at_once():
     program = (
         "import atexit, time; from treesurgeon.search import cli\n"
