@@ -20,10 +20,12 @@ import jax
 import numpy as np
 
 from treesurgeon import engine
-from treesurgeon.engine import ArtifactError
+from treesurgeon.engine import TreesurgeonError
 from treesurgeon.search.exporting import WEIGHTS, WRITERS, Export, size
 
 SECONDS = 3.0  # that timing a pair of models may take, roughly
+# What other tools raise: translations that are not there, files too large for protobuf, memory.
+FAILURES = (TreesurgeonError, ValueError, TypeError, RuntimeError, MemoryError)
 REPEATS = (5, 50)  # of both together, at least and at most
 
 
@@ -67,15 +69,12 @@ def measure(small: engine.Model, dense: engine.Model, x: np.ndarray, say: Callab
             try:
                 for model, path in zip((small, dense), paths, strict=True):
                     write(model, path, Export(path, form, path))
-            except ArtifactError as error:
-                say(f"not measured: {error}")
+                timed = weights if form in WEIGHTS else _interleaved([RUNNERS[form](path, x) for path in paths])
+            except FAILURES as error:  # the run does not end for that
+                say(f"{form} is not measured: {(str(error) or type(error).__name__).splitlines()[0]}")
                 continue
-            sizes = size(paths[0]), size(paths[1])
-            if form in WEIGHTS:
-                out.append(Form(form, *sizes, *weights, len(x), name))
-                continue
-            timed = _interleaved([RUNNERS[form](path, x) for path in paths])
-            out.append(Form(form, *sizes, *timed, len(x), name if form == "stablehlo" else "onnxruntime (cpu)"))
+            where = "onnxruntime (cpu)" if form == "onnx" else name
+            out.append(Form(form, size(paths[0]), size(paths[1]), *timed, len(x), where))
     return out
 
 

@@ -33,7 +33,7 @@ def test_every_format_is_measured_beside_dense(pair, tmp_path):
     said = []
     forms = formats.measure(*pair, np.ones((5, *SHAPE), np.float32), said.append)
     assert [form.format for form in forms] == [name for name in WRITERS if HAS_ONNX or name != "onnx"]
-    assert [line.startswith("not measured: ONNX export needs") for line in said] == ([] if HAS_ONNX else [True])
+    assert [line.startswith("onnx is not measured: ONNX export needs") for line in said] == [True] * (not HAS_ONNX)
     weights = {(form.latency, form.dense_latency) for form in forms if form.format in formats.WEIGHTS}
     assert len(weights) == 1  # one function, whatever file
     for form in forms:
@@ -50,6 +50,17 @@ def test_every_format_is_measured_beside_dense(pair, tmp_path):
     share = f"{forms[0].bytes / forms[0].dense_bytes:.0%}"
     assert any(line.startswith(f"| {forms[0].format} | {forms[0].bytes:,} | {share} | ") for line in table)
     assert formats.markdown([]) == ""
+
+
+def test_a_format_that_fails_is_told_and_left_out(pair, monkeypatch):
+    def too_large(*_):
+        raise ValueError("Message exceeds maximum protobuf size of 2GB\nand so on")
+
+    said = []
+    monkeypatch.setattr(formats, "WRITERS", {"onnx": too_large, "msgpack": WRITERS["msgpack"]})
+    forms = formats.measure(*pair, np.ones((2, *SHAPE), np.float32), said.append)
+    assert said == ["onnx is not measured: Message exceeds maximum protobuf size of 2GB"]
+    assert [form.format for form in forms] == ["msgpack"]
 
 
 def test_calls_take_turns():
