@@ -10,6 +10,7 @@ import collections
 import io
 import math
 import pickle
+import pickletools
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
@@ -99,6 +100,16 @@ class _Unpickler(pickle.Unpickler):
         return self.storage(str(key), dtype, int(count))
 
 
+def _load(file: Any, storage: Callable[[str, Any, int], _Storage]) -> Any:
+    """The next pickle of a file. What it holds is numbered; a number that makes no sense would take all memory."""
+    start = file.tell()
+    for count, (code, number, _) in enumerate(pickletools.genops(file)):
+        if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(number) > count:
+            raise ValueError(f"object {count} is numbered {number}")
+    file.seek(start)
+    return _Unpickler(file, storage).load()
+
+
 def read_torch(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a state dict by PyTorch's names, also where a training script keeps it beside other things.
 
@@ -157,7 +168,7 @@ def _read_zip(file: Any) -> Any:
                 made.data = np.frombuffer(archive.read(f"{root}data/{key}"), made.dtype, count)
             return storages[key]
 
-        return _Unpickler(io.BytesIO(archive.read(found[0])), storage).load()
+        return _load(io.BytesIO(archive.read(found[0])), storage)
 
 
 def _read_legacy(file: Any) -> Any:
@@ -167,7 +178,7 @@ def _read_legacy(file: Any) -> Any:
         return storages.setdefault(key, _Storage(dtype, count))
 
     def load() -> Any:
-        return _Unpickler(file, storage).load()
+        return _load(file, storage)
 
     _, protocol, system, saved, keys = load(), load(), load(), load(), load()
     if protocol != PROTOCOL or not system.get("little_endian"):

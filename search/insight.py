@@ -146,7 +146,9 @@ def open_selected(options: Insight, path: Path) -> Looked:
     try:
         data, seed, normalisation = (model.manifest[name] for name in ("data", "seed", "normalisation"))
         labels, fitted = tuple(model.manifest["labels"]), data["fitted"]
-        mean, std = tuple(normalisation["mean"]), tuple(normalisation["std"])
+        mean, std = (tuple(map(float, normalisation[name])) for name in ("mean", "std"))
+        if not all(isinstance(label, str) for label in labels):
+            raise TypeError(f"labels {labels}")
     except (KeyError, TypeError) as error:
         raise RunError(
             f"{path}/manifest.json does not say {error}: it was not made by a search; search again"

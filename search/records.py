@@ -133,7 +133,7 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except TreesurgeonError:
         raise
-    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, StopIteration) as error:
         raise RunError(
             f"{path}: an entry of its files is missing or of another kind ({error!r}): copy it again, or repeat the run"
         ) from error

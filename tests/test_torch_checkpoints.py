@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from torchfiles import Call, Pickler, Storage, names_of_torch
 
 from treesurgeon import models
-from treesurgeon.models.pickles import read_torch
+from treesurgeon.models.pickles import LEGACY, read_torch
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared/data/checkpoints"
 
@@ -87,6 +87,19 @@ def test_a_tensor_of_more_numbers_than_there_are(write):
         path = write(lambda t, shape=shape, steps=steps: {"a": t(S, 0, shape, steps)}, [S])
         with pytest.raises(models.CheckpointError, match="a tensor larger than its data"):
             read_torch(path)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_numbers_of_objects_that_would_take_all_memory(tmp_path, old):
+    data = b"\x80\x02}r\xff\xff\xff\x7f."  # an empty dict, object 2,147,483,647: 16 GB of them
+    path = tmp_path / "x.pth"
+    if old:
+        path.write_bytes(LEGACY + data)
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("x/data.pkl", data)
+    with pytest.raises(models.CheckpointError, match="object 2 is numbered 2147483647"):
+        read_torch(path)
 
 
 def test_damaged_bytes_are_told(write):
