@@ -104,7 +104,7 @@ def _load(file: Any, storage: Callable[[str, Any, int], _Storage]) -> Any:
     """The next pickle of a file. What it holds is numbered; a number that makes no sense would take all memory."""
     start = file.tell()
     for count, (code, number, _) in enumerate(pickletools.genops(file)):
-        if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(number) > count:
+        if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and isinstance(number, int) and number > count:
             raise ValueError(f"object {count} is numbered {number}")
     file.seek(start)
     return _Unpickler(file, storage).load()
