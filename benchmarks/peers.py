@@ -102,6 +102,8 @@ def front(options: Options) -> None:
             finalists=2,
             epochs=0,
             certify=False,
+            formats=False,
+            pictures=False,
             max_train=options.train,
             seed=options.seed,
         )

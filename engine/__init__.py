@@ -16,6 +16,7 @@ from treesurgeon.engine.reconstruction import Reconstruction, fold, reconstruct
 from treesurgeon.engine.refit import MaskedRefit, Refit, refit, refit_masked
 from treesurgeon.engine.rules import Rule, register
 from treesurgeon.engine.selectivity import (
+    activity_maps,
     class_means,
     class_selectivity,
     participation_ratio,
@@ -53,6 +54,7 @@ __all__ = [
     "TreesurgeonError",
     "Truncated",
     "activation_energy",
+    "activity_maps",
     "class_means",
     "class_selectivity",
     "contractions",

@@ -181,6 +181,7 @@ def save(
             "versions": {name: version(name) for name in ("treesurgeon", "jax", "flax", "orbax-checkpoint")},
             "files": _checksums(work),
         }
+        content["digest"] = _digest(content)
         (work / "manifest.json").write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
         work.chmod(0o755)
         work.rename(path)
@@ -218,6 +219,10 @@ def load(path: str | os.PathLike, module: nn.Module | Shortened | None = None, a
         raise ArtifactError(
             f"{path}: {len(damaged)} files are missing, added or changed since it was saved "
             f"({', '.join(damaged[:3])}): copy the directory again"
+        )
+    if manifest.get("digest", digest := _digest(manifest)) != digest:  # manifests of before the first release have none
+        raise ArtifactError(
+            f"{path}/manifest.json: its model or plan was changed since it was saved: copy the directory again"
         )
     try:
         module = spec.cut(module) if module is not None else spec.build(allow_import)
@@ -263,6 +268,12 @@ def _assemble(
     graph = trace(fn, template, spec.example)
     check_leaves(variables, graph.shapes(graph.masks(plan)), "narrow")
     return Model(module, variables, graph, plan, manifest)
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of what the model is made of; kept units that are others of the same number would go unnoticed."""
+    parts = {name: manifest[name] for name in ("format", "model", "plan")}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _checksums(path: Path) -> dict[str, str]:

@@ -7,6 +7,7 @@ selectivity: it says what a unit answers to, and not how much the network needs 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,39 @@ def unit_activity(fn: Callable, graph: Graph) -> Callable:
                 for name, value in places.items():
                     found.setdefault(name, []).append(value)
             return {name: jnp.stack(values).mean(0) for name, values in found.items()}
+
+        return jax.vmap(one)(args)
+
+    return measure
+
+
+def activity_maps(fn: Callable, graph: Graph) -> Callable:
+    """`activity_maps(fn, graph)(params, *args)`: where units are active, `{group: float[N, *positions, size]}`.
+
+    The absolute values that the reader with the most positions reads; its axes stand in their order, those of length
+    one left out: height and width for images behind convolutions, or one axis where they were flattened. Groups that no
+    kernel of its own reads are left out. The first axis of every argument is that of the examples.
+    """
+
+    def look(site: Site, x: Any) -> Scores:
+        out = {}
+        for name, (start, *shape) in site.places.items():
+            block = jax.lax.slice_in_dim(x, start, start + math.prod(shape), axis=site.dim)
+            wide = block.reshape(*x.shape[: site.dim], *shape, *x.shape[site.dim + 1 :])
+            last = jnp.abs(jnp.moveaxis(wide, site.dim + 1, -1))
+            out[name] = last.reshape(*(n for n in last.shape[:-1] if n != 1), last.shape[-1])
+        return out
+
+    read = at_sites(fn, graph, look)
+
+    def measure(params: Any, *args: Any, **kwargs: Any) -> Scores:
+        def one(example: tuple) -> Scores:
+            found: dict[str, jax.Array] = {}
+            for places in read(params, *jax.tree.map(lambda x: x[None], example), **kwargs).values():
+                for name, value in places.items():
+                    if name not in found or value.size > found[name].size:
+                        found[name] = value
+            return found
 
         return jax.vmap(one)(args)
 

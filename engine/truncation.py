@@ -102,7 +102,8 @@ def levels(fn: Callable, graph: Graph, *args: Any, **kwargs: Any) -> dict[str, i
     Args:
         fn: the function.
         graph: the traced graph.
-        args, kwargs: example arguments, `jax.ShapeDtypeStruct`s do.
+        *args: example arguments, `jax.ShapeDtypeStruct`s do.
+        **kwargs: likewise.
     """
     found, _ = Retracer(fn, graph)({}, args, kwargs)
     program = found.analysis.program

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import collections
 import io
+import math
 import pickle
+import pickletools
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
@@ -59,6 +61,8 @@ class _Tensor:
         last = self.offset + sum((n - 1) * step for n, step in zip(self.shape, self.strides, strict=True))
         if 0 not in self.shape and last >= len(data):
             raise ValueError("a tensor that reaches beyond its data")
+        if math.prod(self.shape) > len(data):  # the same numbers many times over
+            raise ValueError("a tensor larger than its data")
         steps = [step * data.itemsize for step in self.strides]
         return np.lib.stride_tricks.as_strided(data[self.offset :], self.shape, steps).copy()
 
@@ -94,6 +98,16 @@ class _Unpickler(pickle.Unpickler):
         if kind != "storage" or dtype not in DTYPES.values() or any(part is not None for part in view):
             raise ValueError(f"a reference to {kind!r}")
         return self.storage(str(key), dtype, int(count))
+
+
+def _load(file: Any, storage: Callable[[str, Any, int], _Storage]) -> Any:
+    """The next pickle of a file. What it holds is numbered; a number that makes no sense would take all memory."""
+    start = file.tell()
+    for count, (code, number, _) in enumerate(pickletools.genops(file)):
+        if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and isinstance(number, int) and number > count:
+            raise ValueError(f"object {count} is numbered {number}")
+    file.seek(start)
+    return _Unpickler(file, storage).load()
 
 
 def read_torch(path: Path) -> dict[str, np.ndarray]:
@@ -136,6 +150,8 @@ def _refusal(path: Path, why: str) -> CheckpointError:
 def _read_zip(file: Any) -> Any:
     with zipfile.ZipFile(file) as archive:
         names = archive.namelist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("it is compressed, which torch.save never does")
         found = [name for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(found) != 1:
             raise CheckpointError("it holds no data.pkl")
@@ -152,7 +168,7 @@ def _read_zip(file: Any) -> Any:
                 made.data = np.frombuffer(archive.read(f"{root}data/{key}"), made.dtype, count)
             return storages[key]
 
-        return _Unpickler(io.BytesIO(archive.read(found[0])), storage).load()
+        return _load(io.BytesIO(archive.read(found[0])), storage)
 
 
 def _read_legacy(file: Any) -> Any:
@@ -162,7 +178,7 @@ def _read_legacy(file: Any) -> Any:
         return storages.setdefault(key, _Storage(dtype, count))
 
     def load() -> Any:
-        return _Unpickler(file, storage).load()
+        return _load(file, storage)
 
     _, protocol, system, saved, keys = load(), load(), load(), load(), load()
     if protocol != PROTOCOL or not system.get("little_endian"):

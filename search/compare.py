@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 
 from treesurgeon.search import report
-from treesurgeon.search.records import Row, Run, number, open_run
+from treesurgeon.search.records import Row, Run, number, open_run, reading
 from treesurgeon.search.report import SPLITS, UNKNOWN, count, shown
 
 
@@ -33,15 +33,19 @@ def compare(options: Comparison, say: Callable[[str], None]) -> None:
     names = _names([run.directory for run in runs])
     head = ("run", "selected", "params", "MACs", *SPLITS, "gap", "certificate")
     rows: list[Sequence[str]] = []
+    said, metrics, tests = [], [], set()
     for name, run in zip(names, runs, strict=True):
-        rows += [_line(name, run, run.selected), _line("", run, run.dense)]
+        with reading(run.directory):
+            rows += [_line(name, run, run.selected), _line("", run, run.dense)]
+            said.append(f"{name} ({run.config['model']}): {run.manifest['verdict']['sentence']}")
+            metrics.append(run.metric.name)
+            tests.add(run.manifest["data"]["fingerprints"]["test"])
     say(report.aligned([head, *rows]))
     say("")
-    for name, run in zip(names, runs, strict=True):
-        say(f"{name} ({run.config['model']}): {run.manifest['verdict']['sentence']}")
-    if len({run.metric.name for run in runs}) > 1:
-        say("These runs were judged by different metrics: " + ", ".join(run.metric.name for run in runs) + ".")
-    tests = {run.manifest["data"]["fingerprints"]["test"] for run in runs}
+    for line in said:
+        say(line)
+    if len(set(metrics)) > 1:
+        say("These runs were judged by different metrics: " + ", ".join(metrics) + ".")
     if len(tests) > 1:
         say(f"These runs were tested on {len(tests)} different sets of images: compare their test columns with care.")
 

@@ -12,8 +12,9 @@ import jax
 import numpy as np
 
 from treesurgeon import engine
-from treesurgeon.search import contenders, crossval, hosts, report
-from treesurgeon.search.budget import Budget, measured_dense
+from treesurgeon.search import contenders, crossval, formats, hosts, report
+from treesurgeon.search.activity import Looked
+from treesurgeon.search.budget import Budget, example, measured_dense
 from treesurgeon.search.certificate import Certificate, Step, certify, not_certified, wilson
 from treesurgeon.search.crossval import Estimate, cross_validate
 from treesurgeon.search.data import Split
@@ -21,10 +22,12 @@ from treesurgeon.search.evaluate import answering, measurer
 from treesurgeon.search.metrics import ACCURACY, Metric
 from treesurgeon.search.openings import claim_opening, record_opening
 from treesurgeon.search.selection import Finalist, Verdict, WithinMargins
+from treesurgeon.search.selective import write_selective
 from treesurgeon.search.setting import Setting
 from treesurgeon.search.space import Space
 from treesurgeon.search.tuning import Tuned
 
+LOOKED = 500  # images of `search` on which units are looked at
 ENDS = ("difference", "low", "high")  # of an estimate, as `front.csv` has them
 
 
@@ -108,7 +111,9 @@ def conclude(
             metric=metric,
         )
         lines.append(line)
-        results.append(_result(line, each, {split: len(getattr(roles, split)) for split in report.SPLITS}))
+        row = _result(line, each, {split: len(getattr(roles, split)) for split in report.SPLITS})
+        wrong = finalist.search_error if metric is ACCURACY else error_on(each, roles.search, ACCURACY)
+        results.append(row | {"wrong": wrong})
     size = dense.cost["params"]
     contrasts = {
         name: contenders.contrast(metric, on_test[name], on_test[chosen.name], what, each.cost["params"] / size)
@@ -142,12 +147,15 @@ def conclude(
     report.write_table(
         config.directory / "certificate.csv", report.CERTIFICATE_COLUMNS, certificate_rows(certificate.steps)
     )
+    if config.pictures:
+        write_selective(config.directory, looked_at(setting, chosen))
+    forms = measure_formats(setting, chosen, whole, say)
     path = config.directory / "selected"
     return Conclusion(
         Outcome(tuple(lines), outcome, path, baselines["sentence"]),
         chosen.name,
         {**_manifest(setting, chosen, outcome, lines, certificate, estimates), "baselines": baselines},
-        _card(setting, outcome, lines, estimates, baselines["sentence"]),
+        _card(setting, outcome, lines, estimates, baselines["sentence"]) + formats.markdown(forms),
     )
 
 
@@ -171,6 +179,32 @@ def untouched(setting: Setting) -> Tuned:
     subject, plan = setting.subject, engine.Plan()
     cost = {name: int(value) for name, value in engine.cost(subject.graph, plan)._asdict().items()}
     return Tuned("dense", plan, subject.variables, subject.infer, None, cost, subject)
+
+
+def looked_at(setting: Setting, model: Tuned) -> Looked:
+    """A frozen model and some images of `search`."""
+    search, count = setting.roles.search, LOOKED
+    split = replace(search, images=search.images[:count], labels=search.labels[:count], indices=search.indices[:count])
+    x = jax.ShapeDtypeStruct((1, *setting.subject.spec.input_shape), setting.subject.spec.input_dtype)
+    graph = engine.trace(model.infer, model.variables, x)
+    parts = split, tuple(setting.roles.label_names), setting.mean, setting.std
+    return Looked(model.name, model.infer, model.variables, graph, *parts)
+
+
+def measure_formats(setting: Setting, chosen: Tuned, whole: Tuned, say: Callable[[str], None]) -> list[formats.Form]:
+    """What the selected model takes in every format, into `formats.csv` as well; nothing where it is the dense one."""
+    config, subject = setting.config, setting.subject
+    if not config.formats or chosen is whole:
+        return []
+    say(f"writing {chosen.name} in every format, and timing it beside dense (--no-formats leaves this out)")
+    spec = {"input_shape": subject.spec.input_shape, "input_dtype": subject.spec.input_dtype}
+    small, dense = (
+        engine.Model(each.subject.module, each.variables, each.subject.graph, each.plan, {"model": spec})
+        for each in (chosen, whole)
+    )
+    forms = formats.measure(small, dense, example(setting).astype(subject.spec.input_dtype), say)
+    report.write_table(config.directory / "formats.csv", report.FORMAT_COLUMNS, [asdict(form) for form in forms])
+    return forms
 
 
 def measure(setting: Setting, model: Tuned) -> Finalist:

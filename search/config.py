@@ -162,6 +162,11 @@ class Config:
     """Whether to train what the selected variant has to beat, on the same data for as many steps: the dense model
     fine-tuned, dense and selected from scratch, and a linear head on the dense model's features. They are reported
     beside it, and no choice goes by them. Without epochs there are none."""
+    pictures: bool = True
+    """Whether the report shows images of `search` that the selected model's most selective units answer to."""
+    formats: bool = True
+    """Whether the selected model is written in every format of `treesurgeon export` and timed beside the dense one, for
+    the card; the files are not kept."""
     scratch_epochs: int | None = None
     """Epochs of those from scratch. Default: as many as the finalists'."""
     scratch_learning_rate: float = 0.1
@@ -247,9 +252,9 @@ def claim(config: Config, content: Mapping[str, Any]) -> None:
                 + "\n".join(rows)
             )
         return
-    if config.directory.is_dir() and any(config.directory.iterdir()):
+    beside = path.with_name(".config.json")  # a kill may leave it
+    if config.directory.is_dir() and set(config.directory.iterdir()) - {beside}:
         raise RunError(f"{config.directory} is not empty and holds no run: choose another --out")
     config.directory.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(".config.json")
     beside.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
     beside.replace(path)

@@ -19,7 +19,8 @@ import tyro
 from treesurgeon.search import report
 from treesurgeon.search.config import Config, RunError
 from treesurgeon.search.data import SHARES
-from treesurgeon.search.depth_chart import curves
+from treesurgeon.search.depth_chart import depths
+from treesurgeon.search.pictures import write_pictures
 from treesurgeon.search.setting import open_parts
 from treesurgeon.search.survey import Cut, HeadName, survey
 
@@ -35,8 +36,8 @@ class Depth:
     data: str
     """digits, tfds:NAME (prepared), tfds-dir:PATH, npz:PATH, or folder:PATH; labels need not be the checkpoint's."""
     out: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
-    """Where depth.csv and depth.svg go; earlier ones are replaced. In a run's directory `treesurgeon report` shows
-    them too. Default: runs/MODEL-depth."""
+    """Where depth.csv, depth.svg and depth.png go; earlier ones are replaced. In a run's directory `treesurgeon report`
+    shows them too. Default: runs/MODEL-depth."""
     head: HeadName = "ridge"
     """What is fitted to the features: least squares to one-hot labels, or logistic regression (slower)."""
     fitted_split: tuple[str, ...] = ()
@@ -48,6 +49,9 @@ class Depth:
     shares: tuple[float, float, float, float] = SHARES
     """How the images are dealt out to `train`, `search`, `certify` and `test`: as in the search, so that `certify` and
     `test` stay closed."""
+    image_size: tuple[int, ...] = ()
+    """Side, or height and width, to which the images of folder: are scaled and cropped. Default: what the zoo's model
+    takes, else as they are."""
     max_train: int = 5000
     """Images of `train` that are used, at most."""
     data_dir: str = ""
@@ -62,28 +66,29 @@ class Depth:
 
 
 def depth(options: Depth, say: Callable[[str], None]) -> list[Cut]:
-    """Fit a head at every point, print the table, and write `depth.csv` and `depth.svg`.
+    """Fit a head at every point, print the table, and write `depth.csv`, `depth.svg` and `depth.png`.
 
     Raises:
         TreesurgeonError, ModelError: bad input.
     """
     if options.max_train < 2:
         raise RunError(f"--max-train {options.max_train}: expected at least 2")
-    opened = open_parts(
-        Config(
-            options.model,
-            options.checkpoint,
-            options.data,
-            fitted_split=options.fitted_split,
-            mean=options.mean,
-            std=options.std,
-            shares=options.shares,
-            max_train=options.max_train,
-            data_dir=options.data_dir,
-            seed=options.seed,
-            head="fit",
-        )
+    config = Config(
+        options.model,
+        options.checkpoint,
+        options.data,
+        fitted_split=options.fitted_split,
+        mean=options.mean,
+        std=options.std,
+        shares=options.shares,
+        image_size=options.image_size,
+        max_train=options.max_train,
+        data_dir=options.data_dir,
+        seed=options.seed,
+        head="fit",
     )
+    config.check()
+    opened = open_parts(config)
     subject, roles, classes = opened.subject, opened.roles, len(opened.labels.names)
     say(
         f"{options.data}: {classes} classes, train {len(roles.train):,} and search {len(roles.search):,} images"
@@ -123,7 +128,7 @@ def finish(options: Depth, cuts: Sequence[Cut], say: Callable[[str], None]) -> N
         ],
     )
     told = [f"{cut.point}: {cut.params:,} parameters, {cut.macs:,} multiply-accumulates" for cut in cuts]
-    lines_of = {"train": [cut.train for cut in cuts], "search": [cut.search for cut in cuts]}
-    picture = curves(f"{options.model}: accuracy against depth", [cut.point for cut in cuts], lines_of, told)
-    (options.directory / "depth.svg").write_text(picture + "\n", encoding="utf-8")
-    say(f"wrote {options.directory / 'depth.csv'} and depth.svg")
+    shares = {"train": [cut.train for cut in cuts], "search": [cut.search for cut in cuts]}
+    chart = depths(f"{options.model}: accuracy against depth", [cut.point for cut in cuts], shares, told)
+    write_pictures(options.directory, "depth", [chart])
+    say(f"wrote {options.directory / 'depth.csv'}, depth.svg and depth.png")

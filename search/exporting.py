@@ -114,7 +114,8 @@ def _orbax(model: engine.Model, path: Path, options: Export) -> None:
     ocp.save(str(path), jax.tree.map(np.asarray, model.variables), custom_metadata=essentials(model))
 
 
-WRITERS: Mapping[str, Callable[[engine.Model, Path, Export], None]] = {
+WEIGHTS = ("safetensors", "msgpack", "orbax")  # hold no function
+WRITERS: Mapping[Format, Callable[[engine.Model, Path, Export], None]] = {
     "stablehlo": _stablehlo,
     "safetensors": _safetensors,
     "msgpack": _msgpack,

@@ -21,6 +21,7 @@ from treesurgeon.search.activity import Looked, Units, measured
 from treesurgeon.search.config import Config, RunError
 from treesurgeon.search.data import Split, open_source, split_roles
 from treesurgeon.search.insight_page import write_insight
+from treesurgeon.search.records import reading
 from treesurgeon.search.setting import open_parts
 from treesurgeon.search.transfer import by_batch
 
@@ -39,8 +40,8 @@ class Insight:
     checkpoint: str = ""
     """An Orbax directory, or a .safetensors file; not for a selected model, which has its variables."""
     out: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
-    """Where units.csv, layers.csv, layers.svg and insight.html go; earlier ones are replaced. Default: beside the
-    selected model, or runs/MODEL-insight."""
+    """Where units.csv, layers.csv, layers.svg, layers.png and insight.html go; earlier ones are replaced. Default:
+    beside the selected model, or runs/MODEL-insight."""
     images: int = 500
     """Images of `search` that are looked at, at most."""
     show: int = 6
@@ -75,7 +76,7 @@ class Insight:
 
 
 def insight(options: Insight, say: Callable[[str], None]) -> list[Units]:
-    """Look at every group, say it as a table, and write `units.csv`, `layers.csv`, `layers.svg` and `insight.html`.
+    """Look at every group, say it as a table, and write it: `insight.html`, `units.csv`, `layers.csv`, `.svg`, `.png`.
 
     Raises:
         TreesurgeonError, ModelError: bad input.
@@ -83,7 +84,11 @@ def insight(options: Insight, say: Callable[[str], None]) -> list[Units]:
     for name, least in (("images", 2), ("show", 0), ("top", 1)):
         if getattr(options, name) < least:
             raise RunError(f"--{name} {getattr(options, name)}: expected at least {least}")
-    looked = open_selected(options, options.selected) if options.selected else open_model(options)
+    if options.selected:
+        with reading(options.selected):
+            looked = open_selected(options, options.selected)
+    else:
+        looked = open_model(options)
     if len(np.unique(looked.split.labels)) < 2:
         raise RunError(f"--images {options.images}: these are of one class, expected two or more; raise it")
     active = jax.jit(engine.unit_activity(looked.infer, looked.graph))
@@ -101,7 +106,7 @@ def insight(options: Insight, say: Callable[[str], None]) -> list[Units]:
         say(f"not seen, since no kernel of its own reads them: {', '.join(unseen)}")
     write_tables(options, looked, found)
     write_insight(options.directory, looked, found, options.show, options.top)
-    say(f"wrote {options.directory / 'insight.html'}, layers.svg, units.csv and layers.csv")
+    say(f"wrote {options.directory / 'insight.html'}, layers.svg, layers.png, units.csv and layers.csv")
     return found
 
 
@@ -141,7 +146,9 @@ def open_selected(options: Insight, path: Path) -> Looked:
     try:
         data, seed, normalisation = (model.manifest[name] for name in ("data", "seed", "normalisation"))
         labels, fitted = tuple(model.manifest["labels"]), data["fitted"]
-        mean, std = tuple(normalisation["mean"]), tuple(normalisation["std"])
+        mean, std = (tuple(map(float, normalisation[name])) for name in ("mean", "std"))
+        if not all(isinstance(label, str) for label in labels):
+            raise TypeError(f"labels {labels}")
     except (KeyError, TypeError) as error:
         raise RunError(
             f"{path}/manifest.json does not say {error}: it was not made by a search; search again"

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from treesurgeon.search import charts, markup
 from treesurgeon.search.activity import Looked, Units
 from treesurgeon.search.charts import Bar
 from treesurgeon.search.markup import Html, element, join, table
+from treesurgeon.search.pictures import write_pictures, write_whole
+from treesurgeon.search.strips import address, strip
 
-GAP, LEAST = 2, 48  # pixels between images, and of their height
-STYLE = ".strip { height: 3rem; image-rendering: pixelated; vertical-align: middle }"
+STYLE = ".strip { height: 3rem; max-width: none; vertical-align: middle }"
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -42,7 +40,7 @@ PAGE = """<!DOCTYPE html>
 
 
 def write_insight(directory: Path, looked: Looked, found: Sequence[Units], show: int, top: int) -> None:
-    """Write `insight.html`, and its plot as `layers.svg`."""
+    """Write `insight.html`, and its plot as `layers.svg` and `layers.png`."""
     title = f"What the units of {looked.name} answer to"
     bars = charts.bars(
         "Participation ratio, of as many units",
@@ -66,8 +64,8 @@ def write_insight(directory: Path, looked: Looked, found: Sequence[Units], show:
         what=markup.escape(what),
         content=join(sections, "\n"),
     )
-    (directory / "layers.svg").write_text(charts.document([bars]), encoding="utf-8")
-    (directory / "insight.html").write_text(text, encoding="utf-8")
+    write_pictures(directory, "layers", [bars])
+    write_whole(directory / "insight.html", text.encode())
 
 
 def _group(looked: Looked, units: Units, show: int, top: int) -> list[Html]:
@@ -90,13 +88,4 @@ def _group(looked: Looked, units: Units, show: int, top: int) -> list[Html]:
 def picture(looked: Looked, at: np.ndarray, names: str) -> Html:
     """Images side by side, as they were before normalisation."""
     images = looked.split.images[at] * np.asarray(looked.std, np.float32) + np.asarray(looked.mean, np.float32)
-    if images.shape[-1] not in (1, 3):
-        images = images.mean(-1, keepdims=True)
-    larger = -(-LEAST // images.shape[1])  # small images in large pixels
-    pixels = np.round(255 * np.clip(images, 0, 1)).astype(np.uint8).repeat(larger, 1).repeat(larger, 2)
-    framed = np.pad(pixels, ((0, 0), (0, 0), (0, GAP), (0, 0)), constant_values=255)
-    strip = np.concatenate(list(framed), 1)
-    out = io.BytesIO()
-    Image.fromarray(strip[..., 0] if strip.shape[-1] == 1 else strip).save(out, "PNG", optimize=True)
-    address = f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
-    return Html(f'<img class="strip" alt="{markup.escape(names)}" src="{address}">')
+    return Html(f'<img class="strip" alt="{markup.escape(names)}" src="{address(strip(images))}">')

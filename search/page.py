@@ -1,4 +1,4 @@
-"""`report.html`: one file that works offline, and the plots beside it as SVG.
+"""`report.html`: one file that works offline, and the plots beside it as SVG and as PNG.
 
 Everything comes from the run's directory (see records.py), so that a report can be made again at any time, anywhere.
 The page may load nothing: its security policy names its one script by hash, and forbids all else.
@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from treesurgeon.search import charts, markup, panels
-from treesurgeon.search.charts import short
+from treesurgeon.search.charts import Chart, short
 from treesurgeon.search.markup import Html, element, join, table
 from treesurgeon.search.metrics import ACCURACY
-from treesurgeon.search.records import DENSE, FAILS, NONE, PASSED, Run, known, number, open_run
+from treesurgeon.search.pictures import write_pictures, write_whole
+from treesurgeon.search.records import DENSE, FAILS, NONE, PASSED, Run, known, number, open_run, reading
 from treesurgeon.search.report import SPLITS, UNKNOWN, shown
 
 BADGES = {
@@ -35,18 +35,27 @@ def write_page(directory: Path) -> Path:
         RunError: the directory holds no complete run.
     """
     run = open_run(directory)
+    with reading(directory):
+        plots, text = draw(run), page(run)
+    for name, drawn in plots.items():
+        if drawn:
+            write_pictures(directory, name, drawn)
+    path = directory / "report.html"
+    write_whole(path, text.encode())
+    return path
+
+
+def draw(run: Run) -> dict[str, list[Chart]]:
+    """The plots by the names of their files."""
     plots = {
         "pareto": [panels.pareto(run)],
         "network": [panels.network(run)],
         "sensitivity": [panels.sensitivity(run)],
         "curves": [chart for _, chart, _ in panels.learning(run)],
     }
-    for name, drawn in plots.items():
-        if drawn:
-            _write(directory / f"{name}.svg", charts.document(drawn))
-    path = directory / "report.html"
-    _write(path, page(run))
-    return path
+    if run.depth:
+        plots["depth"] = [panels.depth_chart(run)]
+    return plots
 
 
 def page(run: Run) -> str:
@@ -69,10 +78,12 @@ def page(run: Run) -> str:
         unscored=markup.escape(panels.unscored(run)),
         front=panels.front(run),
         network=panels.before_and_after(run),
+        units=panels.selective(run),
         sensitivity=panels.sensitivities(run),
         curves=panels.learning_curves(run),
         data_section=data_and_checkpoint(run),
         certificate=certificate(run),
+        formats=formats(run),
         pinned=pinned(run),
         settings=settings(run),
     )
@@ -165,6 +176,29 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + "."
 
 
+def formats(run: Run) -> Html:
+    """What the selected model takes in each format of `treesurgeon export`."""
+    if not run.formats:
+        return element("p", "Nothing was measured: dense was selected, or formats were left out (--no-formats).")
+    head = ("format", "bytes", "dense", "ms", "dense", "speed-up", "calls", "on")
+    cells = [
+        (
+            row["format"],
+            *(f"{known(row, name):,.0f}" for name in ("bytes", "dense_bytes")),
+            *(f"{known(row, name):.3g}" for name in ("latency", "dense_latency")),
+            f"{known(row, 'dense_latency') / known(row, 'latency'):.2f}×",
+            row["repeats"],
+            row["device"],
+        )
+        for row in run.formats
+    ]
+    caption = (
+        f"{run.selected['variant']} as treesurgeon export writes it: size, and median milliseconds for "
+        f"{run.formats[0]['batch']} images, in calls that took turns with the dense model's"
+    )
+    return join([table(caption, head, cells, "wnnnnnnw"), panels.files("formats.csv")])
+
+
 # --- the rest ---------------------------------------------------------------------------------------------------------
 
 
@@ -199,10 +233,3 @@ def _shown(value: Any) -> str:
     if value is None or value in ("", []):
         return UNKNOWN
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _write(path: Path, content: str) -> None:
-    """In one step, so that nobody meets half a file."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(content, encoding="utf-8")
-    beside.replace(path)

@@ -10,10 +10,12 @@ from typing import Any
 
 from treesurgeon.search import charts
 from treesurgeon.search.charts import Bar, Chart, Point, short
-from treesurgeon.search.markup import Html, element, join, table
+from treesurgeon.search.depth_chart import depths
+from treesurgeon.search.markup import Html, element, escape, join, table
 from treesurgeon.search.metrics import ACCURACY
-from treesurgeon.search.records import Row, Run, known, number, numbers
+from treesurgeon.search.records import Row, Run, known, number, numbers, picture
 from treesurgeon.search.report import UNKNOWN, shown
+from treesurgeon.search.strips import address
 
 AXES = {
     "params": "parameters",
@@ -25,6 +27,7 @@ AXES = {
     "loss": "loss on search",
     "generation": "generation",
 }
+JUDGED = "judged"  # the axis of what finished models were judged by, where candidates' error is another
 COSTS = ("params", "macs")
 RISE = 0.05  # below this the loss on `search` counts as level
 
@@ -34,11 +37,11 @@ RISE = 0.05  # below this the loss on `search` counts as level
 
 def plot_data(run: Run) -> dict[str, Any]:
     """What the interactive plot knows: `candidates.csv` with the models that were finished, as JSON values."""
-    names = [name for name in AXES if name in _axes(run)]
+    names = _axes(run)
     candidates = [
         {
             "candidate": int(row["candidate"]),
-            **{name: number(row[name]) for name in dict.fromkeys([*names, "generation"])},
+            **{name: number(row[name]) for name in dict.fromkeys([*names, "generation"]) if name != JUDGED},
             "within": number(row["violation"]) == 0,
             "kept": numbers(row["kept"]),
             "dropped": _dropped(run, row),
@@ -56,7 +59,7 @@ def plot_data(run: Run) -> dict[str, Any]:
         for row in finished(run)
     ]
     return {
-        "axes": {name: AXES[name] for name in names},
+        "axes": {name: axis(run, name) for name in names},
         "groups": [
             {"name": row["group"], "size": int(row["size"]), "blocks": numbers(row["blocks"])}
             for row in run.tables["groups"]
@@ -79,9 +82,18 @@ def pareto(run: Run) -> Chart:
         if (a := _model_value(run, row, x)) is not None and (b := _model_value(run, row, y)) is not None
     ]
     label = (
-        f"{len(points)} candidates by {AXES[x]} and {AXES[y]}, with the finished models; the table below names the best"
+        f"{len(points)} candidates by {axis(run, x)} and {axis(run, y)}, with the finished models; the table below "
+        "names the best"
     )
-    return charts.pareto(points, models, AXES[x], AXES[y], label)
+    return charts.pareto(points, models, axis(run, x), axis(run, y), label)
+
+
+def axis(run: Run, name: str) -> str:
+    """An axis in words. Candidates' error is the share of wrong answers, whatever finished models are judged by."""
+    if run.metric is ACCURACY:
+        return AXES[name]
+    words = {"error": "share of wrong answers on search", JUDGED: f"{run.metric.noun} on search (finished models)"}
+    return words.get(name) or AXES[name]
 
 
 def finished(run: Run) -> list[Row]:
@@ -94,13 +106,13 @@ def front(run: Run) -> Html:
     x, y = default_axes(run)
     rows = {Point(number(row[x]) or 0, number(row[y]) or 0): row for row in reversed(_scored(run))}
     best = [rows[point] for point in charts.front(list(rows))]
-    names = [name for name in AXES if name in _axes(run) and name != "generation"]
+    names = [name for name in _axes(run) if name not in ("generation", JUDGED)]
     cells = [
         [f"{row['generation']}.{row['candidate']}", *(short(known(row, name)) for name in names), _changes(run, row)]
         for row in best
     ]
-    caption = f"Candidates that no other beats by both {AXES[x]} and {AXES[y]}, as generation.candidate"
-    head = ["candidate", *(AXES[name] for name in names), "units kept, and blocks dropped"]
+    caption = f"Candidates that no other beats by both {axis(run, x)} and {axis(run, y)}, as generation.candidate"
+    head = ["candidate", *(axis(run, name) for name in names), "units kept, and blocks dropped"]
     return table(caption, head, cells, "w".ljust(len(head) - 1, "n") + "t")
 
 
@@ -118,7 +130,8 @@ def unscored(run: Run) -> str:
 
 def _axes(run: Run) -> list[str]:
     """The axes on which anything is known."""
-    return [name for name in AXES if any(number(row[name]) is not None for row in run.tables["candidates"])]
+    known_ = [name for name in AXES if any(number(row[name]) is not None for row in run.tables["candidates"])]
+    return known_ if run.metric is ACCURACY else [*known_, JUDGED]
 
 
 def default_axes(run: Run) -> tuple[str, str]:
@@ -127,22 +140,20 @@ def default_axes(run: Run) -> tuple[str, str]:
     return next(limits, "params"), "error"
 
 
-def _model_value(run: Run, row: Row, axis: str) -> float | None:
-    """A finished model on an axis; its latency and memory are measured, the candidates' predicted.
-
-    The error of candidates is the share of wrong answers, whatever models were judged by.
-    """
-    if axis == "error":
+def _model_value(run: Run, row: Row, name: str) -> float | None:
+    """A finished model on an axis; its latency and memory are measured, the candidates' predicted."""
+    if name == JUDGED:
         score = number(row["search"])
-        return 1 - score if score is not None and run.metric is ACCURACY else None
-    return number(row[axis]) if axis in ("params", "macs", "activation_bytes") else None
+        return score if score is None or not run.metric.rising else 1 - score
+    column = {"error": "wrong"}.get(name, name)
+    return number(row[column]) if column in ("wrong", "params", "macs", "activation_bytes") else None
 
 
 def options(run: Run, chosen: str) -> Html:
     """The axes to pick from."""
 
     def option(name: str) -> Html:
-        return element("option", AXES[name], value=name, **({"selected": ""} if name == chosen else {}))
+        return element("option", axis(run, name), value=name, **({"selected": ""} if name == chosen else {}))
 
     return join([option(name) for name in _axes(run)])
 
@@ -255,6 +266,30 @@ def _rises(run: Run) -> list[tuple[str, str, float]]:
     return sorted(out, key=lambda entry: -entry[2])
 
 
+def selective(run: Run) -> Html:
+    """The most selective units of the selected model with the images that they are most active on."""
+    if not run.selective:
+        return element("p", "Nothing is shown: units were not looked at (--no-pictures), or none is ever active.")
+    names = run.manifest["labels"]
+    figures = []
+    for k, row in enumerate(run.selective):
+        labels = [names[i] if i < len(names) else UNKNOWN for i in numbers(row["top_labels"])]
+        where = "; below, where on them" if row["maps"] == "True" else ""
+        words = f"Unit {row['unit']} of {row['group']} is most active on: {', '.join(labels)}{where}"
+        image = Html(f'<img class="strip" alt="{escape(words)}" src="{address(picture(run, k))}">')
+        told = (
+            f"{row['group']}, unit {row['unit']}: prefers {row['class']}, selectivity {known(row, 'selectivity'):.2f}"
+        )
+        figures.append(element("figure", join([element("figcaption", told), image])))
+    words = (
+        f"The most selective units of {run.selected['variant']}, two of a group at most, with the images of search "
+        "that each is most active on; below, in orange, where on them, if its group keeps positions. Selectivity is "
+        "(μ - ν) / (μ + ν): μ is the mean activity on the class that a unit prefers, ν on the others. It says what a "
+        "unit answers to, not how much the network needs it; treesurgeon insight shows all groups."
+    )
+    return join([element("p", words), element("div", join(figures), class_="units"), files("selective.csv")])
+
+
 # --- learning ---------------------------------------------------------------------------------------------------------
 
 
@@ -299,7 +334,15 @@ def learning_curves(run: Run) -> Html:
         return element("p", "The finalists were not fine-tuned (--epochs 0), or there are none.")
     figures = join([element("div", Html(chart.inline())) for _, chart, _ in found])
     numbers_ = element("details", join([element("summary", "The numbers"), *(rows for _, _, rows in found)]))
-    return join([element("div", figures, class_="curves"), numbers_])
+    return join([element("div", figures, class_="curves"), numbers_, files("curves.svg", "curves.png")])
+
+
+def depth_chart(run: Run) -> Chart:
+    """Accuracy against depth."""
+    told = [f"{row['point']}: {short(known(row, 'params'))} parameters, {short(known(row, 'macs'))} MACs"
+            for row in run.depth]  # fmt: skip
+    shares = {split: [known(row, f"{split}_accuracy") for row in run.depth] for split in ("train", "search")}
+    return depths(f"{run.config['model']}: accuracy against depth", [row["point"] for row in run.depth], shares, told)
 
 
 def depth(run: Run) -> Html:
@@ -319,7 +362,13 @@ def depth(run: Run) -> Html:
     ]
     caption = "Accuracy against depth: the checkpoint cut at every block, with a head in closed form on its features"
     head = ("cut at", "parameters", "MACs", "on search", "train", "search", "gap, points")
-    return table(caption, head, cells, "wnnwnnn", [best])
+    found = table(caption, head, cells, "wnnwnnn", [best])
+    return join([Html(depth_chart(run).inline()), found, files("depth.csv", "depth.svg", "depth.png")])
+
+
+def files(*names: str) -> Html:
+    """Links to files beside the page."""
+    return element("p", join([element("a", name, href=name) for name in names], " "), class_="files")
 
 
 def _bar(length: float, part: float) -> Html:

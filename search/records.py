@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from treesurgeon.engine import TreesurgeonError
 from treesurgeon.search import report
 from treesurgeon.search.config import RunError
 from treesurgeon.search.metrics import METRICS, Metric
@@ -24,6 +26,11 @@ TABLES: Mapping[str, Sequence[str]] = {
     "blocks": report.BLOCK_COLUMNS,
     "pinned": report.PIN_COLUMNS,
 }
+OPTIONAL: Mapping[str, Sequence[str]] = {
+    "depth": report.DEPTH_COLUMNS,
+    "formats": report.FORMAT_COLUMNS,
+    "selective": report.SELECTIVE_COLUMNS,
+}
 Row = Mapping[str, str]
 PASSED, FAILS, NONE, DENSE = "passed", "fails", "not certified", "nothing smaller passed"
 
@@ -38,6 +45,8 @@ class Run:
         tables: the rows of every CSV file by its name without `.csv`.
         shift: `shift.json`, where there is one.
         depth: the rows of `depth.csv`, where `treesurgeon depth` has written one there.
+        formats: the rows of `formats.csv`, where formats were measured.
+        selective: the rows of `selective.csv`, where units were looked at.
     """
 
     directory: Path
@@ -47,6 +56,8 @@ class Run:
     tables: Mapping[str, Sequence[Row]]
     shift: Mapping[str, Any] = field(default_factory=dict)
     depth: Sequence[Row] = ()
+    formats: Sequence[Row] = ()
+    selective: Sequence[Row] = ()
 
     @property
     def metric(self) -> Metric:
@@ -99,13 +110,49 @@ def open_run(path: Path) -> Run:
         _json(path / "environment.json"),
         {name: _rows(path / f"{name}.csv", columns) for name, columns in TABLES.items()},
         _json(path / "shift.json") if (path / "shift.json").exists() else {},
-        _rows(path / "depth.csv", report.DEPTH_COLUMNS) if (path / "depth.csv").exists() else (),
+        *(
+            _rows(path / f"{name}.csv", columns) if (path / f"{name}.csv").exists() else ()
+            for name, columns in OPTIONAL.items()
+        ),
     )
     for name, wanted in (("dense", "variant=dense"), ("selected", "selected=True")):
         key, value = wanted.split("=")
         if sum(row.get(key) == value for row in run.tables["results"]) != 1:
             raise RunError(f"{path}/results.csv does not have exactly one row of the {name} model: copy the run again")
     return run
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """While the block goes by what files at a path say: they can say anything.
+
+    Raises:
+        RunError: the block met an entry that is not there, or is of another kind or out of range.
+    """
+    try:
+        yield
+    except TreesurgeonError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, StopIteration) as error:
+        raise RunError(
+            f"{path}: an entry of its files is missing or of another kind ({error!r}): copy it again, or repeat the run"
+        ) from error
+
+
+def picture(run: Run, number: int) -> bytes:
+    """The picture of a row of `selective.csv`."""
+    for ending, start in (("png", b"\x89PNG"), ("jpg", b"\xff\xd8\xff")):
+        path = run.directory / f"selective/{number}.{ending}"
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise RunError(f"{path} cannot be read ({error}): copy the run again") from error
+        if not content.startswith(start):
+            raise RunError(f"{path} is no picture: copy the run again")
+        return content
+    raise _missing(run.directory / f"selective/{number}.png")
 
 
 def number(text: str) -> float | None:

@@ -47,6 +47,7 @@ RESULT_COLUMNS = (
     "memory",
     *(f"{split}{end}" for split in SPLITS for end in ("", "_low", "_high", "_images")),
     "gap",
+    "wrong",  # share of wrong answers on search, whatever the metric, as candidates.csv has it
 )
 CERTIFICATE_COLUMNS = (
     "variant",
@@ -79,6 +80,8 @@ FRONT_COLUMNS = (
     "genome",
 )
 DEPTH_COLUMNS = ("point", "features", "params", "macs", "train_accuracy", "search_accuracy", "gap", "penalty")
+SELECTIVE_COLUMNS = ("group", "unit", "selectivity", "class", "top_images", "top_labels", "maps")
+FORMAT_COLUMNS = ("format", "bytes", "dense_bytes", "latency", "dense_latency", "repeats", "batch", "device")
 UNKNOWN = "–"
 
 

@@ -15,6 +15,7 @@ from treesurgeon.search.config import RunError
 from treesurgeon.search.data import open_source, split_roles
 from treesurgeon.search.evaluate import measurer
 from treesurgeon.search.metrics import ACCURACY, METRICS
+from treesurgeon.search.records import reading
 from treesurgeon.search.selection import SLACK
 
 
@@ -43,6 +44,11 @@ def verify(options: Verification, say: Callable[[str], None]) -> bool:
         RunError: the manifest says too little to measure it again.
         DataError: the data cannot be read.
     """
+    with reading(options.selected):
+        return _verify(options, say)
+
+
+def _verify(options: Verification, say: Callable[[str], None]) -> bool:
     model = engine.load(options.selected, allow_import=options.allow_import)
     claimed, data, seed, normalisation = _claims(options.selected, model.manifest)
     shape = tuple(model.manifest["model"]["input_shape"])

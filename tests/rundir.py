@@ -7,6 +7,7 @@ import numpy as np
 from treesurgeon.search import report
 from treesurgeon.search.certificate import Step, wilson
 from treesurgeon.search.conclusion import certificate_rows
+from treesurgeon.search.strips import strip
 
 HOSTILE = "</script><img src=x onerror=alert(1)>&\"'"
 
@@ -99,6 +100,7 @@ def make_run(
             "images": dict.fromkeys(("train", "search", "certify", "test"), 500),
             "fingerprints": {role: role * 12 for role in ("train", "search", "certify", "test")},
         },
+        "labels": [f"cat{extra}", f"hat{extra}"],
         "normalisation": {"mean": [0.5], "std": [0.25]},
         "seed": 0,
     }
@@ -114,6 +116,25 @@ def make_run(
             for i, share in enumerate((0.5, 0.8, 0.7), 1)
         ]
         report.write_depth(path / "depth.csv", depths)
+        (path / "selective").mkdir()
+        images = np.linspace(0, 1, 2 * 8 * 8).reshape(2, 8, 8, 1)
+        (path / "selective/0.png").write_bytes(strip(images, images[..., 0]))
+        (path / "selective/1.jpg").write_bytes(strip(np.tile(images, (1, 10, 10, 3))))
+        units = [
+            {"group": f"layer{i}/conv{extra}", "unit": i, "selectivity": 0.875, "class": f"hat{extra}", "maps": i == 0}
+            | {"top_images": [3, 7], "top_labels": [1, 0]}
+            for i in (0, 1)
+        ]
+        report.write_table(path / "selective.csv", report.SELECTIVE_COLUMNS, units)
+        report.write_table(
+            path / "formats.csv",
+            report.FORMAT_COLUMNS,
+            [
+                {"format": name, "bytes": 500_000, "dense_bytes": 1_250_000, "latency": 2.0, "dense_latency": 5.0}
+                | {"repeats": 20, "batch": 32, "device": f"cpu{extra}"}
+                for name in ("stablehlo", "onnx")
+            ],
+        )
     (path / "selected/manifest.json").write_text(json.dumps(manifest))
     config = {"model": f"digits_cnn{extra}", "checkpoint": "c0ffee", "data": {"train": "…"}, "macs": budget, "seed": 0}
     (path / "config.json").write_text(json.dumps({**config, "protect": ["first-stage"], "mean": []}))
@@ -147,7 +168,7 @@ def candidate(rng, sizes, blocks, over):
 def result(name, params, macs, train, search, test, selected):
     """A row of results.csv."""
     row = {"variant": name, "selected": name == selected, "params": params, "macs": int(macs), "bytes": 4 * params}
-    row |= {"activation_bytes": int(macs / 100), "gap": train - search}
+    row |= {"activation_bytes": int(macs / 100), "gap": train - search, "wrong": 1 - search}
     for split, share in (("train", train), ("search", search), ("test", test)):
         low, high = wilson(share, 500)
         row |= {split: share, f"{split}_low": low, f"{split}_high": high, f"{split}_images": 500}

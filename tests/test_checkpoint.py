@@ -172,6 +172,9 @@ def test_damage(copy, damage, message):
 )
 def test_a_manifest_that_was_tampered_with(copy, change, message):
     edit_manifest(copy, change)
+    with pytest.raises(engine.ArtifactError, match=r"its model or plan was changed since|one of another kind"):
+        engine.load(copy)
+    edit_manifest(copy, lambda m: m.pop("digest"))
     with pytest.raises(engine.TreesurgeonError, match=message):
         engine.load(copy)
 

@@ -1,12 +1,19 @@
 """`folder:PATH`, and labels that are strings: what is read, and what is refused."""
 
 import re
+import sys
+import types
 
+import jax
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 from PIL import Image
 
+from treesurgeon import models
 from treesurgeon.search import Config, DataError, RunError, open_source, split_roles
+from treesurgeon.search.cli import main
+from treesurgeon.search.depth import Depth, depth
 from treesurgeon.search.setting import open_parts
 
 
@@ -99,11 +106,7 @@ def test_labels_that_are_strings(tmp_path, kind):
 
 
 def test_one_class_and_image_sizes_are_told_at_once(tmp_path):
-    from orbax.checkpoint import v1 as ocp
-
-    from treesurgeon import models
-
-    variables = models.resolve("mlp").init(__import__("jax").random.key(0), np.zeros((1, 8, 8, 1), np.float32))
+    variables = models.resolve("mlp").init(jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32))
     ocp.save(tmp_path / "checkpoint", variables)
     for i in range(12):
         draw(tmp_path / f"data/only/{i}.png", i)
@@ -113,3 +116,24 @@ def test_one_class_and_image_sizes_are_told_at_once(tmp_path):
     for sizes in ((0,), (1, 2, 3)):
         with pytest.raises(RunError, match="--image-size takes a side, or a height and a width"):
             Config("mlp", "c", "d", image_size=sizes).check()
+        with pytest.raises(RunError, match="--image-size takes a side, or a height and a width"):
+            depth(Depth("mlp", "c", "d", image_size=sizes), print)
+
+
+def test_depth_of_a_model_on_a_few_images_of_another_size(tmp_path, monkeypatch, capsys):
+    """Fewer images than any batch, scaled to what a model outside the zoo is to take."""
+    mine = types.ModuleType("mine")
+    mine.net = lambda: models.mlp((8,), num_classes=2)
+    monkeypatch.setitem(sys.modules, "mine", mine)
+    ocp.save(tmp_path / "checkpoint", mine.net().init(jax.random.key(0), np.zeros((1, 6, 5, 3))))
+    for label, name in enumerate(("dark", "light")):
+        for i in range(6):
+            draw(tmp_path / f"data/{name}/{i}.png", (200 * label + i,) * 3, size=(9, 7 + i))
+    command = ["depth", "--model", "mine:net", "--checkpoint", str(tmp_path / "checkpoint"), "--data",
+               f"folder:{tmp_path}/data", "--fitted-split", "none", "--image-size", "6", "5",
+               "--out", str(tmp_path)]  # fmt: skip
+    main(command)
+    assert "2 classes, train " in capsys.readouterr().out
+    found = (tmp_path / "depth.csv").read_text().splitlines()[1:]
+    assert found[-1].startswith("before linear,8,")
+    assert (tmp_path / "depth.png").exists()

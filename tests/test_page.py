@@ -15,10 +15,11 @@ import pytest
 from browser import BROWSER, browser
 from rundir import HOSTILE, make_run
 
-from treesurgeon.search import charts
+from treesurgeon.search import charts, report
 from treesurgeon.search.charts import Plane, Point
 from treesurgeon.search.cli import main
 from treesurgeon.search.config import RunError
+from treesurgeon.search.metrics import METRICS
 from treesurgeon.search.page import write_page
 from treesurgeon.search.panels import AXES, overfitting
 from treesurgeon.search.records import TABLES, open_run
@@ -83,11 +84,13 @@ def test_headings_tables_and_pictures_are_named(made):
             assert (made / attrs["href"]).is_file()
 
 
-def test_nothing_is_asked_from_outside(made):
-    text = write_page(made).read_text()
+def test_nothing_is_asked_from_outside(tmp_path):
+    text = write_page(make_run(tmp_path, transfer=True)).read_text()
     assert "http" not in text.replace("http-equiv", "")
     page = Reader(text)
-    assert not any(name in ("link", "img", "iframe", "object") or "src" in attrs for name, attrs, _ in page.found)
+    assert not any(name in ("link", "iframe", "object") for name, *_ in page.found)
+    sources = [attrs["src"] for _, attrs, _ in page.found if "src" in attrs]
+    assert [source.partition(";")[0] for source in sources] == ["data:image/png", "data:image/jpeg"]
     assert "url(" not in text
     assert "@import" not in text
     (policy,) = [attrs["content"] for attrs, _ in page.all("meta") if "http-equiv" in attrs]
@@ -119,6 +122,29 @@ def test_the_data_of_the_plot_are_those_of_the_tables(tmp_path, budget):
     assert (f"{over} more were over the budget" in "".join(t for _, t in page.all("p"))) == bool(over)
     chosen = [text for attrs, text in page.all("option") if "selected" in attrs]
     assert chosen == [AXES["macs" if budget else "params"], AXES["error"]]
+
+
+@pytest.mark.parametrize(("metric", "noun"), [("f1", "F1 error (1 - macro F1)"), ("cross_entropy", "cross-entropy")])
+def test_other_metrics_have_an_axis_of_their_own(made, metric, noun):
+    path = made / "selected/manifest.json"
+    path.write_text(path.read_text().replace('"metric": "accuracy"', f'"metric": "{metric}"'))
+    table = rows(made / "results.csv")
+    for i, row in enumerate(table):
+        row["wrong"] = str(0.125 * i)
+    report.write_table(made / "results.csv", report.RESULT_COLUMNS, table)
+    page = read(made)
+    (data,) = [json.loads(body) for attrs, body in page.all("script") if "type" in attrs]
+    assert data["axes"]["error"] == "share of wrong answers on search"
+    assert METRICS[metric].noun == noun
+    assert data["axes"]["judged"] == f"{noun} on search (finished models)"
+    assert [model["error"] for model in data["models"]] == [0, 0.125, 0.25, 0.375]
+    scores = [float(row["search"]) for row in table]
+    assert [model["judged"] for model in data["models"]] == [1 - s if metric == "f1" else s for s in scores]
+    assert not any("judged" in candidate for candidate in data["candidates"])
+    assert "judged" in [attrs["value"] for attrs, _ in page.all("option")]
+    svg = (made / "pareto.svg").read_text()
+    assert "share of wrong answers on search</text>" in svg
+    assert svg.count('class="model"') + svg.count('class="selected"') == 4
 
 
 def test_tables_say_what_the_files_say(made):
@@ -167,6 +193,11 @@ def test_baselines_a_new_head_and_depths(tmp_path):
     assert caption.startswith("Accuracy against depth")
     cells = [text for _, text in page.all("td")]
     assert {"80.00%", "1k (33%)", "30k (100%)", "+40.00"} <= {*cells}
+    alts = [attrs["alt"] for attrs, _ in page.all("img")]
+    assert alts[0] == "Unit 0 of layer0/conv is most active on: hat, cat; below, where on them"
+    assert alts[1] == "Unit 1 of layer1/conv is most active on: hat, cat"
+    assert "layer1/conv, unit 1: prefers hat, selectivity 0.88" in [text for _, text in page.all("figcaption")]
+    assert {"500,000", "1,250,000", "2.50×"} <= {*cells}  # a format: bytes, the dense model's, how much faster
     marked = [text for attrs, text in page.all("tr") if attrs.get("class") == "marked"]
     assert any(text.startswith("layer2") for text in marked)  # the best on search
     manifest = json.loads((made / "selected/manifest.json").read_text())
@@ -179,7 +210,7 @@ def test_baselines_a_new_head_and_depths(tmp_path):
 def test_hostile_names_stay_text(tmp_path):
     made = make_run(tmp_path, extra=HOSTILE, transfer=True)
     page = read(made)
-    assert not page.all("img")
+    assert [sorted(attrs) for attrs, _ in page.all("img")] == [["alt", "class", "src"]] * 2
     assert len(page.all("script")) == 2
     assert not any(key.startswith("on") for _, attrs, _ in page.found for key in attrs)
     (data,) = [json.loads(body) for attrs, body in page.all("script") if "type" in attrs]
@@ -198,6 +229,7 @@ def test_a_run_without_fine_tuning(tmp_path):
     made = make_run(tmp_path, epochs=0)
     assert any("not fine-tuned" in text for _, text in read(made).all("p"))
     assert not (made / "curves.svg").exists()
+    assert not any(attrs["href"].startswith("curves.svg") for attrs, _ in read(made).all("a"))
 
 
 @pytest.mark.parametrize(

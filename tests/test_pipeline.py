@@ -4,11 +4,13 @@ import contextlib
 import csv
 import json
 import os
+import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import get_args
 
@@ -34,6 +36,7 @@ from treesurgeon.search.records import numbers, open_run
 from treesurgeon.search.selection import Finalist, Verdict
 from treesurgeon.search.setting import fingerprint, prepare
 from treesurgeon.search.space import build
+from treesurgeon.search.subject import SubjectError, open_subject
 
 MODEL = """
 from flax import linen as nn
@@ -52,7 +55,8 @@ class Tiny(nn.Module):
 
 SMALL = [
     "--data", "digits", "--fitted-split", "train", "--population", "6", "--generations", "4", "--search-images", "48",
-    "--calibration-images", "16", "--finalists", "2", "--epochs", "1", "--max-train", "200",
+    "--calibration-images", "16", "--finalists", "2", "--epochs", "1", "--max-train", "200", "--no-formats",
+    "--no-pictures",
 ]  # fmt: skip
 
 
@@ -252,6 +256,55 @@ def test_killed_runs_go_on_bit_for_bit(place, whole):
     assert contents(place / "killed") == contents(whole[0])
 
 
+KILLS = 50
+
+
+def unfinished(out: Path) -> set[str]:
+    """What is being written in a run's directory: files and directories that still have a name for the moment."""
+    found = [*out.glob(".*"), *out.glob("state/*tmp*")]
+    return {path.name for path in found if path.name != ".lock"}
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_ends_as_if_undisturbed(place):
+    """By turns after a random time, and while something is being written; whenever it ends, the result is the same."""
+    quick = ["--no-baselines"]
+    finish(command(place, "undisturbed-first", *quick))  # compiles
+    start = time.monotonic()
+    code, _, err = finish(command(place, "undisturbed", *quick))
+    assert code == 0, err
+    lasts, want, out = time.monotonic() - start, contents(place / "undisturbed"), place / "disturbed"
+    assert want == contents(place / "undisturbed-first")
+    draw, killed, writing, ended = random.Random(0), 0, 0, 0
+
+    def ends(code: int, err: str) -> bool:
+        if code == -signal.SIGKILL:
+            return False
+        assert code == 0, err
+        assert contents(out) == want
+        assert not unfinished(out)
+        shutil.rmtree(out)
+        return True
+
+    while killed < KILLS:
+        process, moment = command(place, out.name, *quick), time.monotonic() + draw.uniform(0, lasts)
+        seen, before = unfinished(out), draw.randrange(4)  # how many writes it may finish
+        while process.poll() is None and (killed % 2 or time.monotonic() < moment):
+            new = unfinished(out) - seen
+            seen |= new
+            if killed % 2 and new and (before := before - len(new)) < 0:
+                break
+            time.sleep(0.001)
+        process.kill()
+        writing += killed % 2 and bool(unfinished(out))
+        done = ends(*finish(process)[::2])
+        ended, killed = ended + done, killed + (not done)
+    code, _, err = finish(command(place, out.name, *quick))
+    assert ends(code, err)
+    print(f"{killed} kills of runs of {lasts:.0f} s, {writing} with something half written; {ended + 1} runs ended")
+    assert writing > KILLS // 8
+
+
 def test_a_complete_run_is_shown_again(place, whole, monkeypatch):
     before = contents(whole[0])
     code, out, err = finish(command(place, "whole"))
@@ -341,6 +394,38 @@ def test_bad_input(zoo, monkeypatch, changes, message):
         run(given, lambda _: None)
     assert len(str(caught.value).splitlines()) < 30
     assert not (zoo / "out-of-nothing/selected").exists()
+
+
+class Counting(nn.Module):
+    """Knows how many images there are only when they are there."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(10)(x.reshape(len(x), -1))
+
+
+class Rows(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(10)(x.reshape(-1, x.shape[-1]))
+
+
+class AnyNumber(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(10)(x.reshape(x.shape[0], -1))
+
+
+def test_models_take_any_number_of_images(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "theirs", sys.modules[__name__])
+    for name, words in (
+        ("Counting", r"does not take images of shape \[8, 8, 1\] in any number.*x.shape\[0\] or -1, not len\(x\)"),
+        ("Rows", r"expected logits \[N, classes\] for N images, got \(64\*n, 10\)"),
+    ):
+        with pytest.raises(SubjectError, match=words):
+            open_subject(f"theirs:{name}", "nowhere", (8, 8, 1))
+    ocp.save(tmp_path / "c", AnyNumber().init(jax.random.key(0), jnp.zeros((1, 8, 8, 1))))
+    assert open_subject("theirs:AnyNumber", str(tmp_path / "c"), (8, 8, 1)).num_classes == 10
 
 
 def test_a_directory_that_is_not_a_run_is_left_alone(zoo):

@@ -77,6 +77,26 @@ def test_two_processes_do_not_share_a_run(tmp_path):
         assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
+    halves = [".candidates.csv.123", ".report.html.9", ".depth.png.77", "state/000001.orbax-checkpoint-tmp-5/x",
+              ".selected.ab_c1234/variables/d"]  # fmt: skip
+    ours = ["config.json", "candidates.csv", ".notes.markdown", ".gitignore", "state/000001/x", "selected/README.md"]
+    for name in [*halves, *ours]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    with alone(tmp_path):
+        left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {*ours}
+
+
+def test_a_run_that_was_killed_before_it_had_its_configuration_begins(tmp_path):
+    config = Config("mlp", "checkpoint", "digits", out=str(tmp_path / "run"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.config.json").write_text("{")
+    claim(config, {"model": "mlp"})
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+
+
 @pytest.mark.slow
 def test_a_second_ctrl_c_ends_at_once():
     program = (

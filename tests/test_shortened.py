@@ -123,6 +123,7 @@ def test_a_damaged_manifest_is_refused(tmp_path, whole, entry, match):
     path = engine.save(tmp_path / "short", SPEC, with_head(short, whole[1]), Plan())
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["model"] |= entry
+    manifest.pop("digest")  # it would be told that something was changed, and not what
     Path(path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(engine.TreesurgeonError, match=match):
         engine.load(path)

@@ -1,10 +1,6 @@
 """PyTorch's files, read without PyTorch; where torch, torchvision or timm are there, their models are the oracle."""
 
-import collections
 import io
-import pickle
-import sys
-import types
 import zipfile
 from pathlib import Path
 
@@ -12,55 +8,22 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from torchfiles import Call, Pickler, Storage, names_of_torch
 
 from treesurgeon import models
-from treesurgeon.models.pickles import read_torch
+from treesurgeon.models.pickles import LEGACY, read_torch
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared/data/checkpoints"
 
 
-class Storage:
-    """What a tensor's pickle refers to."""
-
-    def __init__(self, key, values):
-        self.key, self.values = key, values
-
-
-class Call:
-    """Pickled as a call."""
-
-    def __init__(self, fn, *args):
-        self.fn, self.args = fn, args
-
-    def __reduce__(self):
-        return self.fn, self.args
-
-
-class Pickler(pickle.Pickler):
-    def persistent_id(self, obj):
-        if isinstance(obj, Storage):
-            return ("storage", sys.modules["torch"].FloatStorage, obj.key, "cpu", len(obj.values))
-        return None
-
-
 @pytest.fixture
-def write(tmp_path, monkeypatch):
+def write(tmp_path):
     """Writes an object as `torch.save` does; `torch` itself is not needed, only its names."""
-    torch, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
-    torch.FloatStorage = type("FloatStorage", (), {"__module__": "torch"})
-
-    def rebuild():
-        raise AssertionError
-
-    rebuild.__module__, rebuild.__qualname__, rebuild.__name__ = "torch._utils", *["_rebuild_tensor_v2"] * 2
-    utils._rebuild_tensor_v2 = rebuild
-    monkeypatch.setitem(sys.modules, "torch", torch)
-    monkeypatch.setitem(sys.modules, "torch._utils", utils)
 
     def write(make, storages=(), **more):
-        data = io.BytesIO()
-        Pickler(data, 2).dump(make(lambda *args: Call(rebuild, *args, False, collections.OrderedDict())))
-        path = tmp_path / "x.pth"
+        path, data = tmp_path / "x.pth", io.BytesIO()
+        with names_of_torch() as tensor:
+            Pickler(data, 2).dump(make(tensor))
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("x/data.pkl", data.getvalue())
             for storage in storages:
@@ -116,6 +79,26 @@ def test_archives_of_other_things_are_refused(write):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a/b.txt", "")
     with pytest.raises(models.CheckpointError, match=r"it holds no data\.pkl"):
+        read_torch(path)
+
+
+def test_a_tensor_of_more_numbers_than_there_are(write):
+    for shape, steps in (((2**40,), (0,)), ((2, 6), (0, 1))):
+        path = write(lambda t, shape=shape, steps=steps: {"a": t(S, 0, shape, steps)}, [S])
+        with pytest.raises(models.CheckpointError, match="a tensor larger than its data"):
+            read_torch(path)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_numbers_of_objects_that_would_take_all_memory(tmp_path, old):
+    data = b"\x80\x02}r\xff\xff\xff\x7f."  # an empty dict, object 2,147,483,647: 16 GB of them
+    path = tmp_path / "x.pth"
+    if old:
+        path.write_bytes(LEGACY + data)
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("x/data.pkl", data)
+    with pytest.raises(models.CheckpointError, match="object 2 is numbered 2147483647"):
         read_torch(path)
 
 

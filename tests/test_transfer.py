@@ -15,9 +15,10 @@ from orbax.checkpoint import v1 as ocp
 
 from treesurgeon import engine, models
 from treesurgeon.search import Config, DataError, open_source, run
+from treesurgeon.search.charts import document
 from treesurgeon.search.cli import main
 from treesurgeon.search.data import Roles, Split
-from treesurgeon.search.depth_chart import curves
+from treesurgeon.search.depth_chart import depths
 from treesurgeon.search.setting import fingerprint, prepare
 from treesurgeon.search.sources import Source
 from treesurgeon.search.subject import Subject, SubjectError, open_subject
@@ -25,7 +26,8 @@ from treesurgeon.search.transfer import Labels, count_argument, match_labels, re
 
 RNG = np.random.default_rng(0)
 SMALL = {"population": 4, "generations": 1, "search_images": 32, "calibration_images": 8, "refit_images": 32,
-         "finalists": 1, "epochs": 1, "certify": False, "reconstruct": "none"}  # fmt: skip
+         "finalists": 1, "epochs": 1, "certify": False, "reconstruct": "none", "formats": False,
+         "pictures": False}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +218,8 @@ def test_a_killed_search_on_other_labels_goes_on_bit_for_bit(place):
 @pytest.mark.slow
 def test_a_search_on_other_labels_saves_a_model_that_loads(place):
     said = []
-    outcome = run(config(place, "names", out=str(place / "run"), epsilon=0.5, eta=0.9, **SMALL), said.append)
+    settings = {**SMALL, "epsilon": 0.5, "eta": 0.9, "formats": True, "pictures": True}
+    outcome = run(config(place, "names", out=str(place / "run"), **settings), said.append)
     assert said[0].startswith("the labels are not the checkpoint's: new head params/linear/kernel on 128 features; ")
     model = engine.load(outcome.path)
     roles = prepare(config(place, "names")).roles
@@ -228,6 +231,10 @@ def test_a_search_on_other_labels_saves_a_model_that_loads(place):
     assert model.manifest["head"]["carried"] == ["3", "9"]
     card = (outcome.path / "README.md").read_text()
     assert "new head" in card
+    assert '<img class="strip" alt="Unit ' in (outcome.path.parent / "report.html").read_text()
+    with (outcome.path.parent / "formats.csv").open() as file:
+        for row in csv.DictReader(file):
+            assert f"| {row['format']} | {int(row['bytes']):,} | " in card
     names = ["dense", "v1", "dense fine-tuned", "dense from scratch", "linear probe"]
     if model.manifest["selected"] == "v1":
         names.append("v1 from scratch")
@@ -243,7 +250,7 @@ def test_a_search_on_other_labels_saves_a_model_that_loads(place):
     assert outcome.baselines in html.unescape((directory / "report.html").read_text())
     assert sum(line.startswith("domain shift: ") for line in said) == 1
     again = []
-    found = run(config(place, "names", out=str(place / "run"), epsilon=0.5, eta=0.9, **SMALL), again.append)
+    found = run(config(place, "names", out=str(place / "run"), **settings), again.append)
     assert any("this run is complete" in line for line in again)
     assert (found.lines, found.baselines) == (outcome.lines, outcome.baselines)
 
@@ -271,13 +278,15 @@ def test_depth_by_the_command_line(place, capsys):
     assert sum(node.tag.endswith("circle") for node in root.iter()) == 2 * len(rows)
 
 
-def test_curves_stand_where_their_values_are():
-    root = ET.fromstring(curves("a < b", ["p", "q"], {"one": [0.25, 0.75], "two": [0.5, 0.5]}))
+def test_depths_stand_where_their_values_are():
+    chart = depths("a < b", ["p", "q"], {"train": [0.5, 0.5], "search": [0.25, 0.75]})
+    root = ET.fromstring(document([chart]))
     heights = [float(node.get("cy")) for node in root.iter() if node.tag.endswith("circle")]
-    assert heights[0] > heights[2] == heights[3] > heights[1]
+    assert heights[0] > heights[2] == heights[3] > heights[1]  # the one that ends higher comes first
     assert heights[0] - heights[2] == pytest.approx(heights[2] - heights[1], abs=0.2)
+    assert "on search: p 25.0%, q 75.0%" in chart.label
     with pytest.raises(ValueError, match="a value for each of 2 places"):
-        curves("t", ["p", "q"], {"one": [0.5]})
+        depths("t", ["p", "q"], {"search": [0.5]})
 
 
 def test_npz_names_are_read(place):

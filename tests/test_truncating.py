@@ -65,7 +65,7 @@ def config(place, **changes):
              "out": str(place / "out"), "fitted_split": ("none",), "shares": (0.2, 0.2, 0.3, 0.3),
              "population": 4, "generations": 1, "search_images": 32, "calibration_images": 8, "refit_images": 32,
              "finalists": 1, "epochs": 1, "reconstruct": "none", "epsilon": 0.1, "eta": 0.1,
-             "baselines": False}  # fmt: skip
+             "baselines": False, "formats": False}  # fmt: skip
     return Config(**{**given, **changes})
 
 
