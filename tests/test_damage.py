@@ -298,7 +298,7 @@ def test_what_else_reads_a_manifest(selected, tmp_path):
         "data": {"spec": "npz:d.npz", "fitted": [], "fingerprints": {"test": "f"}, "images": {"test": 9}},
     }  # fmt: skip
     draw, told = random.Random(0), 0
-    for _ in range(200):
+    for _ in range(60):
         part = draw.choice(("selected", "metric", "labels", "seed", "metrics", "normalisation", "data"))
         (path / "manifest.json").write_text(json.dumps({**whole, part: replaced(whole[part], draw)}))
         for command in (
@@ -310,4 +310,4 @@ def test_what_else_reads_a_manifest(selected, tmp_path):
                     command()
             except OURS:
                 told += 1
-    assert told > 50
+    assert told > 20
