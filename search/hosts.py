@@ -180,8 +180,8 @@ def check_room(directory: Path, tree: Any) -> None:
 def unwritable(path: Path, error: BaseException) -> str:
     """What to say of a place that cannot be written."""
     return (
-        f"{path} cannot be written ({type(error).__name__}: {_first_line(error)}): make room, or see to the permissions, "
-        "and run the same command again to go on"
+        f"{path} cannot be written ({type(error).__name__}: {_first_line(error)}): make room, or see to the "
+        "permissions, and run the same command again to go on"
     )
 
 
