@@ -20,9 +20,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-COUNTS = (300, 3000)  # images that score a candidate
+COUNTS = (100, 1000)  # images that score a candidate
 SIDE, CLASSES, DISTINCT = 224, 10, 64
-POPULATION, CHUNK, BATCH = 16, 8, 64
+POPULATION, CHUNK, BATCH = 8, 8, 50
 
 
 def main() -> None:
@@ -84,6 +84,7 @@ def make(home: Path, count: int) -> Path:
     import numpy as np
     import tensorflow_datasets as tfds
     from PIL import Image
+    from tensorflow_datasets.core import registered
 
     rng = np.random.default_rng(0)
     jpegs = []
@@ -96,29 +97,31 @@ def make(home: Path, count: int) -> Path:
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
         jpegs.append(file.getvalue())
 
-    class Synthetic(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version("1.0.0")
-        code_path = None
+    with registered.skip_registration():  # it is made for each count
 
-        def _info(self) -> tfds.core.DatasetInfo:
-            features = {
-                "image": tfds.features.Image(shape=(SIDE, SIDE, 3), encoding_format="jpeg"),
-                "label": tfds.features.ClassLabel(num_classes=CLASSES),
-            }
-            return self.dataset_info_from_configs(
-                features=tfds.features.FeaturesDict(features), supervised_keys=("image", "label")
-            )
+        class Synthetic(tfds.core.GeneratorBasedBuilder):
+            VERSION = tfds.core.Version("1.0.0")
+            code_path = None
 
-        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-            # `search` is 0.4 of what the checkpoint has not seen.
-            return {"train": self._generate_examples(100), "test": self._generate_examples(round(count / 0.4))}
+            def _info(self) -> tfds.core.DatasetInfo:
+                features = {
+                    "image": tfds.features.Image(shape=(SIDE, SIDE, 3), encoding_format="jpeg"),
+                    "label": tfds.features.ClassLabel(num_classes=CLASSES),
+                }
+                features = tfds.features.FeaturesDict(features)
+                return tfds.core.DatasetInfo(builder=self, features=features, supervised_keys=("image", "label"))
 
-        def _generate_examples(self, total: int) -> Any:
-            for i in range(total):
-                yield i, {"image": io.BytesIO(jpegs[i % DISTINCT]), "label": i % CLASSES}
+            def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+                # `search` is 0.4 of what the checkpoint has not seen.
+                return {"train": self._generate_examples(100), "test": self._generate_examples(round(count / 0.4))}
+
+            def _generate_examples(self, total: int) -> Any:
+                for i in range(total):
+                    yield i, {"image": io.BytesIO(jpegs[i % DISTINCT]), "label": i % CLASSES}
 
     builder = Synthetic(data_dir=home, file_format="array_record")
     skip = tfds.download.ComputeStatsMode.SKIP
+    tfds.disable_progress_bar()
     builder.download_and_prepare(
         download_config=tfds.download.DownloadConfig(compute_stats=skip, try_download_gcs=False)
     )

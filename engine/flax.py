@@ -14,7 +14,10 @@ from treesurgeon.engine.errors import StructureError
 
 
 class Appliable(Protocol):
-    """What has a linen module's `apply`."""
+    """What is initialised and applied as a linen module is."""
+
+    def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Random variables."""
 
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
         """The module's output; with `mutable`, and the new values of these collections."""

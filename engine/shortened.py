@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.tree_util import tree_map_with_path
 
 from treesurgeon.engine.coupling import trace
-from treesurgeon.engine.flax import from_linen
+from treesurgeon.engine.flax import Appliable, from_linen
 from treesurgeon.engine.graph import Graph
 from treesurgeon.engine.jaxprs import path_name
 from treesurgeon.engine.truncation import Truncated, truncate
@@ -32,7 +31,7 @@ class Shortened:
         outputs: how many the head has.
     """
 
-    def __init__(self, module: nn.Module, at: str, outputs: int, x: Any):
+    def __init__(self, module: Appliable, at: str, outputs: int, x: Any):
         """Nothing is computed before it is asked for.
 
         Args:
@@ -62,7 +61,7 @@ class Shortened:
         short = self.take(self.module.init(rngs, *args, **kwargs))
         features = jax.eval_shape(self._until, short, *args, **kwargs)
         shape = (features.shape[-1], self.outputs)
-        return self.with_head(short, nn.initializers.lecun_normal()(key, shape), jnp.zeros(self.outputs))
+        return self.with_head(short, jax.nn.initializers.lecun_normal()(key, shape), jnp.zeros(self.outputs))
 
     def take(self, variables: Any) -> Any:
         """What is needed of the module's variables."""

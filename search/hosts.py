@@ -181,7 +181,7 @@ def unwritable(path: Path, error: BaseException) -> str:
     """What to say of a place that cannot be written."""
     return (
         f"{path} cannot be written ({type(error).__name__}: {_first_line(error)}): make room, or see to the "
-        f"permissions, and run the same command again to go on"
+        "permissions, and run the same command again to go on"
     )
 
 

@@ -218,9 +218,9 @@ def before_and_after(run: Run) -> Html:
         for name, size, kept, struck in rows
     ]
     units = table(f"Units that {run.selected['variant']} keeps of each group", ("group", "units", "kept"), cells, "www")
-    drop, at = _gone(run), run.manifest["model"].get("at")
-    if at:
-        said = f"The network is cut in depth: {at} is the last that it computes before its head."
+    drop, left = _gone(run), run.manifest.get("left")
+    if left:
+        said = f"The network is cut in depth: {left['at']} is the last that it computes before its head."
         units = join([element("p", said), units])
     blocks = [
         element("li", join([element("del", row["block"]), " dropped"]) if i in drop else row["block"])

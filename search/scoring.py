@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from treesurgeon.search.evaluate import Batches, Evaluator, batches, fitting_chunk
+from treesurgeon.search.chunking import fitting_chunk
+from treesurgeon.search.evaluate import Batches, Evaluator, batches
 from treesurgeon.search.mesh import CANDIDATE, DATA, choose_shape, make_mesh, parse_shape
 from treesurgeon.search.pool import Pool
 from treesurgeon.search.setting import Setting

@@ -72,8 +72,8 @@ class Subject:
 
 def training_flag(module: nn.Module | engine.Shortened) -> tuple[str, bool] | None:
     """The name of the argument that switches training mode, and its value in training."""
-    module = module.module if isinstance(module, engine.Shortened) else module
-    parameters = inspect.signature(type(module).__call__).parameters
+    called = type(module.module if isinstance(module, engine.Shortened) else module)
+    parameters = inspect.signature(called.__call__).parameters
     return next(((name, value) for name, value in TRAINING_FLAGS.items() if name in parameters), None)
 
 

@@ -21,7 +21,8 @@ from jax.sharding import Mesh
 
 from treesurgeon import engine
 from treesurgeon.search.answers import divergence, sharpness
-from treesurgeon.search.evaluate import Batches, Reconstruct, calibrate, chunks, fitting_chunk, with_leaves
+from treesurgeon.search.chunking import chunks, fitting_chunk
+from treesurgeon.search.evaluate import Batches, Reconstruct, calibrate, with_leaves
 from treesurgeon.search.mesh import EVERY, P, groups, make_mesh, put, spread, whole
 from treesurgeon.search.space import Space
 from treesurgeon.search.subject import Subject

@@ -27,8 +27,9 @@ import numpy as np
 from treesurgeon import engine
 from treesurgeon.engine import TreesurgeonError
 from treesurgeon.models.errors import ModelError
+from treesurgeon.search.chunking import chunks
 from treesurgeon.search.config import RunError
-from treesurgeon.search.evaluate import Evaluator, Keep, chunks, race
+from treesurgeon.search.evaluate import Evaluator, Keep, race
 from treesurgeon.search.finalists import Refined, refine
 from treesurgeon.search.hosts import versions
 from treesurgeon.search.setting import Setting

@@ -22,6 +22,7 @@ from treesurgeon.search.depth import Depth
 from treesurgeon.search.exporting import Export
 from treesurgeon.search.insight import Insight
 from treesurgeon.search.inspecting import Inspection
+from treesurgeon.search.pool import Pool
 from treesurgeon.search.verify import Verification
 
 ROOT = Path(__file__).parents[1]
@@ -160,6 +161,7 @@ def test_the_reference_has_all_that_is_public(package):
 def test_mentioned_flags_exist():
     """Flags in running text, of any command."""
     fields = {f.replace("_", "-") for command in COMMANDS.values() for f in command.__dataclass_fields__}
+    fields |= {f.replace("_", "-") for f in Pool.__dataclass_fields__}
     fields |= {"json", "quiet", "help", "config", "print-config"}
     for name, page in PAGES.items():
         prose = BLOCK.sub("", page.read_text())

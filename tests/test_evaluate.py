@@ -9,8 +9,9 @@ import pytest
 
 from treesurgeon import engine
 from treesurgeon.search.answers import loss_and_wrong, sharpness
+from treesurgeon.search.chunking import fitting_chunk
 from treesurgeon.search.data import Split
-from treesurgeon.search.evaluate import Evaluator, batches, calibrate, fitting_chunk, with_leaves
+from treesurgeon.search.evaluate import Evaluator, batches, calibrate, with_leaves
 from treesurgeon.search.space import build
 from treesurgeon.search.subject import random_subject
 
