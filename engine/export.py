@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -18,5 +19,18 @@ def to_stablehlo(fn: Callable, shape: Sequence[int], dtype: Any = "float32", gra
     """
     (batch,) = export.symbolic_shape("b")
     x = jax.ShapeDtypeStruct((batch, *shape), dtype)
-    exported = export.export(jax.jit(fn), platforms=PLATFORMS)(x)
-    return bytes(exported.serialize(vjp_order=int(gradient)))
+    with _without_paths():
+        exported = export.export(jax.jit(fn), platforms=PLATFORMS)(x)
+        return bytes(exported.serialize(vjp_order=int(gradient)))
+
+
+@contextmanager
+def _without_paths() -> Iterator[None]:
+    """Operations keep the names of their modules, and forget in which file of this machine they were written."""
+    name = "jax_hlo_source_file_canonicalization_regex"
+    before = getattr(jax.config, name)
+    jax.config.update(name, ".*")
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)

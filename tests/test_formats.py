@@ -40,8 +40,9 @@ def test_every_format_is_measured_beside_dense(pair, tmp_path):
         for model, claimed, name in zip(pair, (form.bytes, form.dense_bytes), "sd", strict=True):
             path = tmp_path / f"{form.format}-{name}"
             WRITERS[form.format](model, path, Export(path, form.format, path))
-            exact = form.format in ("safetensors", "msgpack")  # the others also hold times, or lines of source
-            assert claimed == pytest.approx(size(path), rel=0 if exact else 0.1)
+            # StableHLO also holds lines of source, and Orbax's store times, and at times what it has merged twice.
+            apart = {"stablehlo": 0.1, "onnx": 0.1, "orbax": 0.5}.get(form.format, 0)
+            assert claimed == pytest.approx(size(path), rel=apart)
         assert form.bytes < form.dense_bytes
         assert form.batch == 5
         assert form.speedup == form.dense_latency / form.latency
