@@ -27,10 +27,12 @@ def to_stablehlo(fn: Callable, shape: Sequence[int], dtype: Any = "float32", gra
 @contextmanager
 def _without_paths() -> Iterator[None]:
     """Operations keep the names of their modules, and forget in which file of this machine they were written."""
-    name = "jax_hlo_source_file_canonicalization_regex"
-    before = getattr(jax.config, name)
-    jax.config.update(name, ".*")
+    wanted = {"jax_hlo_source_file_canonicalization_regex": ".*", "jax_include_full_tracebacks_in_locations": False}
+    before = {name: getattr(jax.config, name) for name in wanted}
     try:
+        for name, value in wanted.items():
+            jax.config.update(name, value)
         yield
     finally:
-        jax.config.update(name, before)
+        for name, value in before.items():
+            jax.config.update(name, value)

@@ -93,6 +93,7 @@ def test_a_head_is_fitted_to_what_stands_at_the_point(place):
     ).max()
 
 
+@pytest.mark.slow
 def test_a_truncation_is_selected_saved_and_loaded(place):
     said = []
     outcome = run(config(place), said.append)
