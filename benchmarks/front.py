@@ -23,7 +23,7 @@ from treesurgeon import engine
 from treesurgeon.search import baselines, pipeline
 from treesurgeon.search.config import Config
 from treesurgeon.search.data import Split
-from treesurgeon.search.evaluate import batches, calibrate, loss_and_error, measurer, with_leaves
+from treesurgeon.search.evaluate import batches, calibrate, measurer, with_leaves
 from treesurgeon.search.finalists import prepared
 from treesurgeon.search.setting import Setting, prepare
 
@@ -115,7 +115,12 @@ class Rungs:
 
         def error(variables: Any, masks: Any, data: Any) -> Any:
             gated = engine.gate(subject.infer, subject.graph)
-            return loss_and_error(lambda x: gated(variables, masks, x), data)[1]
+
+            def wrong(batch: Any) -> Any:
+                images, labels, weights = batch
+                return ((gated(variables, masks, images).argmax(-1) != labels) * weights).sum()
+
+            return jax.lax.map(wrong, (data.images, data.labels, data.weights)).sum() / data.weights.sum()
 
         self.error = jax.jit(error)
         self.find = jax.jit(lambda m, v, x, maps: calibrate(subject, m, v, x, maps), static_argnums=3)

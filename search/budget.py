@@ -81,14 +81,18 @@ def make_budget(setting: Setting, space: Space, states: States, say: Callable[[s
         given |= limits(setting.config.measured, {name: float(found[f"dense {name}"]) for name in weights})
     dense = {name: float(value) for name, value in _costs(graph, weights, engine.Plan()).items()}
     smallest = space.to_plan(sensitivity.smallest(space))
-    least = {name: float(value) for name, value in _costs(graph, weights, smallest).items()}
-    for name, limit in given.items():
-        if least[name] > limit:
+    refuse(given, _costs(graph, weights, smallest))
+    return Budget(graph, given, dense, weights)
+
+
+def refuse(limits: Mapping[str, float], least: Mapping[str, Any]) -> None:
+    """Raise RunError where the smallest variant of a space costs more than a limit."""
+    for name, limit in limits.items():
+        if float(least[name]) > limit:
             raise RunError(
                 f"--{name.replace('_', '-')}: the budget of {limit:,.6g} cannot be met, the smallest variant of the "
-                f"space has {least[name]:,.6g}; raise it, or protect less (--protect none)"
+                f"space has {float(least[name]):,.6g}; raise it, or protect less (--protect none)"
             )
-    return Budget(graph, given, dense, weights)
 
 
 def measure(setting: Setting, space: Space, say: Callable[[str], None]) -> dict[str, np.ndarray]:

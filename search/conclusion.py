@@ -401,6 +401,7 @@ def _manifest(
             "spec": config.data,
             "clean": roles.clean,
             "fitted": None if setting.fitted is None else list(setting.fitted),
+            "shares": list(config.shares),
             "images": {role: len(getattr(roles, role)) for role in roles.fingerprints},
             "fingerprints": roles.fingerprints,
         },

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from treesurgeon.engine import TreesurgeonError
+from treesurgeon.engine import CRITERIA, TreesurgeonError
 from treesurgeon.search.data import SHARES
 from treesurgeon.search.metrics import METRICS, Metric, MetricName
 
@@ -174,6 +174,13 @@ class Config:
     seed: int = 0
     """Seed of everything: the split, the search, fine-tuning."""
 
+    @classmethod
+    def like(cls, options: Any, **changes: Any) -> Config:
+        """With what the options of another command have in common with it, and these changes."""
+        ours = {field.name for field in dataclasses.fields(cls)}
+        theirs = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+        return cls(**{name: value for name, value in theirs.items() if name in ours} | changes)
+
     @property
     def directory(self) -> Path:
         """The run's directory."""
@@ -216,6 +223,8 @@ class Config:
             raise RunError("--learning-rate must be above 0, and --distill from 0 to 1")
         if not self.scratch_learning_rate > 0 or not 0 < self.layer_decay <= 1:
             raise RunError("--scratch-learning-rate must be above 0, and --layer-decay above 0 and at most 1")
+        if self.criterion not in CRITERIA:
+            raise RunError(f"--criterion {self.criterion}: expected one of {', '.join(CRITERIA)}")
         if self.metric not in METRICS:
             raise RunError(f"--metric {self.metric}: expected one of {', '.join(METRICS)}")
         if not 0 < self.delta < 1:

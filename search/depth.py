@@ -73,20 +73,7 @@ def depth(options: Depth, say: Callable[[str], None]) -> list[Cut]:
     """
     if options.max_train < 2:
         raise RunError(f"--max-train {options.max_train}: expected at least 2")
-    config = Config(
-        options.model,
-        options.checkpoint,
-        options.data,
-        fitted_split=options.fitted_split,
-        mean=options.mean,
-        std=options.std,
-        shares=options.shares,
-        image_size=options.image_size,
-        max_train=options.max_train,
-        data_dir=options.data_dir,
-        seed=options.seed,
-        head="fit",
-    )
+    config = Config.like(options, head="fit")
     config.check()
     opened = open_parts(config)
     subject, roles, classes = opened.subject, opened.roles, len(opened.labels.names)
@@ -95,6 +82,8 @@ def depth(options: Depth, say: Callable[[str], None]) -> list[Cut]:
         + ("" if roles.clean else "; it is unknown what the checkpoint was fitted on, so that gaps may be too small")
     )
     cuts = survey(subject, roles, classes, options.head)
+    if not cuts:
+        raise RunError(f"--model {options.model}: it has no boundary of blocks at which it could be truncated")
     finish(options, cuts, say)
     return cuts
 

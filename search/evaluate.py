@@ -85,19 +85,6 @@ def batches(split: Split, size: int, limit: int | None = None) -> Batches:
     )
 
 
-def loss_and_error(infer: Callable[[Array], Array], data: Batches) -> tuple[Array, Array]:
-    """Mean cross-entropy and share of wrong answers of `infer: images -> logits`."""
-
-    def one(batch: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-        images, labels, weights = batch
-        losses, wrong = loss_and_wrong(infer(images), labels)
-        return (losses * weights).sum(), (wrong * weights).sum()
-
-    losses, wrong = jax.lax.map(one, (data.images, data.labels, data.weights))
-    total = data.weights.sum()
-    return losses.sum() / total, wrong.sum() / total
-
-
 def answering(infer: Callable[[Any, Array], Array], split: Split, batch: int = 250) -> Callable[[Any], Answers]:
     """`answer(variables) -> Answers` of a model to a whole split, compiled once."""
     data = batches(split, batch)

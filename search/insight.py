@@ -19,9 +19,9 @@ from treesurgeon import engine, models
 from treesurgeon.search import report
 from treesurgeon.search.activity import Looked, Units, measured
 from treesurgeon.search.config import Config, RunError
-from treesurgeon.search.data import Split, open_source, split_roles
+from treesurgeon.search.data import SHARES, Split
 from treesurgeon.search.insight_page import write_insight
-from treesurgeon.search.records import reading
+from treesurgeon.search.records import images_again, reading
 from treesurgeon.search.setting import open_parts
 from treesurgeon.search.transfer import by_batch
 
@@ -54,6 +54,11 @@ class Insight:
     """Subtracted from images in 0 to 1. Default: the zoo's, else 0."""
     std: tuple[float, ...] = ()
     """Divides images. Default: the zoo's, else 1."""
+    shares: tuple[float, float, float, float] = SHARES
+    """How the images are dealt out to `train`, `search`, `certify` and `test`; a selected model knows its own."""
+    image_size: tuple[int, ...] = ()
+    """Side, or height and width, to which the images of folder: are scaled and cropped. Default: what the zoo's model
+    takes, else as they are; a selected model knows its own."""
     data_dir: str = ""
     """Where TFDS datasets are. Default: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     seed: int = 0
@@ -117,20 +122,10 @@ def open_model(options: Insight) -> Looked:
             f"{options.model} is no directory of a selected model: for a model pass --checkpoint, for a selected one "
             f"the path of its `selected` directory"
         )
-    opened = open_parts(
-        Config(
-            options.model,
-            options.checkpoint,
-            options.data,
-            fitted_split=options.fitted_split,
-            mean=options.mean,
-            std=options.std,
-            data_dir=options.data_dir,
-            seed=options.seed,
-            max_train=1000,  # not looked at
-            head="fit",  # the labels need not be the checkpoint's: the head is not looked at either
-        )
-    )
+    # The labels need not be the checkpoint's: neither `train` nor the head is looked at.
+    config = Config.like(options, head="fit", max_train=1000)
+    config.check()
+    opened = open_parts(config)
     subject, classes = opened.subject, opened.labels.names
     split = first(opened.roles.search, options.images)
     return Looked(
@@ -144,35 +139,23 @@ def open_selected(options: Insight, path: Path) -> Looked:
         raise RunError(f"{path} holds its variables: leave --checkpoint out")
     model = engine.load(path, allow_import=options.allow_import)
     try:
-        data, seed, normalisation = (model.manifest[name] for name in ("data", "seed", "normalisation"))
-        labels, fitted = tuple(model.manifest["labels"]), data["fitted"]
+        labels, normalisation, shape = (model.manifest[name] for name in ("labels", "normalisation", "model"))
         mean, std = (tuple(map(float, normalisation[name])) for name in ("mean", "std"))
+        shape = tuple(shape["input_shape"])
         if not all(isinstance(label, str) for label in labels):
             raise TypeError(f"labels {labels}")
+        split = images_again(model.manifest, "search", options.data, options.data_dir)
     except (KeyError, TypeError) as error:
         raise RunError(
             f"{path}/manifest.json does not say {error}: it was not made by a search; search again"
         ) from error
-    shape = tuple(model.manifest["model"]["input_shape"])
-    source = open_source(options.data, options.data_dir or None)
-    others: dict[str, int] = dict.fromkeys(("train", "certify", "test"), source.num_classes)  # not looked at
-    roles = split_roles(
-        source,
-        None if fitted is None else tuple(fitted),
-        num_classes=len(labels),
-        input_shape=shape,
-        mean=mean,
-        std=std,
-        seed=seed,
-        caps=others,
-    )
 
     def infer(variables: Any, x: Any) -> Any:
         return model.apply(variables, x)
 
     graph = engine.trace(infer, model.variables, jax.ShapeDtypeStruct((1, *shape), "float32"))
     name = f"{model.manifest['model']['model']}, pruned"
-    return Looked(name, infer, model.variables, graph, first(roles.search, options.images), labels, mean, std)
+    return Looked(name, infer, model.variables, graph, first(split, options.images), tuple(labels), mean, std)
 
 
 def first(split: Split, count: int) -> Split:

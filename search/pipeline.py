@@ -25,7 +25,7 @@ from jax import Array
 from treesurgeon import engine
 from treesurgeon.search import crossval, evolve, hosts, racing, report, sensitivity, shift
 from treesurgeon.search.answers import loss_and_wrong
-from treesurgeon.search.budget import Budget, make_budget
+from treesurgeon.search.budget import Budget, make_budget, refuse
 from treesurgeon.search.conclusion import Outcome, conclude, recall, save
 from treesurgeon.search.config import Config, RunError, claim, identity
 from treesurgeon.search.evaluate import Batches, batches, in_precision
@@ -66,7 +66,7 @@ def run(config: Config, say: Say = print, pool: Pool | None = None) -> Outcome:
 
 
 def _run(config: Config, say: Say, pool: Pool) -> Outcome:
-    setting = hosts.each(lambda: prepare(config, pool.hold))
+    setting = hosts.each(lambda: opened(config, pool.hold))
     subject, roles = setting.subject, setting.roles
     graph, dense = subject.graph, engine.cost(subject.graph, engine.Plan())
     if setting.head:
@@ -88,6 +88,15 @@ def _run(config: Config, say: Say, pool: Pool) -> Outcome:
     hosts.together(lambda: claim(config, content))
     with hosts.led(lambda: alone(config.directory)):
         return go_on(setting, say, pool)
+
+
+def opened(config: Config, hold: int | None) -> Setting:
+    """What the configuration refers to; what would be refused later on is, before anything is written."""
+    setting = prepare(config, hold)
+    graph = setting.subject.graph
+    space = build_space(setting, {name: np.arange(group.size) for name, group in graph.groups.items()})  # any ranking
+    refuse(setting.budget, engine.cost(graph, space.to_plan(sensitivity.smallest(space)))._asdict())
+    return setting
 
 
 def go_on(setting: Setting, say: Say, pool: Pool) -> Outcome:

@@ -13,6 +13,7 @@ from typing import Any
 from treesurgeon.engine import TreesurgeonError
 from treesurgeon.search import report
 from treesurgeon.search.config import RunError
+from treesurgeon.search.data import ROLES, SHARES, Split, open_source, split_roles
 from treesurgeon.search.metrics import METRICS, Metric
 
 TABLES: Mapping[str, Sequence[str]] = {
@@ -137,6 +138,37 @@ def reading(path: Path) -> Iterator[None]:
         raise RunError(
             f"{path}: an entry of its files is missing or of another kind ({error!r}): copy it again, or repeat the run"
         ) from error
+
+
+def images_again(manifest: Mapping[str, Any], role: str, data: str, data_dir: str) -> Split:
+    """The images that had a role in the run of a selected model, dealt out as they were there.
+
+    Args:
+        manifest: the selected model's.
+        role: such as `test`.
+        data, data_dir: where the data is now, as for `treesurgeon search`.
+
+    Raises:
+        DataError: the data cannot be read, or does not fit the model.
+        LookupError, TypeError, ValueError: the manifest does not say enough; see `reading`.
+    """
+    was, normalisation = manifest["data"], manifest["normalisation"]
+    shape = tuple(manifest["model"]["input_shape"])
+    source = open_source(data, data_dir or None, shape)
+    return getattr(
+        split_roles(
+            source,
+            None if was["fitted"] is None else tuple(was["fitted"]),
+            num_classes=len(manifest["labels"]),
+            input_shape=shape,
+            mean=normalisation["mean"],
+            std=normalisation["std"],
+            seed=manifest["seed"],
+            shares=was.get("shares", SHARES),  # older versions had these alone
+            caps=dict.fromkeys((other for other in ROLES if other != role), source.num_classes),  # not looked at
+        ),
+        role,
+    )
 
 
 def picture(run: Run, number: int) -> bytes:

@@ -117,15 +117,13 @@ def open_subject(
     return with_momenta(subject)
 
 
-def random_subject(model: str) -> Subject:
+def random_subject(model: str, **kwargs: Any) -> Subject:
     """A model of the zoo with random variables: for measuring speed, and for tests."""
-    preset = models.get(model)
-    spec = engine.ModelSpec(model, tuple(preset.input_shape), {})
-    module = models.resolve(model)
-    variables = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, *preset.input_shape)))
-    classes = jax.eval_shape(lambda v, x: module.apply(v, x), variables, jnp.zeros((1, *preset.input_shape)))
-    subject = Subject(spec, module, variables, classes.shape[-1])
-    return with_momenta(subject)
+    spec = engine.ModelSpec(model, tuple(models.get(model).input_shape), kwargs)
+    module = models.resolve(model, **kwargs)
+    variables = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, *spec.input_shape)))
+    classes = jax.eval_shape(module.apply, variables, spec.example)
+    return with_momenta(Subject(spec, module, variables, classes.shape[-1]))
 
 
 def with_momenta(subject: Subject) -> Subject:

@@ -12,11 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from treesurgeon import engine
+from treesurgeon.search import hosts
 from treesurgeon.search.budget import Budget, example
 from treesurgeon.search.finalists import fine_tuned
 from treesurgeon.search.heads import LinearHead, best_logistic
@@ -37,6 +39,9 @@ def truncations(setting: Setting, budget: Budget, say: Callable[[str], None]) ->
     if not count:
         return []
     cuts = survey(setting.subject, setting.roles, setting.subject.num_classes)
+    if not cuts:
+        say("no truncation: the model has no boundary of blocks")
+        return []
     chosen = choose(cuts, budget, len(setting.roles.search), count)
     told = ", ".join(f"{cut.point} ({cut.search:.1%} right on search)" for cut in chosen)
     found = f"{told} become finalists, against {cuts[-1].search:.1%} at full depth" if chosen else "none is smaller"
@@ -46,7 +51,7 @@ def truncations(setting: Setting, budget: Budget, say: Callable[[str], None]) ->
         subject = headed(setting, cut.point)
         cost: dict[str, float] = dict(cut.cost)
         if budget.measured:
-            measured = profile(subject.infer, subject.variables, example(setting))
+            measured = hosts.together(partial(profile, subject.infer, subject.variables, example(setting)))
             cost |= {name: getattr(measured, name) for name in budget.measured}
             if any(cost[name] > limit for name, limit in budget.measured.items()):
                 say(f"{cut.point} is not within the budget as measured")

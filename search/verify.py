@@ -12,10 +12,9 @@ import tyro
 from treesurgeon import engine
 from treesurgeon.search.certificate import wilson
 from treesurgeon.search.config import RunError
-from treesurgeon.search.data import open_source, split_roles
 from treesurgeon.search.evaluate import measurer
 from treesurgeon.search.metrics import ACCURACY, METRICS
-from treesurgeon.search.records import reading
+from treesurgeon.search.records import images_again, reading
 from treesurgeon.search.selection import SLACK
 
 
@@ -50,17 +49,12 @@ def verify(options: Verification, say: Callable[[str], None]) -> bool:
 
 def _verify(options: Verification, say: Callable[[str], None]) -> bool:
     model = engine.load(options.selected, allow_import=options.allow_import)
-    claimed, data, seed, normalisation = _claims(options.selected, model.manifest)
-    shape = tuple(model.manifest["model"]["input_shape"])
-    source = open_source(options.data, options.data_dir or None, shape)
-    fitted = None if data["fitted"] is None else tuple(data["fitted"])
-    mean, std = normalisation["mean"], normalisation["std"]
-    others: dict[str, int] = dict.fromkeys(("train", "search", "certify"), source.num_classes)  # not looked at
-    test = split_roles(source, fitted, input_shape=shape, mean=mean, std=std, seed=seed, caps=others).test
+    claimed, data = _claims(options.selected, model.manifest)
+    test = images_again(model.manifest, "test", options.data, options.data_dir)
     if test.fingerprint != data["fingerprints"]["test"]:
         say(
             f"Not verified: {options.data} gives other test images than the {data['images']['test']:,} that the "
-            f"manifest is about ({data['spec']}, seed {seed}): pass the same data."
+            f"manifest is about ({data['spec']}, seed {model.manifest['seed']}): pass the same data."
         )
         return False
     cost = engine.cost(model.graph, model.plan)
@@ -93,15 +87,15 @@ def _verify(options: Verification, say: Callable[[str], None]) -> bool:
     return True
 
 
-def _claims(path: Path, manifest: Any) -> tuple[Any, Any, int, Any]:
+def _claims(path: Path, manifest: Any) -> tuple[Any, Any]:
     """What the manifest says of the selected model and of its data."""
     try:
         claimed, data = manifest["metrics"][manifest["selected"]], manifest["data"]
-        found = claimed, data, manifest["seed"], manifest["normalisation"]
+        _ = (manifest["seed"], manifest["normalisation"], manifest["labels"])
         _ = (claimed["params"], claimed["macs"], claimed[f"test_{manifest['metric']}"], data["spec"], data["fitted"])
         _ = (data["fingerprints"]["test"], data["images"]["test"])
     except (KeyError, TypeError) as error:
         raise RunError(
             f"{path}/manifest.json does not say {error}: it was not made by a search of this version; search again"
         ) from error
-    return found
+    return claimed, data

@@ -1,29 +1,23 @@
-"""Scores of one population on several meshes, in a process of its own, whose start settles how many devices it has.
+"""Scores of one population on several meshes, in a process of its own: XLA_FLAGS settle how many devices it has.
 
-`python devices.py COUNT RECONSTRUCT SHAPE…` prints, for each shape, what `Evaluator` and `Sweep` found, as digests.
+`python devices.py RECONSTRUCT SHAPE…` prints, for each shape, what `Evaluator` and `Sweep` found, as digests.
 """
 
 import hashlib
 import json
-import os
 import sys
 
-import quick
+import jax
+import numpy as np
 
-quick.settle()
-os.environ["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={sys.argv[1]}"
-
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-
-from treesurgeon import engine, models  # noqa: E402
-from treesurgeon.search import racing, sensitivity  # noqa: E402
-from treesurgeon.search.data import Split  # noqa: E402
-from treesurgeon.search.evaluate import Evaluator, batches  # noqa: E402
-from treesurgeon.search.mesh import make_mesh, parse_shape  # noqa: E402
-from treesurgeon.search.space import build  # noqa: E402
-from treesurgeon.search.subject import Subject  # noqa: E402
-from treesurgeon.search.sweep import Sweep  # noqa: E402
+from treesurgeon import engine, models
+from treesurgeon.search import racing, sensitivity
+from treesurgeon.search.data import Split
+from treesurgeon.search.evaluate import Evaluator, batches
+from treesurgeon.search.mesh import make_mesh, parse_shape
+from treesurgeon.search.space import build
+from treesurgeon.search.subject import Subject
+from treesurgeon.search.sweep import Sweep
 
 CANDIDATES, IMAGES = 11, 72
 
@@ -73,4 +67,4 @@ def main(shapes: list[str], reconstruct: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[3:], sys.argv[2])
+    main(sys.argv[2:], sys.argv[1])

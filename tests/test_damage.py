@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from flax import serialization
 from flax.traverse_util import flatten_dict
+from jsontrees import replaced
 from orbax.checkpoint import v1 as ocp
 from rundir import make_run
 from safetensors.numpy import save_file
@@ -145,7 +146,7 @@ def copy(source, target):
 
 def try_checkpoints(tmp_path, kind, count, seed):
     """Damage one that many times; returns how often it was told."""
-    source, draw, told = WRITERS[kind](tmp_path), random.Random(seed), 0
+    source, draw, messages = WRITERS[kind](tmp_path), random.Random(seed), []
     for _ in range(count):
         path = copy(source, tmp_path / f"y{source.suffix}")
         damage(path, draw)
@@ -153,9 +154,7 @@ def try_checkpoints(tmp_path, kind, count, seed):
             with at_once():
                 found = models.load_checkpoint(path, MODULE, TEMPLATE)
         except ModelError as error:
-            assert str(path) in str(error)  # noqa: PT017
-            assert len(str(error)) < 4000  # noqa: PT017
-            told += 1
+            messages.append(str(error))
             continue
         assert jax.tree.structure(found) == jax.tree.structure(TEMPLATE)
         for leaf, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(TEMPLATE), strict=True):
@@ -163,7 +162,10 @@ def try_checkpoints(tmp_path, kind, count, seed):
             assert np.isfinite(leaf).all()
         if kind == "zip":  # which has checksums
             jax.tree.map(np.testing.assert_array_equal, found, VARIABLES)
-    return told
+    for message in messages:
+        assert str(path) in message
+        assert len(message) < 4000
+    return len(messages)
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -217,41 +219,6 @@ def test_a_saved_model_is_itself_or_refused(selected, tmp_path):
 @pytest.mark.slow
 def test_a_saved_model_is_itself_or_refused_many_times(selected, tmp_path):
     assert try_models(selected, tmp_path, 1500, 1) > 750
-
-
-OTHERS = (
-    None,
-    -1,
-    0,
-    2**70,
-    0.5,
-    True,
-    float("nan"),
-    "",
-    "x",
-    "mlp",
-    "\x00",
-    [],
-    [[]],
-    [-1],
-    ["a"],
-    {},
-    {"a": 1},
-    [0, 1],
-)
-
-
-def replaced(tree, draw):
-    """A JSON tree with something else somewhere in it, or something left out."""
-    if draw.random() < 0.2 or not tree or not isinstance(tree, dict | list):
-        return draw.choice(OTHERS)
-    if isinstance(tree, dict):
-        key = draw.choice(list(tree))
-        if draw.random() < 0.2:
-            return {name: value for name, value in tree.items() if name != key}
-        return {**tree, key: replaced(tree[key], draw)}
-    at = draw.randrange(len(tree))
-    return [replaced(entry, draw) if i == at else entry for i, entry in enumerate(tree)]
 
 
 def try_reports(home, count, seed):

@@ -91,6 +91,7 @@ def desk(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)  # of another test
     before, rules = set(sys.modules), dict(engine.rules.base._RULES)
     yield tmp_path
     for name in set(sys.modules) - before:

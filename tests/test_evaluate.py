@@ -21,7 +21,7 @@ COUNT = 11
 
 @cache
 def setup():
-    subject = random_subject("digits_cnn")
+    subject = random_subject("digits_cnn", stages=((6, 6), (8,)), residual=(0, 6), hidden=12)
     space = build(subject.graph, {name: RNG.random(group.size) for name, group in subject.graph.groups.items()})
     genomes = np.stack([space.dense_genome(), *(RNG.integers(0, space.cardinality) for _ in range(4))]).astype(np.int32)
     images = RNG.normal(size=(COUNT, 8, 8, 1)).astype(np.float32)

@@ -222,6 +222,7 @@ def test_a_full_archive_keeps_the_ends_of_the_front():
     assert (evolve.front(state).objectives.min(0) == best).all()
 
 
+@pytest.mark.slow
 def test_jitted_and_plain_runs_are_the_same_bit_for_bit():
     state = step(step(start()))
     children = evolve.ask(state, CARDS)

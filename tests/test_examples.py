@@ -7,6 +7,7 @@ import json
 import threading
 import urllib.error
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -64,8 +65,9 @@ def test_rebuilt_as_a_plain_module_it_computes_the_same(selected, logits):
     assert type(module) is models.DigitsCNN
     assert (module.stages, module.residual, module.hidden) == (((3, 4),), (0,), 5)
     x = (IMAGES - 0.5) / 0.25
-    np.testing.assert_allclose(module.apply(variables, x), logits, rtol=1e-4, atol=1e-4)
-    ours, theirs = (f(variables, x, train=True, mutable=["batch_stats"]) for f in (module.apply, model.apply))
+    np.testing.assert_allclose(jax.jit(module.apply)(variables, x), logits, rtol=1e-4, atol=1e-4)
+    training = {"train": True, "mutable": ["batch_stats"]}
+    ours, theirs = (jax.jit(partial(f, **training))(variables, x) for f in (module.apply, model.apply))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, theirs)
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from orbax.checkpoint import v1 as ocp
+from ownmodel import own_model
 
 from treesurgeon import engine, models
 from treesurgeon.engine import TreesurgeonError
@@ -29,10 +30,11 @@ from treesurgeon.search.budget import Budget
 from treesurgeon.search.cli import main
 from treesurgeon.search.conclusion import find_certificate
 from treesurgeon.search.config import Criterion
+from treesurgeon.search.data import SHARES
 from treesurgeon.search.latency import profile_plan
 from treesurgeon.search.openings import claim_opening
 from treesurgeon.search.pipeline import rank, starting_points
-from treesurgeon.search.records import numbers, open_run
+from treesurgeon.search.records import images_again, numbers, open_run
 from treesurgeon.search.selection import Finalist, Verdict
 from treesurgeon.search.setting import fingerprint, prepare
 from treesurgeon.search.space import build
@@ -64,11 +66,7 @@ SMALL = [
 def place(tmp_path_factory):
     """A directory with a model of the user's own and an Orbax checkpoint of it."""
     home = tmp_path_factory.mktemp("user")
-    (home / "mine.py").write_text(MODEL)
-    namespace: dict = {}
-    exec(compile(MODEL, "mine.py", "exec"), namespace)
-    variables = namespace["Tiny"]().init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
-    ocp.save(str(home / "checkpoint"), jax.tree.map(np.asarray, variables))
+    own_model(home, MODEL, (8, 8, 1))
     return home
 
 
@@ -105,7 +103,7 @@ def command(
             "TFDS_DATA_DIR": str(place / "tfds"),
             "PYTHONUNBUFFERED": "1",
             "JAX_COMPILATION_CACHE_DIR": str(place / "compiled"),  # the runs of these tests compile the same programs
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -212,6 +210,24 @@ def test_verify_compares_with_the_manifest(place, whole, tmp_path, monkeypatch, 
     assert words in "".join(capsys.readouterr())
 
 
+def test_what_reads_a_selected_model_deals_the_images_out_as_its_run_did(place, whole):
+    selected = whole[0] / "selected"
+    manifest = json.loads((selected / "manifest.json").read_text())
+    assert manifest["data"]["shares"] == list(SHARES)
+    for shares in (SHARES, (0.5, 0.1, 0.1, 0.3)):
+        roles = split_roles(open_source("digits", place / "tfds"), ("train",), shares=shares)
+        manifest["data"]["shares"] = shares
+        for role in ("search", "test"):
+            again = images_again(manifest, role, "digits", str(place / "tfds"))
+            np.testing.assert_array_equal(again.indices, getattr(roles, role).indices)
+            np.testing.assert_array_equal(again.images, getattr(roles, role).images)
+    del manifest["data"]["shares"]  # a model of before they could be chosen
+    assert (
+        images_again(manifest, "test", "digits", str(place / "tfds")).fingerprint
+        == (manifest["data"]["fingerprints"]["test"])
+    )
+
+
 def test_the_outcome_as_json(place, whole):
     code, out, err = finish(command(place, "whole", "--json"))
     assert code == 0, err
@@ -244,16 +260,23 @@ def test_selected_model_scores_as_the_manifest_says_in_another_process(place, wh
 
 
 def test_killed_runs_go_on_bit_for_bit(place, whole):
-    code, _, err = finish(command(place, "killed", struck=("generation   1/", signal.SIGINT)))
-    assert code == 130
-    assert f"saved in {place / 'killed'}: run the same command again" in err
-    assert "Traceback" not in err
     code, _, _ = finish(command(place, "killed", struck=("generation   2/", signal.SIGKILL)))
     assert code == -signal.SIGKILL
     code, out, err = finish(command(place, "killed"))
     assert code == 0, err
     assert "resumed after generation" in out
     assert contents(place / "killed") == contents(whole[0])
+
+
+@pytest.mark.slow
+def test_interrupted_runs_say_how_to_go_on(place, whole):
+    code, _, err = finish(command(place, "interrupted", struck=("generation   1/", signal.SIGINT)))
+    assert code == 130
+    assert f"saved in {place / 'interrupted'}: run the same command again" in err
+    assert "Traceback" not in err
+    code, _, err = finish(command(place, "interrupted"))
+    assert code == 0, err
+    assert contents(place / "interrupted") == contents(whole[0])
 
 
 KILLS = 50
@@ -368,7 +391,7 @@ def zoo(place):
         ({"macs": -1.0}, "--macs"),
         ({"delta": 0.0}, "--delta"),
         ({"latency": -1.0}, "--latency"),
-        ({"activation_bytes": 1e-9, "out": "too-tight"}, "--activation-bytes: .* cannot be met"),
+        ({"activation_bytes": 1e-9}, "--activation-bytes: .* cannot be met"),
         ({"population": 1}, "--population"),
         ({"protect": ("layer9",)}, "layer9"),
         ({"criterion": "l3"}, "l3"),
@@ -393,7 +416,7 @@ def test_bad_input(zoo, monkeypatch, changes, message):
     with pytest.raises((TreesurgeonError, ModelError), match=message) as caught:
         run(given, lambda _: None)
     assert len(str(caught.value).splitlines()) < 30
-    assert not (zoo / "out-of-nothing/selected").exists()
+    assert not Path(given.out).exists()
 
 
 class Counting(nn.Module):

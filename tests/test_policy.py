@@ -21,7 +21,7 @@ RNG = np.random.default_rng(0)
 
 @pytest.fixture(scope="module")
 def subject():
-    return random_subject("digits_cnn")
+    return random_subject("digits_cnn", stages=((6, 6), (8,)), residual=(0, 6), hidden=12)
 
 
 def image(subject):

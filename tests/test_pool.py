@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
+from ownmodel import own_model
 
 from treesurgeon.search import RunError
 from treesurgeon.search.evaluate import race
@@ -45,11 +45,7 @@ SMALL = (
 def place(tmp_path_factory):
     """A directory with a model, its checkpoint and data."""
     home = tmp_path_factory.mktemp("user")
-    (home / "mine.py").write_text(MODEL)
-    namespace: dict = {}
-    exec(compile(MODEL, "mine.py", "exec"), namespace)
-    variables = namespace["Tiny"]().init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))
-    ocp.save(str(home / "checkpoint"), jax.tree.map(np.asarray, variables))
+    own_model(home, MODEL, (4, 4, 1))
     rng = np.random.default_rng(0)
     y = np.arange(480) % 3
     x = (rng.normal(size=(480, 4, 4, 1)) + y[:, None, None, None] / 2).astype(np.float32)
@@ -57,17 +53,18 @@ def place(tmp_path_factory):
     return home
 
 
+def environment(devices: int) -> dict[str, str]:
+    flags = re.sub(r"--xla_force_host\S+", "", os.environ.get("XLA_FLAGS", ""))
+    here = {"XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}", "PYTHONUNBUFFERED": "1"}
+    return {**os.environ, **here}
+
+
 def start(place: Path, out: str, *more: str, devices: int = 1, room: int | None = None):
     arguments = f"search --model mine:Tiny --checkpoint checkpoint --out {out} {SMALL}".split()
-    flags = re.sub(r"--xla_force_host\S+", "", os.environ.get("XLA_FLAGS", ""))
     return subprocess.Popen(
         [sys.executable, "-m", "treesurgeon.search.cli", *arguments, *more],
         cwd=place,
-        env={
-            **os.environ,
-            "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
-            "PYTHONUNBUFFERED": "1",
-        },
+        env=environment(devices),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -110,8 +107,8 @@ def several(place: Path, out: str, count: int, *more: str):
 
 
 def scores(devices: int, reconstruct: str, *shapes: str) -> list[dict]:
-    command = [sys.executable, str(Path(__file__).parent / "devices.py"), str(devices), reconstruct, *shapes]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, str(Path(__file__).parent / "devices.py"), reconstruct, *shapes]
+    done = subprocess.run(command, env=environment(devices), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from orbax.checkpoint import v1 as ocp
 
 from treesurgeon import engine, models
 from treesurgeon.engine.shortened import HEAD
-from treesurgeon.search import Config, run
+from treesurgeon.search import Config, RunError, contenders, depth, run, truncating
 from treesurgeon.search.budget import Budget
 from treesurgeon.search.setting import prepare
 from treesurgeon.search.survey import Cut, survey
@@ -69,8 +70,13 @@ def config(place, **changes):
     return Config(**{**given, **changes})
 
 
-def test_a_head_is_fitted_to_what_stands_at_the_point(place):
-    setting = prepare(config(place, calibration_images=0))
+@pytest.fixture(scope="module")
+def setting(place):
+    """Nothing is estimated anew."""
+    return prepare(config(place, calibration_images=0))
+
+
+def test_a_head_is_fitted_to_what_stands_at_the_point(place, setting):
     cuts = survey(setting.subject, setting.roles, 3)
     assert [found.point for found in cuts] == list(
         engine.points(setting.subject.infer, setting.subject.graph, setting.subject.spec.example)
@@ -86,8 +92,14 @@ def test_a_head_is_fitted_to_what_stands_at_the_point(place):
     roles = setting.roles
     right = np.asarray(subject.infer(subject.variables, roles.search.images)).argmax(1) == roles.search.labels
     assert right.mean() > 0.9
+    # It can be trained from scratch, at its own shapes.
+    fresh = contenders.scratch(subject, engine.Plan(), 0)
+    assert jax.tree.map(np.shape, fresh) == jax.tree.map(np.shape, subject.variables)
+    assert np.isfinite(subject.infer(fresh, roles.search.images[:2])).all()
+    kernel = f"params/{HEAD}/kernel"
+    assert leaves_of(fresh)[kernel].std() == pytest.approx(1 / np.sqrt(len(new[kernel])), rel=0.3)
     # With statistics estimated anew, the features are other ones.
-    fresh = headed(prepare(config(place)), cuts[2].point)
+    fresh = headed(replace(setting, config=config(place)), cuts[2].point)
     assert np.abs(
         leaves_of(fresh.variables)["batch_stats/stage1_0/bn/mean"] - old["batch_stats/stage1_0/bn/mean"]
     ).max()
@@ -116,6 +128,17 @@ def test_a_truncation_is_selected_saved_and_loaded(place):
     again = run(config(place), said.append)  # it is complete, and shown from its manifest
     assert again.sentence == outcome.sentence
     assert said[-1].startswith("this run is complete")
+
+
+def test_a_model_that_cannot_be_cut_anywhere(place, setting, monkeypatch):
+    said = []
+    for module in (truncating, depth):
+        monkeypatch.setattr(module, "survey", lambda *_: [])
+    given = config(place)
+    assert truncating.truncations(setting, Budget(None, {}, {}, {}), said.append) == []
+    assert said == ["no truncation: the model has no boundary of blocks"]
+    with pytest.raises(RunError, match="digits_cnn: it has no boundary of blocks"):
+        depth.depth(depth.Depth(given.model, given.checkpoint, given.data, fitted_split=("none",)), said.append)
 
 
 @pytest.mark.slow
