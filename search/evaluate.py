@@ -262,10 +262,14 @@ class Evaluator:
         parts = engine.split(find, self._variables, calibration, masks)
         fixed = jax.jit(parts.once)(self._variables)
         known = jax.jit(parts.early)(fixed, calibration)
-        stats, _ = jax.jit(parts.late)(fixed, known, masks)
         varies, _ = parts.varies
+
+        def shared(fixed: Any, known: Any, masks: Any) -> Any:
+            stats, _ = parts.late(fixed, known, masks)
+            return {path: value for path, value in stats.items() if not varies[path]}
+
         # What lies before the first mask is every candidate's: it goes into the variables, and stays unbatched.
-        self._variables = with_leaves(self._variables, {p: v for p, v in stats.items() if not varies[p]})
+        self._variables = with_leaves(self._variables, jax.jit(shared)(fixed, known, masks))
 
         def chunk_calibrate(fixed: Any, known: Any, masks: Any) -> Any:
             self.compiled += 1

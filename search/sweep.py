@@ -27,7 +27,7 @@ from treesurgeon.search.mesh import EVERY, P, groups, make_mesh, put, spread, wh
 from treesurgeon.search.space import Space
 from treesurgeon.search.subject import Subject
 
-PARTS = 3  # each takes its time to compile
+PARTS = 2  # each takes its time to compile
 
 
 @dataclass(frozen=True, eq=False)

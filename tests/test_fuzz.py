@@ -30,7 +30,7 @@ quiet = settings(
 
 
 def environment(**more: str) -> dict[str, str]:
-    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "JAX_COMPILATION_"))}
     path = f"{HERE}:{HERE.parent}/.pkg"
     return env | {"JAX_ENABLE_X64": "1", "XLA_FLAGS": fuzz.FLAGS, "PYTHONPATH": path} | more
 

@@ -102,8 +102,6 @@ def command(
             **os.environ,
             "TFDS_DATA_DIR": str(place / "tfds"),
             "PYTHONUNBUFFERED": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(place / "compiled"),  # the runs of these tests compile the same programs
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
