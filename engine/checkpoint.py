@@ -51,6 +51,7 @@ class ModelSpec:
         input_dtype: its dtype.
         at: the point at which the module is cut in depth, if it is, see `Shortened`.
         outputs: of the head that it has there.
+        hidden: units of a hidden layer of that head, 0 for none.
     """
 
     model: str
@@ -59,6 +60,7 @@ class ModelSpec:
     input_dtype: str = "float32"
     at: str | None = None
     outputs: int = 0
+    hidden: int = 0
 
     def build(self, allow_import: bool = False) -> nn.Module | Shortened:
         """The dense module."""
@@ -73,7 +75,7 @@ class ModelSpec:
         """The module, cut in depth if it is to be and is not yet."""
         if not self.at or isinstance(module, Shortened):
             return module
-        return Shortened(module, self.at, self.outputs, self.example)
+        return Shortened(module, self.at, self.outputs, self.example, self.hidden)
 
     @property
     def example(self) -> jax.ShapeDtypeStruct:
@@ -172,7 +174,7 @@ def save(
                 "kwargs": dict(spec.kwargs),
                 "input_shape": list(spec.input_shape),
                 "input_dtype": spec.input_dtype,
-                **({"at": spec.at, "outputs": spec.outputs} if spec.at else {}),
+                **({"at": spec.at, "outputs": spec.outputs, "hidden": spec.hidden} if spec.at else {}),
             },
             "plan": {
                 "keep": {name: units.tolist() for name, units in plan.keep.items()},
@@ -206,7 +208,8 @@ def load(path: str | os.PathLike, module: nn.Module | Shortened | None = None, a
     manifest = _read_manifest(path)
     try:
         entry = manifest["model"]
-        shape, cut = tuple(entry["input_shape"]), (entry.get("at"), int(entry.get("outputs", 0)))
+        shape = tuple(entry["input_shape"])
+        cut = entry.get("at"), int(entry.get("outputs", 0)), int(entry.get("hidden", 0))
         spec = ModelSpec(entry["model"], shape, entry["kwargs"], entry["input_dtype"], *cut)
         keep = {name: np.asarray(units, int) for name, units in manifest["plan"]["keep"].items()}
         plan = Plan(keep, frozenset(manifest["plan"]["drop"]))

@@ -16,22 +16,24 @@ from treesurgeon.engine.graph import Graph
 from treesurgeon.engine.jaxprs import path_name
 from treesurgeon.engine.truncation import Truncated, truncate
 
-HEAD = "shortened_head"
+HEAD, HIDDEN = "shortened_head", "shortened_hidden"
 
 
 class Shortened:
-    """A module up to a point (see `truncate`), and a dense layer on the pooled features that stand there.
+    """A module up to a point (see `truncate`), and a head on the pooled features that stand there.
 
     Its variables are those of the module's that are needed to get there, and `params/shortened_head` with `kernel`
-    `[C, outputs]` and `bias` `[outputs]`.
+    `[C, outputs]` and `bias` `[outputs]`. With a hidden layer, `params/shortened_hidden` has `kernel` `[C, hidden]` and
+    `bias` `[hidden]`, a relu follows, and the head's kernel is `[hidden, outputs]`.
 
     Attributes:
         module: the linen module.
         at: the point, as `engine.points` names them.
         outputs: how many the head has.
+        hidden: units of a hidden layer before it, 0 for none.
     """
 
-    def __init__(self, module: Appliable, at: str, outputs: int, x: Any):
+    def __init__(self, module: Appliable, at: str, outputs: int, x: Any, hidden: int = 0):
         """Nothing is computed before it is asked for.
 
         Args:
@@ -39,8 +41,9 @@ class Shortened:
             at: the point.
             outputs: of the new head.
             x: an example input, a `jax.ShapeDtypeStruct` does.
+            hidden: units of a hidden layer, 0 for none.
         """
-        self.module, self.at, self.outputs, self._x = module, at, outputs, x
+        self.module, self.at, self.outputs, self.hidden, self._x = module, at, outputs, hidden, x
 
     @cached_property
     def _template(self) -> Any:
@@ -56,35 +59,47 @@ class Shortened:
         return truncate(self.module.apply, self._graph, self.at, self._x)
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Random variables; as `module.init`, and for the head LeCun normal values and zeros."""
+        """Random variables; as `module.init`, and for the new layers LeCun normal values and zeros."""
         key = rngs["params"] if isinstance(rngs, dict) else rngs
         short = self.take(self.module.init(rngs, *args, **kwargs))
         features = jax.eval_shape(self._until, short, *args, **kwargs)
-        shape = (features.shape[-1], self.outputs)
-        return self.with_head(short, jax.nn.initializers.lecun_normal()(key, shape), jnp.zeros(self.outputs))
+        draw, sizes = jax.nn.initializers.lecun_normal(), (features.shape[-1], self.hidden or features.shape[-1])
+        inner = (draw(jax.random.fold_in(key, 1), sizes), jnp.zeros(self.hidden)) if self.hidden else None
+        return self.with_head(short, draw(key, (sizes[1], self.outputs)), jnp.zeros(self.outputs), inner)
 
     def take(self, variables: Any) -> Any:
         """What is needed of the module's variables."""
         return self._until.take(variables)
 
-    def with_head(self, short: Mapping[str, Any], kernel: Any, bias: Any) -> dict[str, Any]:
+    def with_head(
+        self, short: Mapping[str, Any], kernel: Any, bias: Any, hidden: tuple[Any, Any] | None = None
+    ) -> dict[str, Any]:
         """The variables with this head.
 
         Args:
             short: what is needed of the module's variables, see `take`.
-            kernel: `[C, outputs]`.
+            kernel: `[C, outputs]`, or `[hidden, outputs]`.
             bias: `[outputs]`.
+            hidden: kernel `[C, hidden]` and bias `[hidden]` of the hidden layer, where there is one.
         """
-        return {**short, "params": {**short["params"], HEAD: {"kernel": kernel, "bias": bias}}}
+        new = {HEAD: {"kernel": kernel, "bias": bias}}
+        if hidden:
+            new[HIDDEN] = dict(zip(("kernel", "bias"), hidden, strict=True))
+        return {**short, "params": {**short["params"], **new}}
+
+    def _head(self, params: Mapping[str, Any], z: Any) -> Any:
+        if self.hidden:
+            z = jax.nn.relu(z @ params[HIDDEN]["kernel"] + params[HIDDEN]["bias"])
+        return z @ params[HEAD]["kernel"] + params[HEAD]["bias"]
 
     def apply(self, variables: Mapping[str, Any], *args: Any, mutable: Any = False, **kwargs: Any) -> Any:
         """As `module.apply`: logits `[N, outputs]`, and with `mutable` the new values of these collections."""
-        rest = {name: leaf for name, leaf in variables["params"].items() if name != HEAD}
-        head, short = variables["params"][HEAD], {**variables, "params": rest}
+        params = variables["params"]
+        short = {**variables, "params": {name: leaf for name, leaf in params.items() if name not in (HEAD, HIDDEN)}}
         if not mutable:
-            return self._until(short, *args, **kwargs) @ head["kernel"] + head["bias"]
+            return self._head(params, self._until(short, *args, **kwargs))
         z, new = self._until.with_updates(short, *args, mutable=mutable, **kwargs)
         names = [mutable] if isinstance(mutable, str) else list(short) if mutable is True else mutable
         held = {name: variables[name] for name in names if name in variables}
         updated = tree_map_with_path(lambda path, leaf: new.get(path_name(path), leaf), held)
-        return z @ head["kernel"] + head["bias"], updated
+        return self._head(params, z), updated

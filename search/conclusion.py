@@ -26,6 +26,7 @@ from treesurgeon.search.selection import Finalist, Verdict, WithinMargins
 from treesurgeon.search.selective import write_selective
 from treesurgeon.search.setting import Setting
 from treesurgeon.search.space import Space
+from treesurgeon.search.truncating import depth_of
 from treesurgeon.search.tuning import Tuned
 
 LOOKED = 500  # images of `search` on which units are looked at
@@ -133,7 +134,7 @@ def conclude(
             **({f"cv_{end}": getattr(estimates[f.name], end) for end in ENDS} if estimates else {}),
             "best_epoch": f.ref.fitted.best_epoch if f.ref.fitted else None,
             "reason": verdict.reasons[f.name],
-            "description": space.describe(genomes[f.name]) if f.name in genomes else f"up to {f.ref.subject.spec.at}",
+            "description": space.describe(genomes[f.name]) if f.name in genomes else depth_of(f.ref.subject),
             "genome": genomes.get(f.name, ()),
         }
         for f in others

@@ -140,6 +140,9 @@ class Config:
     truncations: int | None = None
     """More finalists, cut in depth with a new head where a linear one on the features does as well as at full depth.
     Default: 2 where the labels ask for a new head, else none."""
+    head_widths: tuple[int, ...] = (16, 64)
+    """Widths of a hidden layer that the new head of a truncated model may have; one that is better than a linear head
+    on `search`, beyond what chance explains, is taken. 0: always a linear head."""
     epochs: int = 2
     """Epochs of fine-tuning for each finalist, stopped early on `search`; 0 only re-estimates statistics."""
     learning_rate: float = 0.01
@@ -221,6 +224,8 @@ class Config:
             raise RunError("--image-size takes a side, or a height and a width, of at least 1")
         if not self.learning_rate > 0 or not 0 <= self.distill <= 1:
             raise RunError("--learning-rate must be above 0, and --distill from 0 to 1")
+        if min(self.head_widths, default=0) < 0:
+            raise RunError("--head-widths takes numbers of units, or 0 for a linear head")
         if not self.scratch_learning_rate > 0 or not 0 < self.layer_decay <= 1:
             raise RunError("--scratch-learning-rate must be above 0, and --layer-decay above 0 and at most 1")
         if self.criterion not in CRITERIA:

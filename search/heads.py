@@ -65,18 +65,18 @@ def ridge(x: Any, y: Any, lambdas: Sequence[float] = LAMBDAS, held_out: tuple[An
     Raises:
         HeadError: shapes that do not fit, or features that are not finite.
     """
-    x, y = _checked(x, y, 2)
+    x, y = checked(x, y, 2)
     if len(x) < 2:
         raise HeadError("a ridge head needs two examples at least, got one")
     if held_out is not None:
-        held_out = _checked(*held_out, 2)
+        held_out = checked(*held_out, 2)
     return _ridge(x, y, jnp.asarray(lambdas, jnp.float32), held_out)
 
 
 @jax.jit
 def _ridge(x: Array, y: Array, lambdas: Array, held_out: Any) -> LinearHead:
     count, rank = len(x), min(len(x) - 1, x.shape[1])
-    z, centre, scale = _standard(x)
+    z, centre, scale = standard(x)
     mean = y.mean(0)
     energies, basis = jnp.linalg.eigh(z.T @ z / count)  # ascending
     energies, basis = jnp.maximum(energies[-rank:], 0), basis[:, -rank:]
@@ -123,7 +123,7 @@ def logistic(
     Raises:
         HeadError: shapes or labels that do not fit, features that are not finite, or a penalty of 0.
     """
-    x, y = _checked(x, y, 1)
+    x, y = checked(x, y, 1)
     if not l2 > 0:
         raise HeadError(f"l2 = {l2}: expected a penalty above 0, without which separable classes have no minimum")
     if len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
@@ -141,7 +141,7 @@ def logistic(
 def _logistic(
     x: Array, y: Array, known: Array, share: Array, l2: Array, columns: tuple[int, ...], newton: bool
 ) -> LinearHead:
-    z, centre, scale = _standard(x)
+    z, centre, scale = standard(x)
     z = jnp.concatenate([z, jnp.ones((len(z), 1))], 1)
     at = np.array(columns, int)
     decay = jnp.ones((z.shape[1], 1)).at[-1].set(0) * l2  # not the bias
@@ -234,7 +234,7 @@ def best_logistic(
         x, y, classes, known, free: as `logistic` takes them.
         penalties: to choose from.
     """
-    x, y = _checked(x, y, 1)
+    x, y = checked(x, y, 1)
     known = np.zeros((len(x), classes), np.float32) if known is None else np.asarray(known, np.float32)
     held = max(len(x) // 5, 1)
     columns = np.arange(classes) if free is None else np.asarray(free, int)
@@ -248,7 +248,7 @@ def best_logistic(
     return logistic(x, y, classes, best, known=known, free=free)
 
 
-def _standard(x: Array) -> tuple[Array, Array, Array]:
+def standard(x: Array) -> tuple[Array, Array, Array]:
     """Features of mean 0 and variance 1, the means and the deviations; what never changes becomes 0."""
     centre = x.mean(0)
     deviation = jnp.sqrt(((x - centre) ** 2).mean(0))
@@ -263,7 +263,8 @@ def _plain(w: Array, bias: Array, centre: Array, scale: Array, penalty: Array) -
     return LinearHead(kernel, bias - centre @ kernel, penalty)
 
 
-def _checked(x: Any, y: Any, rank: int) -> tuple[Array, Array]:
+def checked(x: Any, y: Any, rank: int) -> tuple[Array, Array]:
+    """Features and targets (`rank` 2) or classes (1) as float32 and int32 arrays, or a `HeadError`."""
     x, y = jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32 if rank == 2 else jnp.int32)
     if x.ndim != 2 or y.ndim != rank or len(x) != len(y) or not len(x):
         raise HeadError(

@@ -178,9 +178,14 @@ def replaceable(subject: Subject) -> Head:
 
 def head_features(subject: Subject, split: Split) -> np.ndarray:
     """What feeds the model's head, `[N, F]`, for all images of a split."""
+    return feature_finder(subject)(split)
+
+
+def feature_finder(subject: Subject) -> Callable[[Split], np.ndarray]:
+    """`head_features` of any split, compiled once."""
     find = engine.features(subject.infer, subject.graph)
     last = jax.jit(lambda v, x: list(find(v, x).values())[-1])
-    return by_batch(lambda x: last(subject.variables, x), split)
+    return lambda split: by_batch(lambda x: last(subject.variables, x), split)
 
 
 def by_batch(compute: Callable[[Any], Any], split: Split) -> Any:

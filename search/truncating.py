@@ -4,7 +4,8 @@ Every boundary of blocks is a point (`engine.points`). One forward pass gives th
 linear heads in closed form, fitted to `train`, say on `search` how much depth the task needs (see survey.py). Of the
 points that no smaller one beats, the smallest within one standard error of the best are taken (the rule of L. Breiman
 et al.: "Classification and Regression Trees", 1984), and then treated as all finalists are: statistics estimated anew,
-a logistic head, fine-tuning. The rule and the certificate choose among all of them alike.
+a logistic head or one with a hidden layer (see hidden.py), fine-tuning. The rule and the certificate choose among all
+of them alike.
 """
 
 from __future__ import annotations
@@ -18,15 +19,16 @@ import jax
 import jax.numpy as jnp
 
 from treesurgeon import engine
-from treesurgeon.search import hosts
+from treesurgeon.search import hidden, hosts
 from treesurgeon.search.budget import Budget, example
 from treesurgeon.search.finalists import fine_tuned
 from treesurgeon.search.heads import LinearHead, best_logistic
+from treesurgeon.search.hidden import HiddenHead
 from treesurgeon.search.latency import profile
 from treesurgeon.search.setting import Setting
 from treesurgeon.search.subject import Subject
 from treesurgeon.search.survey import Cut, survey
-from treesurgeon.search.transfer import head_features
+from treesurgeon.search.transfer import feature_finder
 from treesurgeon.search.tuning import Tuned
 
 DEFAULT = 2  # where the head is new
@@ -48,8 +50,8 @@ def truncations(setting: Setting, budget: Budget, say: Callable[[str], None]) ->
     say(f"{len(cuts)} depths tried with linear heads on one forward pass: {found}")
     out = []
     for i, cut in enumerate(chosen, 1):
-        subject = headed(setting, cut.point)
-        cost: dict[str, float] = dict(cut.cost)
+        subject = headed(setting, cut.point, budget, say)
+        cost: dict[str, float] = dict(costs(subject))
         if budget.measured:
             measured = hosts.together(partial(profile, subject.infer, subject.variables, example(setting)))
             cost |= {name: getattr(measured, name) for name in budget.measured}
@@ -78,8 +80,11 @@ def choose(cuts: Sequence[Cut], budget: Budget, images: int, count: int) -> list
     return (good or front[-1:])[:count]
 
 
-def headed(setting: Setting, at: str) -> Subject:
-    """The model up to a point, its running statistics estimated anew, with a logistic head fitted to `train`."""
+def headed(setting: Setting, at: str, budget: Budget, say: Callable[[str], None]) -> Subject:
+    """The model up to a point, its running statistics estimated anew, with a head fitted to `train`.
+
+    It is a logistic one, unless `search` tells that one with a hidden layer is better and the budget has room for it.
+    """
     config, subject, train = setting.config, setting.subject, setting.roles.train
     classes, x = subject.num_classes, subject.spec.example
     features = jax.eval_shape(engine.truncate(subject.infer, subject.graph, at, x), subject.variables, x)
@@ -89,17 +94,46 @@ def headed(setting: Setting, at: str) -> Subject:
         few = jnp.asarray(train.images[: config.refit_images])
         estimate = jax.jit(engine.reestimate(short.train, short.momenta))
         short = replace(short, variables=estimate(short.variables, few, jax.random.key(0)))
-    head = best_logistic(head_features(short, train), train.labels, classes)
+    features_of = feature_finder(short)
+    z = features_of(train)
+    linear = best_logistic(z, train.labels, classes)
+    widths = sorted(set(config.head_widths) - {0})
+    if widths:
+        search = setting.roles.search
+        heads = hidden.hidden(z, train.labels, classes, widths, config.seed)
+        found = hidden.choose(linear, heads, features_of(search), search.labels)
+        if found:
+            deep, units = (
+                truncated(replace(subject, variables=short.variables), at, found),
+                f"{found.width} hidden units",
+            )
+            cost = costs(deep)
+            if all(cost[name] <= limit for name, limit in budget.limits.items() if name in cost):
+                say(f"{at}: its head has {units}, which are better on search than none")
+                return deep
+            say(f"{at}: {units} would be better on search than none, and are not within the budget")
     assert isinstance(short.module, engine.Shortened)
-    return replace(short, variables=short.module.with_head(short.variables, head.kernel, head.bias))
+    return replace(short, variables=short.module.with_head(short.variables, linear.kernel, linear.bias))
 
 
-def truncated(subject: Subject, at: str, head: LinearHead) -> Subject:
+def costs(subject: Subject) -> dict[str, int]:
+    """Of a model as it is, see `engine.cost`."""
+    return {name: int(value) for name, value in engine.cost(subject.graph, engine.Plan())._asdict().items()}
+
+
+def depth_of(subject: Subject) -> str:
+    """What a truncated model is, in words."""
+    layer = f", a hidden layer of {subject.spec.hidden}" if subject.spec.hidden else ""
+    return f"up to {subject.spec.at}{layer}"
+
+
+def truncated(subject: Subject, at: str, head: LinearHead | HiddenHead) -> Subject:
     """The model up to a point, with this head."""
-    spec = replace(subject.spec, at=at, outputs=head.kernel.shape[1])
+    layer = (head.inner, head.offset) if isinstance(head, HiddenHead) else None
+    spec = replace(subject.spec, at=at, outputs=head.kernel.shape[1], hidden=len(head.kernel) if layer else 0)
     module = spec.cut(subject.module)
     assert isinstance(module, engine.Shortened)
-    variables = module.with_head(module.take(subject.variables), head.kernel, head.bias)
+    variables = module.with_head(module.take(subject.variables), head.kernel, head.bias, layer)
     there = engine.named_leaves(variables)
     momenta = {path: value for path, value in subject.momenta.items() if path in there}
     return Subject(spec, module, variables, spec.outputs, momenta)

@@ -12,7 +12,7 @@ from laws import leaves_of, random_plan
 
 from treesurgeon import engine, models
 from treesurgeon.engine import ModelSpec, Plan, PlanError
-from treesurgeon.engine.shortened import HEAD
+from treesurgeon.engine.shortened import HEAD, HIDDEN
 
 SPEC = ModelSpec("digits_cnn", (8, 8, 1), {}, at="stage2_res", outputs=3)
 RNG = np.random.default_rng(0)
@@ -132,3 +132,30 @@ def test_a_damaged_manifest_is_refused(tmp_path, whole, entry, match):
 def test_the_point_has_to_be_there():
     with pytest.raises(PlanError, match="there is no point 'block7'"):
         shortened("block7").apply({"params": {HEAD: {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}}, X)
+
+
+def test_a_hidden_layer(tmp_path, whole):
+    spec = dataclasses.replace(SPEC, hidden=5)
+    short = spec.build()
+    made = short.init(jax.random.key(0), X)
+    assert jax.tree.map(jnp.shape, made) == jax.tree.map(lambda leaf: leaf.shape, spec.template(short))
+    linear = with_head(shortened(), whole[1])["params"][HEAD]
+    inner = linear["kernel"], linear["bias"]
+    kernel = jnp.asarray(RNG.normal(size=(3, 3)), jnp.float32)
+    short = dataclasses.replace(SPEC, hidden=3).build()
+    mine = short.with_head(short.take(whole[1]), kernel, jnp.ones(3), inner)
+    z = engine.features(whole[0].apply, whole[2])(whole[1], X)["stage2_res"]
+    np.testing.assert_allclose(
+        short.apply(mine, X), np.maximum(z @ inner[0] + inner[1], 0) @ kernel + 1, rtol=1e-4, atol=1e-4
+    )
+    fn, mine = engine.from_linen(short, mine)
+    graph = engine.trace(fn, mine, X[:1])
+    (name,) = (n for n, g in graph.groups.items() if any(HIDDEN in member.path for member in g.members if member.makes))
+    assert graph.groups[name].size == 3
+    plan = Plan({name: [0, 2]})
+    path = engine.save(tmp_path / "short", dataclasses.replace(SPEC, hidden=3), engine.cut(mine, graph, plan), plan)
+    model = engine.load(path)
+    assert model.variables["params"][HIDDEN]["kernel"].shape[1] == 2
+    np.testing.assert_allclose(
+        model(X), jax.jit(engine.gate(fn, graph))(mine, graph.masks(plan), X), rtol=1e-4, atol=1e-4
+    )

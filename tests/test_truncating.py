@@ -13,11 +13,11 @@ from orbax.checkpoint import v1 as ocp
 
 from treesurgeon import engine, models
 from treesurgeon.engine.shortened import HEAD
-from treesurgeon.search import Config, RunError, contenders, depth, run, truncating
+from treesurgeon.search import Config, RunError, contenders, depth, hidden, run, truncating
 from treesurgeon.search.budget import Budget
 from treesurgeon.search.setting import prepare
 from treesurgeon.search.survey import Cut, survey
-from treesurgeon.search.truncating import choose, headed
+from treesurgeon.search.truncating import choose, depth_of, headed
 
 RNG = np.random.default_rng(0)
 
@@ -76,7 +76,8 @@ def setting(place):
     return prepare(config(place, calibration_images=0))
 
 
-def test_a_head_is_fitted_to_what_stands_at_the_point(place, setting):
+def test_a_head_is_fitted_to_what_stands_at_the_point(place, setting, monkeypatch):
+    said = []
     cuts = survey(setting.subject, setting.roles, 3)
     assert [found.point for found in cuts] == list(
         engine.points(setting.subject.infer, setting.subject.graph, setting.subject.spec.example)
@@ -84,7 +85,7 @@ def test_a_head_is_fitted_to_what_stands_at_the_point(place, setting):
     sizes = [found.params for found in cuts]
     assert sizes == sorted(sizes)
     assert sizes[-1] == engine.cost(setting.subject.graph, engine.Plan()).params
-    subject = headed(setting, cuts[2].point)
+    subject = headed(setting, cuts[2].point, Budget(None, {}, {}, {}), said.append)
     assert engine.cost(subject.graph, engine.Plan())._asdict() == cuts[2].cost
     old, new = leaves_of(setting.subject.variables), leaves_of(subject.variables)
     for path in new.keys() - {f"params/{HEAD}/kernel", f"params/{HEAD}/bias"}:
@@ -98,8 +99,21 @@ def test_a_head_is_fitted_to_what_stands_at_the_point(place, setting):
     assert np.isfinite(subject.infer(fresh, roles.search.images[:2])).all()
     kernel = f"params/{HEAD}/kernel"
     assert leaves_of(fresh)[kernel].std() == pytest.approx(1 / np.sqrt(len(new[kernel])), rel=0.3)
+    # A hidden layer, where that is better.
+    monkeypatch.setattr(hidden, "choose", lambda linear, heads, x, y: heads[0])
+    plain = Budget(None, {}, {}, {})
+    deep = headed(setting, cuts[2].point, plain, said.append)
+    assert said[-1] == f"{cuts[2].point}: its head has 16 hidden units, which are better on search than none"
+    assert deep.spec.hidden == 16
+    assert depth_of(deep) == f"up to {cuts[2].point}, a hidden layer of 16"
+    right = np.asarray(deep.infer(deep.variables, roles.search.images)).argmax(1) == roles.search.labels
+    assert right.mean() > 0.9
+    tight = Budget(None, {"params": float(cuts[2].cost["params"])}, {}, {})
+    assert headed(setting, cuts[2].point, tight, said.append).spec.hidden == 0
+    assert "not within the budget" in said[-1]
+    monkeypatch.undo()
     # With statistics estimated anew, the features are other ones.
-    fresh = headed(replace(setting, config=config(place)), cuts[2].point)
+    fresh = headed(replace(setting, config=config(place, head_widths=(0,))), cuts[2].point, plain, said.append)
     assert np.abs(
         leaves_of(fresh.variables)["batch_stats/stage1_0/bn/mean"] - old["batch_stats/stage1_0/bn/mean"]
     ).max()

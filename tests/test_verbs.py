@@ -47,8 +47,8 @@ def agree(fn, params, *args, seeds=(0, 1)):
     for seed in seeds:
         plan = random_plan(graph, seed)
         close(
-            engine.narrow(fn, graph, plan)(engine.cut(params, graph, plan), *args),
-            engine.gate(fn, graph)(params, graph.masks(plan), *args),
+            jax.jit(engine.narrow(fn, graph, plan))(engine.cut(params, graph, plan), *args),
+            jax.jit(engine.gate(fn, graph))(params, graph.masks(plan), *args),
         )
     return graph
 
@@ -362,7 +362,7 @@ def test_trace_inside_jit():
     close(whole(P, X), engine.narrow(model, GRAPH, KEEP)(engine.cut(P, GRAPH, KEEP), X))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["mlp", pytest.param("digits_cnn", marks=pytest.mark.slow), *MODELS[2:]])
 def test_symbolic_batch(name):
     bench = Bench(subjects()[name])
     plan = random_plan(bench.graph, 1)
@@ -493,8 +493,8 @@ def test_gradients_traced_as_programs():
         graph = engine.trace(fn, params, x)
         plan = random_plan(graph, 1, drop=0)
         close(
-            engine.narrow(fn, graph, plan)(engine.cut(params, graph, plan), x),
-            engine.cut(engine.gate(fn, graph)(params, graph.masks(plan), x), graph, plan),
+            jax.jit(engine.narrow(fn, graph, plan))(engine.cut(params, graph, plan), x),
+            engine.cut(jax.jit(engine.gate(fn, graph))(params, graph.masks(plan), x), graph, plan),
         )
 
 

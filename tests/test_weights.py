@@ -188,7 +188,7 @@ def test_mlp_in_torch_layout(tmp_path, mlp):
     )
 
 
-@pytest.mark.parametrize("name", ["resnet20", "digits_cnn", "mlp"])
+@pytest.mark.parametrize("name", [pytest.param("resnet20", marks=pytest.mark.slow), "digits_cnn", "mlp"])
 @pytest.mark.parametrize("kind", ["orbax", "orbax-with-training-state", "flat", "msgpack", "msgpack-of-a-train-state"])
 def test_saved_variables_come_back_bit_for_bit(tmp_path, name, kind):
     preset = models.get(name)
