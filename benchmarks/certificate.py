@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 from candidates import Pool, pool
-from harness import publish, wilson
+from harness import bars, numbers, publish, wilson
 
 from treesurgeon.search.certificate import certify
 from treesurgeon.search.config import Config
@@ -75,6 +75,24 @@ def synthetic() -> None:
         f"errs on {DENSE_ERROR:.0%}, a variant gains {GAINED:.0%} of the images and loses as many, or as many and ε. "
         "False claims: one of three variants whose excess is exactly ε is selected. Power: the smallest of five "
         "variants that are all as good as the dense model is selected.",
+    )
+    picture(rows, DELTAS[0])
+
+
+def picture(rows: list[list[str]], delta: float) -> None:
+    """The false claims of both rules at a level, as bars."""
+    shown = []
+    for level, count, *found, _ in rows:
+        if float(level) == delta:
+            for rule, cell in zip(("certificate", "naive rule"), found, strict=True):
+                shown.append((f"{rule}, {count} images", *numbers(cell)))
+    title = f"false claims at level δ = {delta:g}, where ε is exactly the excess"
+    bars(
+        "certificate",
+        title,
+        sorted(shown, key=lambda bar: bar[0].split(",")[0]),
+        "percent of draws, 95 % interval",
+        "certificate",
     )
 
 

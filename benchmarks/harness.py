@@ -72,6 +72,12 @@ def result(name: str, suffix: str) -> Path:
     return RESULTS / f"{name}-{where}-jax{version('jax')}.{suffix}"
 
 
+def numbers(cell: str) -> tuple[float, float, float]:
+    """The share and its interval that `wilson` wrote."""
+    value, low, high = (float(part) for part in cell.replace("(", "").replace(")", "").split() if part != "to")
+    return value, low, high
+
+
 def bars(name: str, title: str, rows: Sequence[tuple[str, float, float, float]], unit: str, ours: str) -> None:
     """A picture beside the table: a bar for each row, `(name, value, low, high)`, with its interval.
 

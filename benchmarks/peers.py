@@ -32,7 +32,7 @@ import numpy as np
 import torch
 import torch_resnet
 from front import first
-from harness import bars, publish, wilson
+from harness import bars, numbers, publish, wilson
 
 from treesurgeon import engine
 from treesurgeon.search import baselines, pipeline, racing
@@ -153,8 +153,7 @@ def picture(options: Options, rows: list[list[str]]) -> None:
     """The accuracies without a gradient step, as bars."""
     shown = []
     for name, factor, _, found, _ in rows:
-        value, low, high = (float(part) for part in found.replace("(", "").replace(")", "").split() if part != "to")
-        shown.append((f"{name}, {factor}", value, low, high))
+        shown.append((f"{name}, {factor}", *numbers(found)))
     title = f"{options.model}, accuracy on test before any gradient step"
     bars(f"peers-{options.model}-{options.macs:.3f}", title, shown, "percent, 95 % interval", "treesurgeon")
 
