@@ -155,8 +155,8 @@ def curves(
     plane = Plane.around([0, max(len(search) - 1, 1)], values, size)
     plane = Plane(plane.x, plane.y, size, top=30)
     out = [
-        text(plane.left, 16, f"{title}: search (line), training (dashes)", "title"),
-        plane.axes("epoch", "loss", whole=True),
+        text(plane.left, 16, title, "title"),
+        plane.axes("epoch (line: search, dashes: training)", "loss", whole=True),
     ]
     if overfits is not None:
         (x, bottom), (right, top) = plane.at(overfits - 1, plane.y[0]), plane.at(plane.x[1], plane.y[1])
