@@ -36,13 +36,13 @@ from harness import bars, numbers, publish, wilson
 
 from treesurgeon import engine
 from treesurgeon.search import baselines, pipeline, racing
-from treesurgeon.search.answers import sharpness
 from treesurgeon.search.config import Config
 from treesurgeon.search.data import Split
 from treesurgeon.search.evaluate import Evaluator, batches, measurer
 from treesurgeon.search.finetune import Recipe, fit, objective
 from treesurgeon.search.setting import Setting, prepare
 from treesurgeon.search.space import build
+from treesurgeon.search.tasks import CLASSIFICATION
 
 BEST = 10
 LEARNING_RATE = 0.01
@@ -358,7 +358,7 @@ def loss_of(logits: np.ndarray, split: Split) -> float:
     """The mean cross-entropy at the temperature that is best on the first batch, as the evaluator has it."""
     head = slice(0, 125)
     right = jax.nn.one_hot(split.labels, logits.shape[-1])
-    factor = sharpness(jnp.asarray(logits[head]), right[head], jnp.ones(125))
+    factor = CLASSIFICATION.sharpness(jnp.asarray(logits[head]), right[head], jnp.ones(125))
     return float(-(jax.nn.log_softmax(logits * factor) * right).sum(-1).mean())
 
 

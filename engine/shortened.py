@@ -96,9 +96,10 @@ class Shortened:
         """As `module.apply`: logits `[N, outputs]`, and with `mutable` the new values of these collections."""
         params = variables["params"]
         short = {**variables, "params": {name: leaf for name, leaf in params.items() if name not in (HEAD, HIDDEN)}}
-        if not mutable:
+        if mutable is False:
             return self._head(params, self._until(short, *args, **kwargs))
-        z, new = self._until.with_updates(short, *args, mutable=mutable, **kwargs)
+        every = [name for name in self._template if name != "params"]  # behind the point as well, where nothing is left
+        z, new = self._until.with_updates(short, *args, mutable=every, **kwargs)
         names = [mutable] if isinstance(mutable, str) else list(short) if mutable is True else mutable
         held = {name: variables[name] for name in names if name in variables}
         updated = tree_map_with_path(lambda path, leaf: new.get(path_name(path), leaf), held)

@@ -7,9 +7,9 @@ Frozen finalists are tested on `certify`, which nothing else has looked at, agai
   model does on `train` is a constant, so this too is a claim about the difference of the errors on `certify`.
 
 A variant has to pass both (an intersection-union test, which needs no correction). They are tested in a fixed order,
-from large to small, up to the first that fails: the chance of any false claim is at most δ, however many candidates
-the search has looked at. S. Bauer: "Multiple testing in clinical trials", 1991; A. Angelopoulos et al.: "Learn then
-test", 2021 (arXiv 2110.01052).
+from large to small, up to the first that fails (which of them are tested at all is settled on `search`): the chance of
+any false claim is at most δ, however many candidates the search has looked at. S. Bauer: "Multiple testing in clinical
+trials", 1991; A. Angelopoulos et al.: "Learn then test", 2021 (arXiv 2110.01052).
 
 Errors of two models on the same images are paired, and the test is the metric's (see metrics.py). For accuracy that is
 T. Tango's score test: "Equivalence test and confidence interval for the difference in proportions for the paired-
@@ -168,7 +168,7 @@ def _sentence(
     trust = f"at level {delta:g}, on {count:,} images opened once" + (f", {metric.trust}" if metric.trust else "")
     by_name = {step.name: step for step in steps}
     if selected == dense.name:
-        first = f"; {steps[0].name}, the largest variant, {_failure(steps[0], delta, metric)}" if steps else ""
+        first = f"; {steps[0].name}, the largest variant tested, {_failure(steps[0], delta, metric)}" if steps else ""
         return f"Certified: nothing smaller than the dense model can be claimed {trust}{first}."
     step = by_name[selected]
     if step.passed:

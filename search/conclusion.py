@@ -26,6 +26,8 @@ from treesurgeon.search.selection import Finalist, Verdict, WithinMargins
 from treesurgeon.search.selective import write_selective
 from treesurgeon.search.setting import Setting
 from treesurgeon.search.space import Space
+from treesurgeon.search.tasks import CLASSIFICATION
+from treesurgeon.search.transfer import in_units
 from treesurgeon.search.truncating import depth_of
 from treesurgeon.search.tuning import Tuned
 
@@ -114,8 +116,8 @@ def conclude(
         )
         lines.append(line)
         row = _result(line, each, {split: len(getattr(roles, split)) for split in report.SPLITS})
-        wrong = finalist.search_error if metric is ACCURACY else error_on(each, roles.search, ACCURACY)
-        results.append(row | {"wrong": wrong})
+        wrong = answering(each.infer, roles.search)(each.variables).wrong
+        results.append(row | {"wrong": float(np.mean(wrong))})
     size = dense.cost["params"]
     contrasts = {
         name: contenders.contrast(metric, on_test[name], on_test[chosen.name], what, each.cost["params"] / size)
@@ -149,7 +151,7 @@ def conclude(
     report.write_table(
         config.directory / "certificate.csv", report.CERTIFICATE_COLUMNS, certificate_rows(certificate.steps)
     )
-    if config.pictures:
+    if config.pictures and roles.task == CLASSIFICATION:
         write_selective(config.directory, looked_at(setting, chosen))
     forms = measure_formats(setting, chosen, whole, say)
     path = config.directory / "selected"
@@ -165,10 +167,11 @@ def save(setting: Setting, tuned: Sequence[Tuned], found: Conclusion) -> None:
     """Save the selected model; all processes of a run take part in this."""
     chosen = {each.name: each for each in (untouched(setting), *tuned)}[found.selected]
     hosts.check_room(found.outcome.path.parent, chosen.variables)
+    variables = in_units(chosen.subject, chosen.variables, setting.units) if setting.units else chosen.variables
     engine.save(
         found.outcome.path,
         chosen.subject.spec,
-        chosen.variables,
+        variables,
         chosen.plan,
         manifest=found.manifest,
         card=found.card,
@@ -256,7 +259,11 @@ def error_on(each: Tuned, split: Split, metric: Metric) -> float:
 def find_certificate(
     setting: Setting, budget: Budget, finalists: Sequence[Finalist], dense: Finalist, verdict: Verdict
 ) -> Certificate:
-    """The certificate, or why there is none; opens `certify` where it can say something."""
+    """The certificate, or why there is none; opens `certify` where it can say something.
+
+    Variants that fail by the numbers on `search` are not tested, so that none of them ends the walk before it gets to
+    smaller ones that pass.
+    """
     config, roles = setting.config, setting.roles
     count, name, metric = len(roles.certify), verdict.selected.name, config.judged_by
 
@@ -283,7 +290,9 @@ def find_certificate(
         each: Tuned = finalist.ref
         return metric.observe(answering(each.infer, roles.certify)(each.variables))
 
-    return certify(finalists, dense, observed, **margins, measure=budget.measure, only=only, metric=metric)
+    promising = [f for f in finalists if not verdict.faults.get(f.name)] or finalists
+    tested = finalists if only else promising
+    return certify(tested, dense, observed, **margins, measure=budget.measure, only=only, metric=metric)
 
 
 def _outcome(verdict: Verdict, certificate: Certificate, limited: bool) -> dict[str, Any]:
@@ -406,6 +415,8 @@ def _manifest(
             "images": {role: len(getattr(roles, role)) for role in roles.fingerprints},
             "fingerprints": roles.fingerprints,
         },
+        "task": roles.task.name,
+        "units": asdict(setting.units) if setting.units else None,
         "labels": list(roles.label_names),
         "seed": config.seed,
         **({"head": asdict(setting.head)} if setting.head else {}),

@@ -14,6 +14,7 @@ import tyro
 from treesurgeon.engine import CRITERIA, TreesurgeonError
 from treesurgeon.search.data import SHARES
 from treesurgeon.search.metrics import METRICS, Metric, MetricName
+from treesurgeon.search.tasks import TaskName
 
 Criterion = Literal[
     "l1",
@@ -30,6 +31,7 @@ Criterion = Literal[
     "random",
 ]
 AugmentName = Literal["none", "flip-crop"]
+AUTO = "auto"
 
 
 class RunError(TreesurgeonError, ValueError):
@@ -67,9 +69,13 @@ class Config:
     """Budget on the peak bytes of the compiled model: a share of the dense model's (up to 1), or a number."""
     latency_batch: int = 32
     """Images in the batch that is timed."""
-    metric: MetricName = "accuracy"
+    task: TaskName | Literal["auto"] = AUTO
+    """What labels are for: classification (one class an image), multilabel (rows of 0 and 1), or regression
+    (floating-point numbers; whole ones only if it is said here). Default: by the labels."""
+    metric: MetricName | Literal["auto"] = AUTO
     """What models are judged by: accuracy, balanced_accuracy, f1 (macro), auroc (one class against the rest, macro), or
-    cross_entropy. Errors are 1 less the metric; cross-entropy is one itself, in nats."""
+    cross_entropy; for several labels label_accuracy, f1, auroc or cross_entropy; for numbers r2. Errors are 1 less the
+    metric; cross-entropy is one itself, in nats. Default: the first of these."""
     epsilon: float = 0.01
     """By how much the selected variant's error on `search` may exceed the dense model's: 0.01 is a point, or nats."""
     eta: float = 0.02
@@ -201,7 +207,7 @@ class Config:
 
     @property
     def judged_by(self) -> Metric:
-        """The metric."""
+        """The metric, which is known once the data was opened (`metrics.pick_metric`)."""
         return METRICS[self.metric]
 
     @property
@@ -230,7 +236,7 @@ class Config:
             raise RunError("--scratch-learning-rate must be above 0, and --layer-decay above 0 and at most 1")
         if self.criterion not in CRITERIA:
             raise RunError(f"--criterion {self.criterion}: expected one of {', '.join(CRITERIA)}")
-        if self.metric not in METRICS:
+        if self.metric not in (AUTO, *METRICS):
             raise RunError(f"--metric {self.metric}: expected one of {', '.join(METRICS)}")
         if not 0 < self.delta < 1:
             raise RunError(f"--delta {self.delta}: expected a number between 0 and 1, such as 0.05")

@@ -5,7 +5,7 @@
 | dense fine-tuned | the checkpoint | as the finalists are, without distillation |
 | dense from scratch | random weights | for as many epochs, or `--scratch-epochs` |
 | *selected* from scratch | random weights at its small shapes | likewise |
-| linear probe | the checkpoint | a logistic head on its features, in closed form; nothing else |
+| linear probe | the checkpoint | a linear head on its features, without a learning rate; nothing else |
 
 With enough data they can win. As for a finalist, the epoch that is best on `search` is kept; `test` then says how they
 compare with the variant, image by image, and no choice goes by that. Intervals are for each baseline by itself.
@@ -26,7 +26,7 @@ import numpy as np
 
 from treesurgeon import engine
 from treesurgeon.engine import StructureError
-from treesurgeon.search.heads import HeadError, best_logistic
+from treesurgeon.search.heads import HeadError, best_head
 from treesurgeon.search.metrics import Metric
 from treesurgeon.search.paired import interval
 from treesurgeon.search.setting import Setting
@@ -128,7 +128,7 @@ def scratch(subject: Subject, plan: engine.Plan, seed: int) -> Any:
 
 
 def probe(setting: Setting) -> Any:
-    """The dense model's variables with a logistic head fitted to `train`.
+    """The dense model's variables with a linear head fitted to `train`.
 
     Raises:
         SubjectError, StructureError: the model's head cannot be replaced.
@@ -137,7 +137,7 @@ def probe(setting: Setting) -> Any:
     subject, data = setting.subject, setting.roles.train
     head = replaceable(subject)
     features = head_features(subject, data)
-    fitted = best_logistic(features, data.labels, subject.num_classes)
+    fitted = best_head(data.task, features, data.labels, subject.num_classes)
     return put_head(subject, head, fitted, features, data).variables
 
 

@@ -27,6 +27,7 @@ from treesurgeon.search.data import Roles, Split
 from treesurgeon.search.metrics import Answers, Metric
 from treesurgeon.search.setting import Setting
 from treesurgeon.search.streaming import joined
+from treesurgeon.search.tasks import class_counts
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def pool(roles: Roles) -> Split:
         return np.concatenate([getattr(roles.search, name), getattr(roles.certify, name)])
 
     images = joined(roles.search.images, roles.certify.images)
-    return Split(images, both("labels"), both("indices"), roles.search.origin, "", both("digests"))
+    return Split(images, both("labels"), both("indices"), roles.search.origin, "", both("digests"), roles.task)
 
 
 def fold_count(setting: Setting) -> int:
@@ -76,15 +77,15 @@ def fold_count(setting: Setting) -> int:
     if not config.judged_by.per_class:
         return config.cv_folds
     labels = np.concatenate([roles.search.labels, roles.certify.labels])
-    return min(config.cv_folds, int(np.unique(labels, return_counts=True)[1].min()))
+    return max(2, min(config.cv_folds, int(class_counts(labels).min())))
 
 
-def deal(labels: np.ndarray, count: int, seed: int, repeat: int) -> np.ndarray:
-    """The fold of each image, `int[N]`, stratified: a class is dealt out one by one, where the one before has ended."""
-    order = np.argsort(np.random.PCG64([seed, repeat]).random_raw(len(labels)), kind="stable")
-    by_class = order[np.argsort(labels[order], kind="stable")]
-    folds = np.empty(len(labels), int)
-    folds[by_class] = np.arange(len(labels)) % count
+def deal(strata: np.ndarray, count: int, seed: int, repeat: int) -> np.ndarray:
+    """The fold of each image, `int[N]`: a stratum is dealt out one by one, where the one before has ended."""
+    order = np.argsort(np.random.PCG64([seed, repeat]).random_raw(len(strata)), kind="stable")
+    by_stratum = order[np.argsort(strata[order], kind="stable")]
+    folds = np.empty(len(strata), int)
+    folds[by_stratum] = np.arange(len(strata)) % count
     return folds
 
 
@@ -102,9 +103,9 @@ def cross_validate(
         seed: of the folds.
         delta: level of either end of the interval.
     """
-    differences, dense_errors, kept = [], [], []
+    differences, dense_errors, kept, strata = [], [], [], dense.task.strata(dense.labels)
     for repeat in range(repeats):
-        at = deal(dense.labels, folds, seed, repeat)
+        at = deal(strata, folds, seed, repeat)
         for fold in range(folds):
             held, others = np.flatnonzero(at == fold), np.flatnonzero(at != fold)
             best = min(range(len(trail)), key=lambda epoch, rows=others: _merit(trail[epoch][rows], metric))

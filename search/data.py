@@ -11,13 +11,14 @@ the same in every version (NEP 19), and no method whose stream may change.
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from treesurgeon.search.sources import BATCH, DataError, Source, default_data_dir, open_source
 from treesurgeon.search.streaming import Streamed, normalised, read_raw, room
+from treesurgeon.search.tasks import CLASSIFICATION, TASKS, Task
 
 __all__ = ["DataError", "Roles", "Source", "Split", "default_data_dir", "open_source", "sample_images", "split_roles"]
 
@@ -31,12 +32,13 @@ class Split:
 
     Attributes:
         images: `[N, H, W, C]` float32, normalised; an array, or what stands for one that would not fit into memory.
-        labels: `[N]` int32.
+        labels: `[N]` int32; `[N, K]` float32 where an image has several labels, or numbers.
         indices: `[N]` int64, positions in the dataset's splits named by `origin`, laid end to end.
         origin: those splits.
         fingerprint: SHA-256 over the images as stored and their labels, in the dataset's order. It does not
             depend on the normalisation: the same images are the same evidence.
         digests: `[N]` uint64, of each image as stored, whatever its label: 8 bytes of BLAKE2b. Empty if unknown.
+        task: what the labels are for.
     """
 
     images: np.ndarray | Streamed
@@ -45,6 +47,7 @@ class Split:
     origin: tuple[str, ...]
     fingerprint: str
     digests: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+    task: Task = CLASSIFICATION
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -61,7 +64,7 @@ class Roles:
         test: reported once.
         clean: whether `search`, `certify` and `test` hold nothing the checkpoint was fitted on, as far as it
             was declared. No gap is claimed where it is False.
-        label_names: names of the classes, by label.
+        label_names: names of the classes, by label; or of the labels, or numbers, of an image.
     """
 
     train: Split
@@ -70,6 +73,15 @@ class Roles:
     test: Split
     clean: bool
     label_names: tuple[str, ...]
+
+    @property
+    def task(self) -> Task:
+        """What the labels are for."""
+        return self.train.task
+
+    def map(self, change: Callable[[Split], Split]) -> "Roles":
+        """With every split changed."""
+        return replace(self, **{role: change(getattr(self, role)) for role in ROLES})
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -125,8 +137,9 @@ def split_roles(
     for stream, (roles, weights) in enumerate(plan.items()):
         origin = origins[roles[0]]
         labels = _read_labels(source, origin, num_classes)
+        strata = TASKS[source.task].strata(labels)
         order = np.argsort(np.random.PCG64([seed, stream]).random_raw(len(labels)), kind="stable")
-        parts = _divide(source, origin, labels, order, roles, weights, caps or {})
+        parts = _divide(source, origin, strata, order, roles, weights, caps or {})
         for role, indices in parts.items():
             splits[role] = _read_split(source, origin, indices, labels[indices], input_shape, mean, std, hold)
     return Roles(**splits, clean=fitted is not None, label_names=source.label_names)
@@ -192,12 +205,16 @@ def _check_fitted(source: Source, fitted: Sequence[str], unfitted: Sequence[str]
 
 
 def _read_labels(source: Source, origin: Sequence[str], num_classes: int) -> np.ndarray:
-    """Labels `[N]` of these splits end to end, all of them within `0..num_classes-1`."""
+    """Labels `[N]` of these splits end to end, all of them within `0..num_classes-1`, or rows `[N, num_classes]`."""
     parts = []
     for split in origin:
         if source.splits[split] == 0:
             raise DataError(f"data {source.spec!r}: split {split!r} is empty; leave it out or fill it")
         labels = source.read_labels(split)
+        if source.task != "classification":
+            _check_rows(f"data {source.spec!r}, split {split!r}", labels, num_classes, source.task)
+            parts.append(labels)
+            continue
         if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
             raise DataError(
                 f"data {source.spec!r}, split {split!r}: expected one integer label per image, got "
@@ -214,6 +231,23 @@ def _read_labels(source: Source, origin: Sequence[str], num_classes: int) -> np.
     return np.concatenate(parts)
 
 
+def _check_rows(where: str, labels: np.ndarray, outputs: int, task: str) -> None:
+    """Refuse rows of labels, or numbers, that a model of so many outputs cannot be judged by."""
+    if labels.shape[1] != outputs:
+        raise DataError(
+            f"{where}: expected {outputs} labels for each image, since the model has {outputs} outputs, got "
+            f"{labels.shape[1]}. Choose another model, or --head fit"
+        )
+    bad = ~np.isfinite(labels) if task == "regression" else (labels != 0) & (labels != 1)
+    if bad.any():
+        row, column = np.argwhere(bad)[0]
+        wanted = "finite numbers" if task == "regression" else "0 or 1 (or --task regression)"
+        raise DataError(
+            f"{where}: expected {wanted}, got {labels[row, column]} in row {row}, column {column} "
+            f"({bad.any(1).sum()} of {len(labels)} rows); mend or remove them"
+        )
+
+
 def _divide(
     source: Source,
     origin: Sequence[str],
@@ -223,14 +257,15 @@ def _divide(
     weights: Sequence[float],
     caps: Mapping[str, int],
 ) -> dict[str, np.ndarray]:
-    """Deal the images of each class out to the roles; returns each role's indices in the order of `order`."""
+    """Deal the images of each class, or stratum, out to the roles; each role's indices in the order of `order`."""
     dealt: dict[str, list[np.ndarray]] = {role: [] for role in roles}
     for label in np.unique(labels):
         members = order[labels[order] == label]
         if len(members) < len(roles):
             name = source.label_names[label] if label < source.num_classes else label
+            what = f"class {name!r}" if source.task == "classification" else "it"
             raise DataError(
-                f"data {source.spec!r}: class {name!r} has {len(members)} images in {'+'.join(origin)}, "
+                f"data {source.spec!r}: {what} has {len(members)} images in {'+'.join(origin)}, "
                 f"expected at least one for each of {', '.join(roles)}. Add images, or leave the class out"
             )
         ends = np.cumsum(_apportion(len(members), weights))[:-1]
@@ -304,12 +339,12 @@ def _read_split(
             if not streamed:
                 images[position[batch]] = normalised(raw, offset, scale)
         start += source.splits[split]
-    digest.update(labels[position].astype("<i4").tobytes())
+    digest.update(np.ascontiguousarray(labels[position], "<i4" if labels.ndim == 1 else "<f4").tobytes())
     if streamed:
         assert source.address
         sizes = tuple((split, source.splits[split]) for split in origin)
         images = Streamed(source.address, sizes, indices, tuple(input_shape or ()), offset, scale)
-    return Split(images, labels, indices, origin, digest.hexdigest(), digests)
+    return Split(images, labels, indices, origin, digest.hexdigest(), digests, TASKS[source.task])
 
 
 def _image_digest(image: np.ndarray) -> int:

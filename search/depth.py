@@ -12,17 +12,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from treesurgeon.search import report
-from treesurgeon.search.config import Config, RunError
+from treesurgeon.search.config import AUTO, Config, RunError
 from treesurgeon.search.data import SHARES
 from treesurgeon.search.depth_chart import depths
 from treesurgeon.search.pictures import write_pictures
 from treesurgeon.search.setting import open_parts
 from treesurgeon.search.survey import Cut, HeadName, survey
+from treesurgeon.search.tasks import CLASSIFICATION, TaskName
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Depth:
     takes, else as they are."""
     max_train: int = 5000
     """Images of `train` that are used, at most."""
+    task: TaskName | Literal["auto"] = AUTO
+    """What labels are for: classification, multilabel, or regression. Default: by the labels."""
     data_dir: str = ""
     """Where TFDS datasets are. Default: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     seed: int = 0
@@ -81,14 +84,16 @@ def depth(options: Depth, say: Callable[[str], None]) -> list[Cut]:
         f"{options.data}: {classes} classes, train {len(roles.train):,} and search {len(roles.search):,} images"
         + ("" if roles.clean else "; it is unknown what the checkpoint was fitted on, so that gaps may be too small")
     )
+    if options.head == "logistic" and roles.task.name == "regression":
+        raise RunError("--head logistic: labels that are numbers take --head ridge")
     cuts = survey(subject, roles, classes, options.head)
     if not cuts:
         raise RunError(f"--model {options.model}: it has no boundary of blocks at which it could be truncated")
-    finish(options, cuts, say)
+    finish(options, cuts, say, roles.task.score)
     return cuts
 
 
-def finish(options: Depth, cuts: Sequence[Cut], say: Callable[[str], None]) -> None:
+def finish(options: Depth, cuts: Sequence[Cut], say: Callable[[str], None], score: str = CLASSIFICATION.score) -> None:
     """Print the table and write the files."""
     whole, best = cuts[-1], max(cuts, key=lambda cut: (cut.search, -cut.macs))
     lines = [
@@ -118,6 +123,6 @@ def finish(options: Depth, cuts: Sequence[Cut], say: Callable[[str], None]) -> N
     )
     told = [f"{cut.point}: {cut.params:,} parameters, {cut.macs:,} multiply-accumulates" for cut in cuts]
     shares = {"train": [cut.train for cut in cuts], "search": [cut.search for cut in cuts]}
-    chart = depths(f"{options.model}: accuracy against depth", [cut.point for cut in cuts], shares, told)
+    chart = depths(f"{options.model}: {score} against depth", [cut.point for cut in cuts], shares, told)
     write_pictures(options.directory, "depth", [chart])
     say(f"wrote {options.directory / 'depth.csv'}, depth.svg and depth.png")

@@ -16,7 +16,7 @@ SLOPE = 60  # degrees, of the names below
 def depths(
     title: str, places: Sequence[str], series: Mapping[str, Sequence[float]], told: Sequence[str] | None = None
 ) -> Chart:
-    """Shares, 0 to 1, at places in order, a line for each series.
+    """Shares, 0 to 1, at places in order, a line for each series; what is below 0 is drawn there.
 
     Args:
         title: above the picture.
@@ -26,7 +26,7 @@ def depths(
     """
     if not places or any(len(values) != len(places) for values in series.values()):
         raise ValueError(f"depths: expected series with a value for each of {len(places)} places")
-    values = [value for each in series.values() for value in each]
+    values = [max(value, 0) for each in series.values() for value in each]
     low, high = int(10 * min(values)) / 10, math.ceil(10 * max(values) - 1e-9) / 10
     high = high if high > low else low + 0.1
     right = LEFT + STEP * len(places)
@@ -34,7 +34,7 @@ def depths(
     foot = FOOT + math.sin(math.radians(SLOPE)) * CHAR * max(map(len, names))
 
     def at(k: int, value: float) -> tuple[float, float]:
-        return LEFT + STEP * (k + 0.5), TOP + HEIGHT * (high - value) / (high - low)
+        return LEFT + STEP * (k + 0.5), TOP + HEIGHT * (high - max(value, 0)) / (high - low)
 
     out = [text(LEFT, 18, title, "title")]
     for k in range(round(10 * (high - low)) + 1):

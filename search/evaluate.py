@@ -15,7 +15,7 @@ images, and kept for the whole search where it fits into memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
@@ -25,7 +25,6 @@ from jax import Array
 from jax.sharding import Mesh
 
 from treesurgeon import engine
-from treesurgeon.search.answers import divergence, loss_and_wrong, sharpness
 from treesurgeon.search.chunking import SHARE_OF_MEMORY, chunks, fitting_chunk, memory
 from treesurgeon.search.data import Split
 from treesurgeon.search.mesh import (
@@ -45,6 +44,7 @@ from treesurgeon.search.mesh import (
 from treesurgeon.search.metrics import ACCURACY, Answers, Metric
 from treesurgeon.search.streaming import Ahead, Feed, Streamed
 from treesurgeon.search.subject import Subject
+from treesurgeon.search.tasks import CLASSIFICATION, Task
 
 SAMPLES = 2048  # places that a candidate's kernels are fitted to
 
@@ -58,8 +58,9 @@ class Batches:
     """Images cut into batches of one size; `weights` are 0 for the images that fill the last one."""
 
     images: Array | Feed  # float32[B, b, H, W, C]
-    labels: Array  # int32[B, b]
+    labels: Array  # int32[B, b], or float32[B, b, K]
     weights: Array  # float32[B, b]
+    task: Task = field(default=CLASSIFICATION, metadata={"static": True})
 
 
 def batches(split: Split, size: int, limit: int | None = None) -> Batches:
@@ -80,8 +81,9 @@ def batches(split: Split, size: int, limit: int | None = None) -> Batches:
         images = jnp.asarray(found.reshape(*shape, *found.shape[1:]))
     return Batches(
         images,
-        jnp.asarray(split.labels[at].reshape(shape)),
+        jnp.asarray(split.labels[at].reshape(*shape, *split.labels.shape[1:])),
         jnp.asarray(weights.reshape(shape)),
+        split.task,
     )
 
 
@@ -97,7 +99,7 @@ def answering(infer: Callable[[Any, Array], Array], split: Split, batch: int = 2
                 found[-2].block_until_ready()  # no more than two batches are on the device
             found.append(compiled(variables, x))
         logits = np.concatenate([np.asarray(part.astype(jnp.float32)) for part in found])
-        return Answers(logits[: len(split)], split.labels)
+        return Answers(logits[: len(split)], split.labels, split.task)
 
     return answer
 
@@ -196,7 +198,7 @@ class Evaluator:
         mesh: Mesh | None = None,
     ):
         """`masks` are those of any one candidate: they say what is searched; calls will mostly have `population`."""
-        self.data, self.count = data, int(np.asarray(data.weights).sum())
+        self.data, self.count, task = data, int(np.asarray(data.weights).sum()), data.task
         self.compiled = 0
         mesh = mesh or make_mesh((1, 1))
         self.mesh: Mesh = mesh
@@ -236,14 +238,14 @@ class Evaluator:
             self.compiled += 1  # runs once for each compilation
             known, (labels, weights, dense) = jax.tree.map(lambda leaf: leaf[0], (known, batch))
             logits = jax.vmap(parts.late, (None, None, 0))(fixed, known, late)
-            right = jax.nn.one_hot(labels, logits.shape[-1])
-            fitted = jax.vmap(sharpness, (0, None, None))(logits, right, weights)
+            wanted = task.wanted(labels, logits.shape[-1])
+            fitted = jax.vmap(task.sharpness, (0, None, None))(logits, wanted, weights)
             if columns > 1:  # what was fitted to the first of the batches that are shown
                 fitted = jax.lax.all_gather(fitted, DATA)[0]
             factor = jnp.where(jnp.isnan(factor), fitted, factor)
             logits = logits.astype(jnp.float32) * factor[:, None, None]
-            losses, wrong = jax.vmap(loss_and_wrong, (0, None))(logits, labels)
-            return losses, wrong, jax.vmap(divergence, (None, 0))(dense, logits), factor
+            losses, wrong = (jax.vmap(each, (0, None))(logits, labels) for each in (task.losses, task.wrong))
+            return losses, wrong, jax.vmap(task.divergence, (None, 0))(dense, logits), factor
 
         self._early = spread(mesh, early, (P(), P(DATA)), P(DATA))
         scores = P(CANDIDATE, DATA)
@@ -295,9 +297,9 @@ class Evaluator:
     def __call__(
         self, masks: Any, keep: Keep | None = None, limit: int | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Loss, wrong or not, and divergence from the dense model, each `[P, N]`; NaN and True for images not seen.
+        """Loss, how wrong, and divergence from the dense model, each `[P, N]`; NaN and 1 for images not seen.
 
-        Loss and divergence are at the best temperature of every model (see answers.py).
+        Loss and divergence are at the best temperature of every model (see tasks.py).
 
         Args:
             masks: `{"units": {group: bool[P, size]}, "blocks": {block: bool[P]}}`.
@@ -318,7 +320,7 @@ class Evaluator:
         return race(score, total, np.asarray(self.data.weights), self.chunk, self._columns, keep, limit)
 
     def show(self, masks: Any, extra: Any, b: int, factors: np.ndarray) -> list[np.ndarray]:
-        """Losses, wrong or not, divergences and factors of a chunk of candidates for each row of the mesh; see `race`.
+        """Losses, how wrong, divergences and factors of a chunk of candidates for each row of the mesh; see `race`.
 
         Args:
             masks: theirs, stacked.
@@ -369,7 +371,7 @@ def race(
 
     Args:
         score: called with pieces, each the numbers of `chunk` candidates, the first batch, and a factor for every
-            candidate, NaN where it has none yet: for each piece losses, wrong or not and divergences
+            candidate, NaN where it has none yet: for each piece losses, how wrong and divergences
             `[chunk, columns * b]`, and factors `[chunk]`, in any array type.
         total: candidates.
         weights: of the images, `float[B, b]`.
@@ -381,7 +383,7 @@ def race(
     real = weights > 0
     count, size, seen = int(real.sum()), weights.shape[1], min(len(weights), limit or len(weights))
     losses = np.full((total, weights.size), np.nan, np.float32)
-    wrong = np.ones((total, weights.size), bool)
+    wrong = np.ones_like(losses)
     apart = np.full_like(losses, np.nan)
     factors = np.full(total, np.nan, np.float32)
     alive = np.ones(total, bool)
@@ -398,7 +400,7 @@ def race(
             continue
         for b in here:
             out = slice(b * size, (b + 1) * size)
-            losses[~alive, out], wrong[~alive, out], apart[~alive, out] = np.nan, True, np.nan
+            losses[~alive, out], wrong[~alive, out], apart[~alive, out] = np.nan, 1, np.nan
             if alive.any():
                 alive &= keep(losses[:, : min((b + 1) * size, count)])
         if not alive.any():
@@ -409,10 +411,11 @@ def race(
 
 def dense_answers(subject: Subject, data: Batches) -> Array:
     """The dense model's logits for every batch, `[B, b, classes]`, at their best temperature."""
-    infer = jax.jit(subject.infer)
+    infer, task = jax.jit(subject.infer), data.task
     dense = jnp.stack([infer(subject.variables, x) for x in data.images])
-    right = jax.nn.one_hot(data.labels.reshape(-1), dense.shape[-1])
-    return dense * jax.jit(sharpness)(dense.reshape(right.shape), right, data.weights.reshape(-1))
+    outputs = dense.reshape(-1, dense.shape[-1])
+    wanted = task.wanted(data.labels.reshape(len(outputs), *data.labels.shape[2:]), dense.shape[-1])
+    return dense * jax.jit(task.sharpness)(outputs, wanted, data.weights.reshape(-1))
 
 
 def _rows(tree: Any, rows: np.ndarray) -> Any:

@@ -25,6 +25,7 @@ from jax.tree_util import keystr
 
 from treesurgeon.engine.errors import TreesurgeonError
 from treesurgeon.search.streaming import Feed, Streamed
+from treesurgeon.search.tasks import CLASSIFICATION, Task
 
 Params = Any  # a pytree of arrays
 Batch = Mapping[str, Array]
@@ -174,15 +175,17 @@ def fit(
 def objective(
     train_apply: TrainApply,
     *,
+    task: Task = CLASSIFICATION,
     distill: float = 0.0,
     temperature: float = 4.0,
     augment: Callable[[Array, Array], Array] | None = None,
     teacher: Callable[[Any, Array], Array] | None = None,
 ) -> LossAndUpdates:
-    """Cross-entropy with the labels `y`, mixed with the divergence from the teacher's softened answers.
+    """The task's loss with the labels `y`, mixed with the divergence from the teacher's softened answers.
 
     Args:
         train_apply: `(params, x, key) -> (logits, updates)`, in training mode.
+        task: what labels are for.
         distill: weight of the teacher, 0 to 1; above 0 a batch needs `teacher`, its logits for each image.
         temperature: divides both models' logits in the teacher's term.
         augment: `(key, x) -> x`, what is done to the images of every batch.
@@ -197,7 +200,7 @@ def objective(
             key, own = jax.random.split(key)
             x = augment(own, x)
         logits, updates = train_apply(params, x, key)
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
+        loss = task.losses(logits, batch["y"]).mean()
         if distill:
             if teacher is not None:
                 batch = {**batch, "teacher": teacher(batch["dense"], x)}
@@ -205,9 +208,7 @@ def objective(
                 raise FinetuneError(
                     f"distill = {distill} needs the teacher's logits: pass data['teacher'], [images, classes]"
                 )
-            soft = jax.nn.log_softmax(batch["teacher"] / temperature)
-            ours = jax.nn.log_softmax(logits / temperature)
-            divergence = (jnp.exp(soft) * (soft - ours)).sum(-1).mean()
+            divergence = task.divergence(batch["teacher"] / temperature, logits / temperature).mean()
             loss = (1 - distill) * loss + distill * temperature**2 * divergence
         return loss, updates
 

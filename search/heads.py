@@ -1,7 +1,8 @@
-"""Linear heads on features, fitted without a learning rate: ridge regression and multinomial logistic regression.
+"""Linear heads on features, fitted without a learning rate: ridge regression and logistic regression.
 
     head = ridge(x, y_onehot)                  # λ by generalised cross-validation
     head = logistic(x, y, classes, l2=1e-3)    # damped Newton steps, or L-BFGS where there is much to fit
+    head = best_head(task, x, y, outputs)      # logistic for classes and labels, ridge for numbers
     error = (head(x_new).argmax(-1) != y_new).mean()
 
 Features are standardised inside, so that one penalty suits them all and float32 is enough; the heads that come out take
@@ -26,6 +27,7 @@ import optax
 from jax import Array
 
 from treesurgeon.engine.errors import TreesurgeonError
+from treesurgeon.search.tasks import CLASSIFICATION, Task
 
 LAMBDAS = tuple(float(v) for v in np.geomspace(1e-4, 1e2, 13))  # for features of variance 1, of a mean over examples
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -246,6 +248,54 @@ def best_logistic(
         losses.append(float(optax.softmax_cross_entropy_with_integer_labels(logits, y[:held]).mean()))
     best = penalties[int(np.nanargmin(losses))] if losses else penalties[0]
     return logistic(x, y, classes, best, known=known, free=free)
+
+
+def best_binary(x: Any, y: Any, penalties: Sequence[float] = PENALTIES) -> LinearHead:
+    """A logistic head for each of several labels, all with the penalty that is best as `best_logistic` finds it.
+
+    Args:
+        x: features `[N, F]`.
+        y: labels `[N, K]`, 0 or 1.
+        penalties: to choose from.
+    """
+    x, y = checked(x, y, 2)
+    held = max(len(x) // 5, 1)
+    rest = jnp.arange(len(x)) >= held
+    losses = []
+    for l2 in penalties if len(penalties) > 1 and len(x) > held else ():
+        head = _binary(x, y, rest / rest.sum(), jnp.float32(l2))
+        losses.append(float(optax.sigmoid_binary_cross_entropy(head(x[:held]), y[:held]).mean()))
+    best = penalties[int(np.nanargmin(losses))] if losses else penalties[0]
+    return _binary(x, y, jnp.full(len(x), 1 / len(x)), jnp.float32(best))
+
+
+@jax.jit
+def _binary(x: Array, y: Array, share: Array, l2: Array) -> LinearHead:
+    """Each label is a class beside one whose logit is 0."""
+    newton = x.shape[1] + 1 <= NEWTON
+    known = jnp.zeros((len(x), 2))
+
+    def one(label: Array) -> LinearHead:
+        return _logistic(x, label.astype(jnp.int32), known, share, l2, (1,), newton)
+
+    each = jax.lax.map(one, y.T)
+    return LinearHead(each.kernel[:, :, 0].T, each.bias[:, 0], l2)
+
+
+def best_head(
+    task: Task, x: Any, y: Any, outputs: int, *, known: Any = None, free: Sequence[int] | None = None
+) -> LinearHead:
+    """The linear head for a task: logistic for classes (`known`, `free`: see `logistic`) and labels, else ridge."""
+    if task == CLASSIFICATION:
+        return best_logistic(x, y, outputs, known=known, free=free)
+    return best_binary(x, y) if task.name == "multilabel" else ridge(x, y)
+
+
+def quick_head(task: Task, x: Any, y: Any, outputs: int) -> LinearHead:
+    """A least squares head, whatever the task: to one-hot classes, labels of -1 and 1, or numbers."""
+    if task == CLASSIFICATION:
+        return ridge(x, np.eye(outputs, dtype=np.float32)[y])
+    return ridge(x, 2 * y - 1 if task.name == "multilabel" else y)
 
 
 def standard(x: Array) -> tuple[Array, Array, Array]:

@@ -20,6 +20,7 @@ import optax
 from jax import Array
 
 from treesurgeon.search.heads import LinearHead, checked, standard
+from treesurgeon.search.tasks import CLASSIFICATION, Task
 
 PENALTIES = (0.01, 0.3, 3.0)  # decoupled weight decay (I. Loshchilov, F. Hutter, ICLR 2019)
 STEPS, EVERY = 600, 20  # of training, and between looks at what is held out
@@ -52,29 +53,32 @@ class HiddenHead:
         return jax.nn.relu(jnp.asarray(x) @ self.inner + self.offset) @ self.kernel + self.bias
 
 
-def hidden(x: Any, y: Any, classes: int, widths: Sequence[int], seed: int = 0) -> list[HiddenHead]:
-    """A head for each width, at the penalty that is best, by cross-entropy, on a fifth of the examples.
+def hidden(
+    x: Any, y: Any, classes: int, widths: Sequence[int], seed: int = 0, task: Task = CLASSIFICATION
+) -> list[HiddenHead]:
+    """A head for each width, at the penalty that is best, by the task's loss, on a fifth of the examples.
 
     Their order must have no meaning: the first ones are held out.
 
     Args:
         x: features `[N, F]`.
-        y: classes `[N]`.
+        y: classes `[N]`; labels, or standardised numbers, `[N, K]`.
         classes: how many there are.
         widths: of the hidden layer.
         seed: of the initial values and the batches.
+        task: what the targets are for.
 
     Raises:
         HeadError: shapes that do not fit, or features that are not finite.
     """
-    x, y = checked(x, y, 1)
+    x, y = checked(x, y, np.ndim(y))
     z, centre, scale = standard(x)
     rows = [(width, penalty) for width in widths for penalty in PENALTIES]
     masks = jnp.array([np.arange(max(widths)) < width for width, _ in rows], jnp.float32)
     penalties = jnp.array([penalty for _, penalty in rows], jnp.float32)
     held = max(len(x) // 5, 1)
     train, test = ((z[held:], y[held:]), (z[:held], y[:held])) if len(x) > held else ((z, y), (z, y))
-    losses, found = _train(train, test, masks, penalties, jax.random.key(seed), classes)
+    losses, found = _train(train, test, masks, penalties, jax.random.key(seed), classes, task)
     out = []
     for i, width in enumerate(widths):
         at = i * len(PENALTIES) + int(np.nanargmin(losses[i * len(PENALTIES) : (i + 1) * len(PENALTIES)]))
@@ -84,8 +88,8 @@ def hidden(x: Any, y: Any, classes: int, widths: Sequence[int], seed: int = 0) -
     return out
 
 
-@partial(jax.jit, static_argnums=5)
-def _train(train: Any, test: Any, masks: Array, penalties: Array, key: Array, classes: int) -> Any:
+@partial(jax.jit, static_argnums=(5, 6))
+def _train(train: Any, test: Any, masks: Array, penalties: Array, key: Array, classes: int, task: Task) -> Any:
     """Held-out losses `[R]` and the weights `[R, …]` of every row, each at its best step."""
     (z, y), width = train, masks.shape[1]
     size = min(BATCH, len(z))
@@ -102,7 +106,7 @@ def _train(train: Any, test: Any, masks: Array, penalties: Array, key: Array, cl
         def loss(weights: Any, x: Array, y: Array) -> Array:
             inner, offset, kernel, bias = weights
             logits = (jax.nn.relu(x @ inner + offset) * mask) @ kernel + bias
-            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+            return task.losses(logits, y).mean()
 
         def step(state: Any, key: Array) -> Any:
             weights, memory = state
@@ -125,18 +129,21 @@ def _train(train: Any, test: Any, masks: Array, penalties: Array, key: Array, cl
     return jax.vmap(one)(masks, penalties)
 
 
-def choose(linear: LinearHead, heads: Sequence[HiddenHead], x: np.ndarray, y: np.ndarray) -> HiddenHead | None:
+def choose(
+    linear: LinearHead, heads: Sequence[HiddenHead], x: np.ndarray, y: np.ndarray, task: Task = CLASSIFICATION
+) -> HiddenHead | None:
     """The narrowest head that is as good as the best one, as far as so many examples tell; None where that is linear.
 
     Args:
         linear: the linear head.
         heads: from narrow to wide.
-        x, y: features `[N, F]` and classes `[N]` of `search`.
+        x, y: features `[N, F]` and targets of `search`.
+        task: what the targets are for.
     """
-    right = [np.asarray(head(x)).argmax(1) == y for head in (linear, *heads)]
-    best = max(right, key=np.sum)
-    for head, own in zip((None, *heads), right, strict=True):
-        apart = best.astype(int) - own.astype(int)
+    wrong = [np.asarray(task.wrong(np.asarray(head(x)), y), float) for head in (linear, *heads)]
+    best = min(wrong, key=np.sum)
+    for head, own in zip((None, *heads), wrong, strict=True):
+        apart = own - best
         if apart.sum() <= math.sqrt((apart**2).sum()):  # one standard error of the sum, were they equally good
             return head
     raise AssertionError("the best is as good as itself")

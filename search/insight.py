@@ -23,6 +23,7 @@ from treesurgeon.search.data import SHARES, Split
 from treesurgeon.search.insight_page import write_insight
 from treesurgeon.search.records import images_again, reading
 from treesurgeon.search.setting import open_parts
+from treesurgeon.search.tasks import CLASSIFICATION, Task
 from treesurgeon.search.transfer import by_batch
 
 UNIT_COLUMNS = ("group", "unit", "selectivity", "class", "activity", "by_class", "top_images")
@@ -127,6 +128,7 @@ def open_model(options: Insight) -> Looked:
     config.check()
     opened = open_parts(config)
     subject, classes = opened.subject, opened.labels.names
+    _only_classes(opened.roles.task)
     split = first(opened.roles.search, options.images)
     return Looked(
         options.model, subject.infer, subject.variables, subject.graph, split, classes, opened.mean, opened.std
@@ -145,6 +147,7 @@ def open_selected(options: Insight, path: Path) -> Looked:
         if not all(isinstance(label, str) for label in labels):
             raise TypeError(f"labels {labels}")
         split = images_again(model.manifest, "search", options.data, options.data_dir)
+        _only_classes(split.task)
     except (KeyError, TypeError) as error:
         raise RunError(
             f"{path}/manifest.json does not say {error}: it was not made by a search; search again"
@@ -156,6 +159,13 @@ def open_selected(options: Insight, path: Path) -> Looked:
     graph = engine.trace(infer, model.variables, jax.ShapeDtypeStruct((1, *shape), "float32"))
     name = f"{model.manifest['model']['model']}, pruned"
     return Looked(name, infer, model.variables, graph, first(split, options.images), tuple(labels), mean, std)
+
+
+def _only_classes(task: Task) -> None:
+    if task != CLASSIFICATION:
+        raise RunError(
+            f"--data: labels are for {task.name}; which classes units answer to can be told where each image has one"
+        )
 
 
 def first(split: Split, count: int) -> Split:

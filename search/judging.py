@@ -13,12 +13,13 @@ from typing import Any, Literal
 import numpy as np
 
 from treesurgeon.engine.errors import TreesurgeonError
+from treesurgeon.search.tasks import CLASSIFICATION, Task, TaskName
 
-MetricName = Literal["accuracy", "balanced_accuracy", "f1", "auroc", "cross_entropy"]
+MetricName = Literal["accuracy", "balanced_accuracy", "label_accuracy", "f1", "auroc", "cross_entropy", "r2"]
 
 
 class MetricError(TreesurgeonError, ValueError):
-    """Labels that a metric is not defined on."""
+    """A metric that is not defined on these labels."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,28 +27,27 @@ class Answers:
     """What a model says about the images of a split.
 
     Attributes:
-        logits: `float[N, classes]`.
-        labels: `int[N]`.
+        logits: the outputs, `float[N, K]`.
+        labels: the targets, `int[N]` or `float[N, K]`.
+        task: what they are for.
     """
 
     logits: np.ndarray
     labels: np.ndarray
-
-    @property
-    def predicted(self) -> np.ndarray:
-        """`int[N]`."""
-        return self.logits.argmax(-1)
+    task: Task = CLASSIFICATION
 
     @property
     def losses(self) -> np.ndarray:
-        """Cross-entropy of each image, in nats: `float[N]`."""
-        logits = self.logits.astype(np.float64)
-        top = logits.max(1)
-        right = logits[np.arange(len(logits)), self.labels]
-        return top + np.log(np.exp(logits - top[:, None]).sum(1)) - right
+        """The loss of each image, in nats: `float[N]`."""
+        return self.task.exact_losses(self.logits, self.labels)
+
+    @property
+    def wrong(self) -> np.ndarray:
+        """How wrong the answer to each image is, see `Task.wrong`: `[N]`."""
+        return self.task.wrong(self.logits, self.labels)
 
     def __getitem__(self, rows: np.ndarray) -> Answers:
-        return Answers(self.logits[rows], self.labels[rows])
+        return Answers(self.logits[rows], self.labels[rows], self.task)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +55,8 @@ class Comparison:
     """Two models on the same images.
 
     Attributes:
-        worse, better: images that only the variant gets wrong, that only the dense model does; for cross-entropy those
-            with a larger, a smaller loss.
+        worse, better: images that only the variant gets wrong, that only the dense model does; where answers are more
+            or less wrong, those with a larger, a smaller error.
         difference: of the errors, the variant's less the dense model's.
         p_value: of H0: the difference on new data is at least this margin.
     """
@@ -72,11 +72,12 @@ class Metric(ABC):
 
     Attributes:
         name: as in `--metric`.
+        tasks: what it is for.
         noun: what its error is called.
         trust: how far the test's level can be trusted, for the certificate's sentence; empty for accuracy's.
         test: the test's name.
         approximate: whether nothing is known of the level but that it is about right.
-        per_class: whether every class counts alike, so that each needs images in every split.
+        per_class: whether every class, or label, counts alike, so that each needs images in every split.
         rising: whether more of the metric is better, and its error 1 less it.
         unit: of differences between errors.
         scale: of that unit in one.
@@ -85,6 +86,7 @@ class Metric(ABC):
     """
 
     name: MetricName
+    tasks: tuple[TaskName, ...] = ("classification",)
     noun: str
     trust: str = ""
     test: str
@@ -144,12 +146,16 @@ class Metric(ABC):
 
         Args:
             splits: labels by role.
-            names: of the classes.
+            names: of the classes, or the labels.
 
         Raises:
-            MetricError: a class has images in one role and none in another, or there is one class only.
+            MetricError: a class has images in one role and none in another, or there is one class only; a label is on
+                all images of a role, or on none.
         """
         if not self.per_class:
+            return
+        if next(iter(splits.values())).ndim == 2:
+            self._check_labels(splits, names)
             return
         every = np.unique(np.concatenate(list(splits.values())))
         for role, labels in splits.items():
@@ -164,10 +170,22 @@ class Metric(ABC):
                 f"--metric {self.name}: all images are of one class, expected two classes or more; add images of others"
             )
 
+    def _check_labels(self, splits: Mapping[str, np.ndarray], names: Sequence[str]) -> None:
+        for role, labels in splits.items():
+            share = (labels > 0.5).mean(0)
+            for name, found in zip(names, share, strict=True):
+                if not 0 < found < 1:
+                    on = "all images" if found else "no image"
+                    raise MetricError(
+                        f"--metric {self.name}: label {name!r} is on {on} of {role}, expected images with it and "
+                        f"without it in each role, since every label counts alike; add images, leave the label out, or "
+                        f"use --metric label_accuracy"
+                    )
+
 
 @dataclass(frozen=True, eq=False)
 class ByLabel:
-    """What is observed for each image where its class matters: `value` is `[N]` or `[N, classes]`."""
+    """What is observed for each image where its class matters: `value` is `[N]`."""
 
     value: np.ndarray
     labels: np.ndarray

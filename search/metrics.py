@@ -1,4 +1,4 @@
-"""What a model is judged by: one interface for accuracy, balanced accuracy, macro F1, AUROC and cross-entropy.
+"""What a model is judged by: one interface for accuracy, balanced accuracy, macro F1, AUROC, cross-entropy and R².
 
     metric = METRICS["f1"]
     seen = metric.observe(Answers(logits, labels))
@@ -7,12 +7,14 @@
 
 `observe` keeps of the answers what the metric depends on; everything else works on that. Margins, gaps and the
 selection are in terms of *errors*: 1 less the metric, and for cross-entropy, which is one, itself (in nats). Each
-metric brings the paired test that fits it (see paired.py) and says how far that can be trusted. A mean over classes is
-over those that the images have; `check` refuses data where a role lacks a class that another one has.
+metric is for some tasks (see tasks.py), brings the paired test that fits it (see paired.py) and says how far that can
+be trusted. A mean over classes is over those that the images have; `check` refuses data where a role lacks a class that
+another one has.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from functools import partial
 from types import MappingProxyType
@@ -29,11 +31,13 @@ from treesurgeon.search.paired import (
     tango,
 )
 from treesurgeon.search.resampling import F1, Auroc
+from treesurgeon.search.tasks import CLASSIFICATION, Task
 
 __all__ = ["ACCURACY", "METRICS", "Answers", "Metric", "MetricError", "MetricName"]
 
 TYPICAL = 0.05  # share of images that exactly one of two models gets wrong
 MOST_NATS = 10.0  # a larger loss on one image counts as this
+MOST_SQUARED = 4.0  # a larger squared error, in variances of the targets, likewise
 
 
 class Accuracy(Metric):
@@ -46,7 +50,7 @@ class Accuracy(Metric):
 
     def observe(self, answers: Answers) -> np.ndarray:
         """Which answers are wrong."""
-        return answers.predicted != answers.labels
+        return answers.wrong
 
     def error(self, seen: np.ndarray) -> float:
         """Share of wrong answers."""
@@ -80,7 +84,7 @@ class BalancedAccuracy(Metric):
 
     def observe(self, answers: Answers) -> ByLabel:
         """Which answers are wrong, and the labels."""
-        return ByLabel(answers.predicted != answers.labels, answers.labels)
+        return ByLabel(answers.wrong, answers.labels)
 
     def error(self, seen: ByLabel) -> float:
         """Mean over the classes that there are of the share of wrong answers."""
@@ -108,25 +112,23 @@ class BalancedAccuracy(Metric):
         )
 
 
-class CrossEntropy(Metric):
-    """Mean cross-entropy in nats, losses above `MOST_NATS` counted as that; observed are the losses, `float[N]`.
+class Mean(Metric):
+    """The mean over images of a bounded error; observed are these errors, `float[N]`.
 
-    The cap makes the differences bounded, so that the test holds for any number of images and any distribution.
+    The bound, `reach`, makes the differences bounded, so that the test holds for any number of images and any
+    distribution. An error above it counts as it, and so does one that is not a number.
     """
 
-    name = "cross_entropy"
-    noun = "cross-entropy"
-    trust = f"by a betting test that holds for any number of images (a loss above {MOST_NATS:g} nats counts as that)"
+    trust = "by a betting test that holds for any number of images"
     test = "betting test (finite-sample)"
-    rising = False
-    unit = "nats"
-    scale = 1.0
-    reach = MOST_NATS
-    description = f"Cross-entropies are means in nats, lower is better, a loss above {MOST_NATS:g} counts as that"
+
+    @abstractmethod
+    def of_each(self, answers: Answers) -> np.ndarray:
+        """The error of each image."""
 
     def observe(self, answers: Answers) -> np.ndarray:
-        """The capped losses; what is not a number counts as the cap."""
-        return np.minimum(np.nan_to_num(answers.losses, nan=MOST_NATS), MOST_NATS)
+        """The bounded errors."""
+        return np.minimum(np.nan_to_num(self.of_each(answers), nan=self.reach), self.reach)
 
     def error(self, seen: np.ndarray) -> float:
         """The mean."""
@@ -136,23 +138,92 @@ class CrossEntropy(Metric):
         """By betting."""
         differences = seen - dense
         worse, better = int((differences > 0).sum()), int((differences < 0).sum())
-        test = partial(betting, differences, MOST_NATS)
+        test = partial(betting, differences, self.reach)
         return Comparison(worse, better, float(differences.mean()), test)
 
     def smallest_margin(self, labels: np.ndarray, delta: float) -> float:
         """By bisection of the test itself."""
-        same, low, high = np.zeros(len(labels)), 0.0, MOST_NATS
+        same, low, high = np.zeros(len(labels)), 0.0, self.reach
         for _ in range(40):
             middle = (low + high) / 2
-            low, high = (low, middle) if betting(same, MOST_NATS, middle) <= delta else (middle, high)
+            low, high = (low, middle) if betting(same, self.reach, middle) <= delta else (middle, high)
         return high
 
     def outlook(self, epsilon: float, delta: float) -> str:
-        """Unknown before the losses are."""
-        return f"how many images yours ({epsilon:g}) takes depends on how far the losses of the two models are apart"
+        """Unknown before the errors are."""
+        wanted = f"{self.scale * epsilon:g}"
+        return f"how many images yours ({wanted}) takes depends on how far the errors of the two models are apart"
+
+
+class CrossEntropy(Mean):
+    """Mean cross-entropy in nats; of several labels the binary one, the mean over labels."""
+
+    name = "cross_entropy"
+    tasks = ("classification", "multilabel")
+    noun = "cross-entropy"
+    trust = f"{Mean.trust} (a loss above {MOST_NATS:g} nats counts as that)"
+    rising = False
+    unit = "nats"
+    scale = 1.0
+    reach = MOST_NATS
+    description = f"Cross-entropies are means in nats, lower is better, a loss above {MOST_NATS:g} counts as that"
+
+    def of_each(self, answers: Answers) -> np.ndarray:
+        """The losses."""
+        return answers.losses
+
+
+class LabelAccuracy(Mean):
+    """Share of labels that are right: the mean over images and labels, one less the Hamming loss."""
+
+    name = "label_accuracy"
+    tasks = ("multilabel",)
+    noun = "label error"
+    description = "Label accuracies are shares of labels that are right, over images and labels"
+
+    def of_each(self, answers: Answers) -> np.ndarray:
+        """Shares of wrong labels."""
+        return np.asarray(answers.wrong, np.float64)
+
+
+class R2(Mean):
+    """Coefficient of determination: one less the mean squared error in variances of the targets on `train`."""
+
+    name = "r2"
+    tasks = ("regression",)
+    noun = "unexplained variance (1 - R²)"
+    trust = f"{Mean.trust} (a squared error above {MOST_SQUARED:g} variances counts as that)"
+    reach = MOST_SQUARED
+    description = (
+        "R² is one less the mean squared error in variances of the targets on `train`, where one above "
+        f"{MOST_SQUARED:g} on an image counts as that; points are percent of the variance"
+    )
+
+    def of_each(self, answers: Answers) -> np.ndarray:
+        """Squared errors, in variances."""
+        return np.asarray(answers.wrong, np.float64)
 
 
 ACCURACY = Accuracy()
-METRICS: Mapping[MetricName, Metric] = MappingProxyType(
-    {metric.name: metric for metric in (ACCURACY, BalancedAccuracy(), F1(), Auroc(), CrossEntropy())}
+METRICS: Mapping[str, Metric] = MappingProxyType(
+    {
+        metric.name: metric
+        for metric in (ACCURACY, BalancedAccuracy(), LabelAccuracy(), F1(), Auroc(), CrossEntropy(), R2())
+    }
 )
+
+
+def pick_metric(name: str, task: Task = CLASSIFICATION) -> Metric:
+    """The metric of this name, or for `auto` the first that is for the task.
+
+    Raises:
+        MetricError: it is for other tasks, or there is none of this name.
+    """
+    fitting = [metric for metric in METRICS.values() if task.name in metric.tasks]
+    if name == "auto":
+        return fitting[0]
+    found = next((metric for metric in fitting if metric.name == name), None)
+    if found is None:
+        kind = f"--metric {name} is not for {task.name}" if name in METRICS else f"--metric {name}: there is none such"
+        raise MetricError(f"{kind}: expected one of {', '.join(metric.name for metric in fitting)}")
+    return found

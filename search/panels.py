@@ -16,6 +16,7 @@ from treesurgeon.search.metrics import ACCURACY
 from treesurgeon.search.records import Row, Run, known, number, numbers, picture
 from treesurgeon.search.report import UNKNOWN, shown
 from treesurgeon.search.strips import address
+from treesurgeon.search.tasks import CLASSIFICATION
 
 AXES = {
     "params": "parameters",
@@ -89,10 +90,11 @@ def pareto(run: Run) -> Chart:
 
 
 def axis(run: Run, name: str) -> str:
-    """An axis in words. Candidates' error is the share of wrong answers, whatever finished models are judged by."""
+    """An axis in words. Candidates' error is the task's own, whatever finished models are judged by."""
     if run.metric is ACCURACY:
         return AXES[name]
-    words = {"error": "share of wrong answers on search", JUDGED: f"{run.metric.noun} on search (finished models)"}
+    wrong = "share of wrong answers" if run.task == CLASSIFICATION else f"1 - {run.task.score}"
+    words = {"error": f"{wrong} on search", JUDGED: f"{run.metric.noun} on search (finished models)"}
     return words.get(name) or AXES[name]
 
 
@@ -342,7 +344,9 @@ def depth_chart(run: Run) -> Chart:
     told = [f"{row['point']}: {short(known(row, 'params'))} parameters, {short(known(row, 'macs'))} MACs"
             for row in run.depth]  # fmt: skip
     shares = {split: [known(row, f"{split}_accuracy") for row in run.depth] for split in ("train", "search")}
-    return depths(f"{run.config['model']}: accuracy against depth", [row["point"] for row in run.depth], shares, told)
+    return depths(
+        f"{run.config['model']}: {run.task.score} against depth", [row["point"] for row in run.depth], shares, told
+    )
 
 
 def depth(run: Run) -> Html:
@@ -354,13 +358,14 @@ def depth(run: Run) -> Html:
         (
             row["point"],
             *(f"{short(known(row, name))} ({known(row, name) / max(known(whole, name), 1):.0%})" for name in COSTS),
-            _bar(known(row, "search_accuracy"), 1),
+            _bar(max(known(row, "search_accuracy"), 0), 1),
             *(f"{known(row, name):.2%}" for name in ("train_accuracy", "search_accuracy")),
             f"{100 * known(row, 'gap'):+.2f}",
         )
         for row in rows
     ]
-    caption = "Accuracy against depth: the checkpoint cut at every block, with a head in closed form on its features"
+    score = run.task.score[:1].upper() + run.task.score[1:]
+    caption = f"{score} against depth: the checkpoint cut at every block, with a head in closed form on its features"
     head = ("cut at", "parameters", "MACs", "on search", "train", "search", "gap, points")
     found = table(caption, head, cells, "wnnwnnn", [best])
     return join([Html(depth_chart(run).inline()), found, files("depth.csv", "depth.svg", "depth.png")])

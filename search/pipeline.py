@@ -19,12 +19,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array
 
 from treesurgeon import engine
 from treesurgeon.search import crossval, evolve, hosts, racing, report, sensitivity, shift
-from treesurgeon.search.answers import loss_and_wrong
 from treesurgeon.search.budget import Budget, make_budget, refuse
 from treesurgeon.search.conclusion import Outcome, conclude, recall, save
 from treesurgeon.search.config import Config, RunError, claim, identity
@@ -39,6 +37,7 @@ from treesurgeon.search.setting import Setting, prepare
 from treesurgeon.search.space import Space, build, first_stage
 from treesurgeon.search.state import States
 from treesurgeon.search.sweep import Sweep
+from treesurgeon.search.tasks import CLASSIFICATION
 from treesurgeon.search.truncating import truncations
 from treesurgeon.search.workers import Crew, Job
 
@@ -67,7 +66,7 @@ def run(config: Config, say: Say = print, pool: Pool | None = None) -> Outcome:
 
 def _run(config: Config, say: Say, pool: Pool) -> Outcome:
     setting = hosts.each(lambda: opened(config, pool.hold))
-    subject, roles = setting.subject, setting.roles
+    config, subject, roles = setting.config, setting.subject, setting.roles
     graph, dense = subject.graph, engine.cost(subject.graph, engine.Plan())
     if setting.head:
         say(setting.head.sentence)
@@ -77,6 +76,9 @@ def _run(config: Config, say: Say, pool: Pool) -> Outcome:
     say(
         f"{config.data}: {counts} images" + ("" if roles.clean else "; it is unknown what the checkpoint was fitted on")
     )
+    if config.task != CLASSIFICATION.name:
+        names = ", ".join(roles.label_names[:12]) + (", …" if len(roles.label_names) > 12 else "")
+        say(f"{config.task}: each image has {names}; judged by {config.metric} (--task, --metric)")
     if config.certify and roles.clean:
         say(config.judged_by.resolution(roles.certify.labels, config.epsilon, config.delta))
     if crossval.needed(setting):
@@ -180,7 +182,7 @@ def rank(setting: Setting, criterion: str | None = None) -> dict[str, np.ndarray
     x, y = data.images[0], data.labels[0]
 
     def loss(variables: Any, x: Array, y: Array) -> Array:
-        return optax.softmax_cross_entropy_with_integer_labels(subject.infer(variables, x), y).mean()
+        return data.task.losses(subject.infer(variables, x), y).mean()
 
     measures: dict[str, Callable[[], Any]] = {
         "grads": lambda: jax.jit(jax.grad(loss, allow_int=True))(variables, x, y),
@@ -350,7 +352,7 @@ def answer_loss(setting: Setting, data: Batches, precision: str) -> float:
 
     @jax.jit
     def total(v: Any, x: Array, labels: Array, weights: Array) -> Array:
-        return (loss_and_wrong(infer(v, x.astype(precision)), labels)[0] * weights).sum()
+        return (data.task.losses(infer(v, x.astype(precision)), labels) * weights).sum()
 
     losses = [total(variables, *batch) for batch in zip(data.images, data.labels, data.weights, strict=True)]
     return float(np.sum(losses) / np.asarray(data.weights).sum())

@@ -6,7 +6,7 @@ import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from treesurgeon.search import report
 from treesurgeon.search.config import RunError
 from treesurgeon.search.data import ROLES, SHARES, Split, open_source, split_roles
 from treesurgeon.search.metrics import METRICS, Metric
+from treesurgeon.search.tasks import BINS, TASKS, Task, Units
 
 TABLES: Mapping[str, Sequence[str]] = {
     "results": report.RESULT_COLUMNS,
@@ -64,6 +65,11 @@ class Run:
     def metric(self) -> Metric:
         """What models were judged by."""
         return METRICS[self.manifest["metric"]]
+
+    @property
+    def task(self) -> Task:
+        """What the labels are for; older versions had classes alone."""
+        return TASKS[self.manifest.get("task", "classification")]
 
     @property
     def status(self) -> str:
@@ -141,7 +147,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def images_again(manifest: Mapping[str, Any], role: str, data: str, data_dir: str) -> Split:
-    """The images that had a role in the run of a selected model, dealt out as they were there.
+    """The images that had a role in the run of a selected model, dealt out as they were there; numbers standardised.
 
     Args:
         manifest: the selected model's.
@@ -154,8 +160,9 @@ def images_again(manifest: Mapping[str, Any], role: str, data: str, data_dir: st
     """
     was, normalisation = manifest["data"], manifest["normalisation"]
     shape = tuple(manifest["model"]["input_shape"])
-    source = open_source(data, data_dir or None, shape)
-    return getattr(
+    source = open_source(data, data_dir or None, shape, manifest.get("task"))  # older versions had none
+    strata = max(source.num_classes + 1, BINS)  # at most; the other roles are not looked at
+    split: Split = getattr(
         split_roles(
             source,
             None if was["fitted"] is None else tuple(was["fitted"]),
@@ -165,10 +172,18 @@ def images_again(manifest: Mapping[str, Any], role: str, data: str, data_dir: st
             std=normalisation["std"],
             seed=manifest["seed"],
             shares=was.get("shares", SHARES),  # older versions had these alone
-            caps=dict.fromkeys((other for other in ROLES if other != role), source.num_classes),  # not looked at
+            caps=dict.fromkeys((other for other in ROLES if other != role), strata),
         ),
         role,
     )
+    units = units_of(manifest)
+    return replace(split, labels=units.standardised(split.labels)) if units else split
+
+
+def units_of(manifest: Mapping[str, Any]) -> Units | None:
+    """What the numbers that a selected model returns are in; None where it returns none."""
+    found = manifest.get("units")
+    return Units(tuple(map(float, found["offset"])), tuple(map(float, found["scale"]))) if found else None
 
 
 def picture(run: Run, number: int) -> bytes:

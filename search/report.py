@@ -47,7 +47,7 @@ RESULT_COLUMNS = (
     "memory",
     *(f"{split}{end}" for split in SPLITS for end in ("", "_low", "_high", "_images")),
     "gap",
-    "wrong",  # share of wrong answers on search, whatever the metric, as candidates.csv has it
+    "wrong",  # on search, as candidates.csv has it whatever the metric: the share of wrong answers, or see `Task.wrong`
 )
 CERTIFICATE_COLUMNS = (
     "variant",

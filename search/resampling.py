@@ -3,19 +3,59 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
 
 import numpy as np
 
-from treesurgeon.search.judging import Answers, ByLabel, Comparison, Metric, only_one
+from treesurgeon.search.judging import Answers, Comparison, Metric, only_one
 from treesurgeon.search.paired import Bootstrap, smallest_stratified_margin, stratified
+from treesurgeon.search.tasks import class_counts
 
 REPLICATES = 2000
 DECIMALS = 9  # of log-odds, so that what is equal but for rounding is a tie
 AT_ONCE = 1 << 22  # numbers in a chunk of bootstrap replicates
+TINY = np.finfo(np.float64).tiny  # a label that no drawn image has counts as one that is never right
+
+
+@dataclass(frozen=True, eq=False)
+class Marked:
+    """What is observed of every image for every class, or label.
+
+    Attributes:
+        value: `[N, K]`: whether the answer has it, or a score for it.
+        there: `bool[N, K]`: whether it is there.
+        wrong: `bool[N]`: whether the answer is wrong.
+        strata: `int[N]`: within which images are drawn again.
+        counts: see `class_counts`.
+    """
+
+    value: np.ndarray
+    there: np.ndarray
+    wrong: np.ndarray
+    strata: np.ndarray
+    counts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.there)
+
+    @classmethod
+    def of(cls, answers: Answers, value: np.ndarray) -> Marked:
+        """With what is known of the images."""
+        labels, counts = answers.labels, class_counts(answers.labels)
+        if labels.ndim == 2:
+            return cls(value, labels > 0.5, answers.wrong > 0, np.zeros(len(labels), int), counts)
+        return cls(value, labels[:, None] == np.arange(value.shape[1]), answers.wrong, labels, counts)
+
+    @property
+    def present(self) -> np.ndarray:
+        """The classes, or labels, that some images have."""
+        return np.flatnonzero(self.there.any(0))
 
 
 class Resampled(Metric):
     """A metric whose only test is the bootstrap: images are drawn again within their classes, as the split was made.
+
+    Images with several labels are drawn again from all.
 
     A bootstrap that meets no disagreement would claim anything. So no p-value is below that of the stratified score
     test for a variant that disagrees nowhere and a margin as far above the observed difference: what so many images
@@ -29,48 +69,43 @@ class Resampled(Metric):
     test = "BCa bootstrap (approximate)"
     approximate = True
     per_class = True
+    tasks = ("classification", "multilabel")
 
     @abstractmethod
-    def errors(self, seen: ByLabel, weights: np.ndarray) -> np.ndarray:
+    def errors(self, seen: Marked, weights: np.ndarray) -> np.ndarray:
         """The error where image i counts `weights[b, i]` times: `float[B]`."""
 
     @abstractmethod
-    def influence(self, seen: ByLabel) -> np.ndarray:
+    def influence(self, seen: Marked) -> np.ndarray:
         """What each image does to the error, up to a factor: `float[N]`."""
 
-    @abstractmethod
-    def predicted(self, seen: ByLabel) -> np.ndarray:
-        """The answers: `int[N]`."""
-
-    def error(self, seen: ByLabel) -> float:
+    def error(self, seen: Marked) -> float:
         """The error on all images."""
-        return float(self.errors(seen, np.ones((1, len(seen.labels))))[0])
+        return float(self.errors(seen, np.ones((1, len(seen))))[0])
 
-    def compare(self, seen: ByLabel, dense: ByLabel) -> Comparison:
+    def compare(self, seen: Marked, dense: Marked) -> Comparison:
         """By bootstrap, the same resamples for both models."""
-        labels = dense.labels
         rng = np.random.default_rng(0)
         step = max(1, AT_ONCE // len(dense))
         parts = []
         for start in range(0, REPLICATES, step):
-            weights = resampled(labels, min(step, REPLICATES - start), rng)
+            weights = resampled(dense.strata, min(step, REPLICATES - start), rng)
             parts.append(self.errors(seen, weights) - self.errors(dense, weights))
         observed = self.error(seen) - self.error(dense)
         found = Bootstrap(observed, np.concatenate(parts), self.influence(seen) - self.influence(dense))
-        counts = np.unique(labels, return_counts=True)[1]
-        none = np.zeros(len(counts))
-        worse, better = only_one(self.predicted(seen) != labels, self.predicted(dense) != labels)
+        none = np.zeros(len(dense.counts))
+        worse, better = only_one(seen.wrong, dense.wrong)
 
         def p_value(margin: float) -> float:
             above = margin - observed
-            least = stratified(none, none, counts, above) if above > 0 else 0.5
+            least = stratified(none, none, dense.counts, above) if above > 0 else 0.5
             return max(found.p_value(margin), least)
 
         return Comparison(worse, better, observed, p_value)
 
     def smallest_margin(self, labels: np.ndarray, delta: float) -> float:
         """By the convention that no disagreement leaves what the stratified test leaves."""
-        return smallest_stratified_margin(np.unique(labels, return_counts=True)[1], delta)
+        return smallest_stratified_margin(class_counts(labels), delta)
 
     def outlook(self, epsilon: float, delta: float) -> str:
         """Nothing exact is known."""
@@ -81,58 +116,58 @@ class Resampled(Metric):
 
 
 class F1(Resampled):
-    """Macro F1: the mean over classes of the harmonic mean of precision and recall; observed are answers and labels."""
+    """Macro F1: the mean over classes, or labels, of the harmonic mean of precision and recall."""
 
     name = "f1"
     noun = "F1 error (1 - macro F1)"
-    description = "F1 scores are means over the classes (macro F1)"
+    description = "F1 scores are means over the classes, or labels (macro F1)"
 
-    def observe(self, answers: Answers) -> ByLabel:
-        """The answers and the labels."""
-        return ByLabel(answers.predicted, answers.labels)
+    def observe(self, answers: Answers) -> Marked:
+        """Which class, or which labels the answers have."""
+        logits = answers.logits
+        several = answers.labels.ndim == 2
+        return Marked.of(answers, logits > 0 if several else logits.argmax(-1)[:, None] == np.arange(logits.shape[1]))
 
-    def predicted(self, seen: ByLabel) -> np.ndarray:
-        """As observed."""
-        return seen.value
-
-    def errors(self, seen: ByLabel, weights: np.ndarray) -> np.ndarray:
+    def errors(self, seen: Marked, weights: np.ndarray) -> np.ndarray:
         """From weighted counts of hits, answers and labels."""
         scores = []
-        for label in np.unique(seen.labels):
+        for label in seen.present:
             hits, total = self._counts(seen, weights, label)
-            scores.append(2 * hits / total)
+            scores.append(2 * hits / np.maximum(total, TINY))
         return 1 - np.mean(scores, 0)
 
-    def influence(self, seen: ByLabel) -> np.ndarray:
+    def influence(self, seen: Marked) -> np.ndarray:
         """The derivative by each image's weight."""
-        ones = np.ones((1, len(seen.labels)))
-        out = np.zeros(len(seen.labels))
-        for label in np.unique(seen.labels):
+        ones = np.ones((1, len(seen)))
+        out = np.zeros(len(seen))
+        for label in seen.present:
             hits, total = (value[0] for value in self._counts(seen, ones, label))
-            answered, there = seen.value == label, seen.labels == label
+            answered, there = seen.value[:, label], seen.there[:, label]
             out -= 2 * (answered & there) / total - 2 * hits / total**2 * (answered.astype(float) + there)
-        return _centred(out, seen.labels)
+        return _centred(out, seen.strata)
 
     @staticmethod
-    def _counts(seen: ByLabel, weights: np.ndarray, label: int) -> tuple[np.ndarray, np.ndarray]:
-        answered, there = seen.value == label, seen.labels == label
+    def _counts(seen: Marked, weights: np.ndarray, label: int) -> tuple[np.ndarray, np.ndarray]:
+        answered, there = seen.value[:, label], seen.there[:, label]
         return weights @ (answered & there), weights @ (answered.astype(float) + there)
 
 
 class Auroc(Resampled):
-    """Mean over classes of the area under the ROC curve of one class against the rest; observed are scores, labels.
+    """Mean over classes, or labels, of the area under the ROC curve of one against the rest.
 
-    Scores are log-odds, which order images as probabilities do and do not saturate. With two classes the two curves are
-    one, so that this is the plain AUROC. The influences are the placements of E. DeLong et al., Biometrics 1988.
+    Observed are log-odds, which order images as probabilities do and do not saturate. With two classes the two curves
+    are one, so that this is the plain AUROC. The influences are the placements of E. DeLong et al., Biometrics 1988.
     """
 
     name = "auroc"
     noun = "AUROC error (1 - AUROC)"
-    description = "AUROCs are of one class against the rest, means over the classes"
+    description = "AUROCs are of one class, or label, against the rest, means over them"
 
-    def observe(self, answers: Answers) -> ByLabel:
-        """Log-odds `float[N, classes]` and the labels."""
+    def observe(self, answers: Answers) -> Marked:
+        """Log-odds `float[N, K]`."""
         logits = np.nan_to_num(answers.logits.astype(np.float64))
+        if answers.labels.ndim == 2:
+            return Marked.of(answers, logits.round(DECIMALS))
         shifted = logits - logits.max(1, keepdims=True)
         powers = np.exp(shifted)
         rest = powers.sum(1, keepdims=True) - powers
@@ -140,40 +175,35 @@ class Auroc(Resampled):
         others = powers.copy()
         others[rows, top] = 0
         rest[rows, top] = others.sum(1)  # without the cancellation that the largest one suffers
-        odds = shifted - np.log(np.maximum(rest, np.finfo(np.float64).tiny))
-        return ByLabel(odds.round(DECIMALS), answers.labels)
+        odds = shifted - np.log(np.maximum(rest, TINY))
+        return Marked.of(answers, odds.round(DECIMALS))
 
-    def predicted(self, seen: ByLabel) -> np.ndarray:
-        """The class with the highest odds."""
-        return seen.value.argmax(1)
-
-    def errors(self, seen: ByLabel, weights: np.ndarray) -> np.ndarray:
+    def errors(self, seen: Marked, weights: np.ndarray) -> np.ndarray:
         """Pairs in the wrong order, ties half, from cumulative weights in the order of the scores."""
         out = np.zeros(len(weights))
-        classes = np.unique(seen.labels)
-        for label in classes:
+        for label in seen.present:
             order = np.argsort(seen.value[:, label], kind="stable")
-            scores, there = seen.value[order, label], seen.labels[order] == label
+            scores, there = seen.value[order, label], seen.there[order, label]
             sorted_weights = weights[:, order]
             positive, negative = sorted_weights * there, sorted_weights * ~there
             starts = np.flatnonzero(np.r_[True, scores[1:] != scores[:-1]])
             if len(starts) < len(order):
                 positive, negative = (np.add.reduceat(part, starts, 1) for part in (positive, negative))
             above = negative.sum(1, keepdims=True) - negative.cumsum(1) + negative / 2
-            out += (positive * above).sum(1) / (positive.sum(1) * negative.sum(1))
-        return out / len(classes)
+            out += (positive * above).sum(1) / np.maximum(positive.sum(1) * negative.sum(1), TINY)
+        return out / len(seen.present)
 
-    def influence(self, seen: ByLabel) -> np.ndarray:
+    def influence(self, seen: Marked) -> np.ndarray:
         """Each image's share of pairs in the wrong order, by the images of its side."""
-        out = np.zeros(len(seen.labels))
-        for label in np.unique(seen.labels):
-            there, scores = seen.labels == label, seen.value[:, label]
+        out = np.zeros(len(seen))
+        for label in seen.present:
+            there, scores = seen.there[:, label], seen.value[:, label]
             positive, negative = np.sort(scores[there]), np.sort(scores[~there])
             above = 1 - _midrank(negative, scores[there])
             below = _midrank(positive, scores[~there])
             out[there] += (above - above.mean()) / len(positive)
             out[~there] += (below - below.mean()) / len(negative)
-        return _centred(out, seen.labels)
+        return _centred(out, seen.strata)
 
 
 def resampled(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -12,12 +12,14 @@ import numpy as np
 
 from treesurgeon import engine, models
 from treesurgeon.search.augment import check_augment
-from treesurgeon.search.config import Config, RunError
+from treesurgeon.search.config import AUTO, Config, RunError
 from treesurgeon.search.data import ROLES, Roles, open_source, sample_images, split_roles
+from treesurgeon.search.metrics import pick_metric
 from treesurgeon.search.policy import EVERYTHING, Policy, make_policy
 from treesurgeon.search.selection import limits
 from treesurgeon.search.subject import Subject, open_subject
-from treesurgeon.search.transfer import Labels, NewHead, match_labels, with_new_head
+from treesurgeon.search.tasks import CLASSIFICATION, TASKS, Units
+from treesurgeon.search.transfer import Labels, NewHead, match_labels, rescaled, with_new_head
 
 SOURCE_IMAGES = 1000  # at most
 
@@ -27,9 +29,9 @@ class Setting:
     """What a configuration refers to, opened and checked.
 
     Attributes:
-        config: the configuration.
-        subject: the dense model; with a new head, where the labels are not the checkpoint's.
-        roles: the data.
+        config: the configuration; what the data says of task and metric is filled in.
+        subject: the dense model; with a new head, where the labels are not the checkpoint's. Numbers are standardised.
+        roles: the data; labels that are numbers are standardised.
         mean, std: what images are normalised with.
         budget: absolute limits.
         checkpoint: SHA-256 of the variables as the checkpoint holds them.
@@ -37,6 +39,7 @@ class Setting:
         head: what replaced the checkpoint's head, if anything did.
         policy: which leaves fine-tuning changes, and how fast.
         source_images: `[N, H, W, C]`, normalised, like those that the checkpoint was trained on; None where not given.
+        units: of labels that are numbers, and of what the saved model returns.
     """
 
     config: Config
@@ -50,12 +53,14 @@ class Setting:
     head: NewHead | None = None
     policy: Policy = EVERYTHING
     source_images: np.ndarray | None = None
+    units: Units | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Opened:
     """Model and data as they are; `labels` says how the classes of the one relate to those of the other."""
 
+    config: Config
     subject: Subject
     roles: Roles
     labels: Labels
@@ -69,7 +74,11 @@ def open_parts(config: Config, hold: int | None = None) -> Opened:
     preset = models.get(config.model) if ":" not in config.model else None
     size = config.image_size * 2 if len(config.image_size) == 1 else config.image_size
     wanted = (*(size or preset.input_shape[:2]), preset.input_shape[2]) if preset else size or None
-    source = open_source(config.data, config.data_dir or None, wanted)
+    source = open_source(config.data, config.data_dir or None, wanted, None if config.task == AUTO else config.task)
+    metric = pick_metric(config.metric, TASKS[source.task])
+    config = replace(config, task=source.task, metric=metric.name)
+    if config.criterion == "selectivity" and source.task != CLASSIFICATION.name:
+        raise RunError(f"--criterion selectivity is about classes, and these labels are for {source.task}: use another")
     split = next((name for name, size in source.splits.items() if size), None)
     if split is None:
         raise RunError(f"--data {config.data}: no split has an image")
@@ -92,12 +101,13 @@ def open_parts(config: Config, hold: int | None = None) -> Opened:
         caps={"train": config.max_train},
         hold=hold,
     )
-    for role in ("train", "test"):
-        if len(np.unique(getattr(roles, role).labels)) < 2:
-            raise RunError(f"--data {config.data}: all images of {role} are of one class; a classifier needs two")
     seen = {role: getattr(roles, role).labels for role in ROLES}
-    config.judged_by.check(seen, roles.label_names)
-    return Opened(subject, roles, labels, tuple(mean), tuple(std), fitted)
+    for role in ("train", "test"):
+        if not np.ptp(seen[role], axis=0).any():
+            alike = "of one class; a classifier needs two" if roles.task == CLASSIFICATION else "labelled alike"
+            raise RunError(f"--data {config.data}: all images of {role} are {alike}")
+    metric.check(seen, roles.label_names)
+    return Opened(config, subject, roles, labels, tuple(mean), tuple(std), fitted)
 
 
 def prepare(config: Config, hold: int | None = None) -> Setting:
@@ -109,10 +119,15 @@ def prepare(config: Config, hold: int | None = None) -> Setting:
     """
     config.check()
     opened = open_parts(config, hold)
-    subject, head = opened.subject, None
+    config, subject, roles, head, units = opened.config, opened.subject, opened.roles, None, None
     checkpoint = fingerprint(subject.variables)
+    if config.task == "regression":
+        units = Units.of(roles.train.labels)
+        roles = roles.map(lambda split: replace(split, labels=units.standardised(split.labels)))
     if opened.labels.replaced:
-        subject, head = with_new_head(subject, opened.labels, opened.roles)
+        subject, head = with_new_head(subject, opened.labels, roles)
+    elif units:
+        subject = rescaled(subject, units.inverse())
     check_augment(config.augment, subject.spec.input_shape)
     policy = make_policy(subject, config.freeze, config.layer_decay)
     dense = engine.cost(subject.graph, engine.Plan())._asdict()
@@ -121,8 +136,8 @@ def prepare(config: Config, hold: int | None = None) -> Setting:
     theirs = None
     if config.source_data:
         theirs = sample_images(open_source(config.source_data, config.data_dir or None), SOURCE_IMAGES, **like)
-    parts = opened.roles, opened.mean, opened.std, budget, checkpoint, opened.fitted
-    return Setting(config, subject, *parts, head, policy, theirs)
+    parts = roles, opened.mean, opened.std, budget, checkpoint, opened.fitted
+    return Setting(config, subject, *parts, head, policy, theirs, units)
 
 
 def fingerprint(tree: Any) -> str:

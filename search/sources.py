@@ -17,6 +17,7 @@ import numpy as np
 
 from treesurgeon.engine import TreesurgeonError
 from treesurgeon.search.folders import Folder
+from treesurgeon.search.tasks import TaskName, guess_task
 
 BATCH = 1000  # records decoded at a time
 MOST_CLASSES = 100_000  # a larger label is taken for a mistake
@@ -34,10 +35,11 @@ class Address:
     spec: str
     data_dir: str | None
     shape: tuple[int, ...] | None
+    task: TaskName | None = None
 
     def open(self) -> "Source":
         """Open it."""
-        return open_source(self.spec, self.data_dir, self.shape)
+        return open_source(self.spec, self.data_dir, self.shape, self.task)
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,14 @@ class Source:
     Attributes:
         spec: as given to `open_source`; error messages begin with it.
         splits: the number of images of each split.
-        label_names: names of the classes, by label.
-        read_labels: `split -> [N]`, in the dataset's order.
+        label_names: names of the classes, by label; or of the labels, or numbers, of an image.
+        read_labels: `split -> [N]`, whole numbers, in the dataset's order; `[N, K]` where an image has several labels,
+            0 or 1, or numbers, floating point.
         read_images: `(split, ascending indices [n]) -> [n, H, W, C]`, or `[n, H, W]` for a single channel, as
             stored: uint8, or floating point.
         named: whether `label_names` are names that somebody gave, not numbers that were counted.
         address: how to open it again; None where its images are in memory anyway.
+        task: what the labels are for.
     """
 
     spec: str
@@ -62,10 +66,11 @@ class Source:
     read_images: Callable[[str, np.ndarray], np.ndarray]
     named: bool = False
     address: Address | None = None
+    task: TaskName = "classification"
 
     @property
     def num_classes(self) -> int:
-        """How many classes the dataset names."""
+        """How many classes, labels or numbers the dataset names: the outputs of a model for it."""
         return len(self.label_names)
 
 
@@ -74,7 +79,12 @@ def default_data_dir() -> Path:
     return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
 
 
-def open_source(spec: str, data_dir: str | Path | None = None, shape: Sequence[int] | None = None) -> Source:
+def open_source(
+    spec: str,
+    data_dir: str | Path | None = None,
+    shape: Sequence[int] | None = None,
+    task: TaskName | None = None,
+) -> Source:
     """Open a dataset that is on this machine.
 
     Args:
@@ -83,20 +93,45 @@ def open_source(spec: str, data_dir: str | Path | None = None, shape: Sequence[i
             `dataset_info.json`. `npz:PATH`: arrays `x_train, y_train, x_test, y_test` (any `x_SPLIT,
             y_SPLIT`), or `x, y` as one split named "all"; images `[N, H, W, C]` or `[N, H, W]`, uint8
             (scaled to 0..1 later) or floating point (taken as they are); labels `[N]`, integers, or strings, which
-            then are the classes' names; and `label_names`, strings, where the classes have names.
+            then are the classes' names, or `[N, K]` of 0 and 1 where an image has several, or floating-point numbers
+            `[N]` or `[N, K]`; and `label_names`, strings, where the classes, labels or numbers have names.
             `folder:PATH`: image files in a folder for each class, `PATH/CLASS/*.png` (one split, "all") or
             `PATH/SPLIT/CLASS/*.png`.
         data_dir: by default `default_data_dir()`.
         shape: `(H, W)` or `(H, W, C)` to which the images of a folder are scaled and cropped; those of other sources
             stay as they are.
+        task: what the labels are for, if not what they look like.
 
     Raises:
         DataError: it is not there, or cannot be read; the message says what to run.
     """
     root = default_data_dir() if data_dir is None else Path(data_dir).expanduser()
-    address = Address(spec, None if data_dir is None else str(data_dir), None if shape is None else tuple(shape))
     found = _open(spec, root, shape)
-    return found if spec.startswith("npz:") else replace(found, address=address)
+    if task and task != found.task:
+        found = _recast(found, task)
+    if spec.startswith("npz:"):
+        return found
+    where = None if data_dir is None else str(data_dir)
+    return replace(found, address=Address(spec, where, None if shape is None else tuple(shape), task))
+
+
+def _recast(source: Source, task: TaskName) -> Source:
+    """The dataset with its labels taken for something else than what they look like."""
+    if task != "regression":
+        words = {"classification": "whole numbers [N]", "multilabel": "rows of 0 and 1, [N, K]"}[task]
+        raise DataError(f"data {source.spec!r}: --task {task} needs labels that are {words}; these are {source.task}")
+
+    if source.named and source.task == "classification":
+        raise DataError(
+            f"data {source.spec!r}: --task regression needs numbers for labels; these are named classes, "
+            f"{', '.join(source.label_names[:4])}"
+        )
+
+    def numbers(split: str) -> np.ndarray:
+        return source.read_labels(split).astype(np.float32).reshape(source.splits[split], -1)
+
+    names = source.label_names if source.task == "multilabel" else ("value",)
+    return replace(source, label_names=names, read_labels=numbers, task=task)
 
 
 def _open(spec: str, root: Path, shape: Sequence[int] | None) -> Source:
@@ -166,7 +201,10 @@ def _tfds_source(spec: str, path: Path) -> Source:
             f"  tfds convert_format --dataset_dir={path} --out_file_format=array_record"
         )
     image, label = _feature_keys(spec, builder.info)
-    names = getattr(features[label], "names", None)
+    several = isinstance(features[label], tfds.features.Sequence)  # of classes
+    names: Any = getattr(features[label].feature if several else features[label], "names", None)
+    if several and names is None:
+        raise DataError(f"data {spec!r}: expected labels {label!r} that are a class, or a sequence of named classes")
     skip_images = {image: tfds.decode.SkipDecoding()}  # pyright: ignore[reportCallIssue]
 
     def read(split: str, indices: Sequence[int], key: str, decoders: Any) -> list[Any]:
@@ -184,7 +222,10 @@ def _tfds_source(spec: str, path: Path) -> Source:
         total = splits[split]
         starts = range(0, total, BATCH)
         batches = [range(start, min(start + BATCH, total)) for start in starts]
-        return np.array([value for batch in batches for value in read(split, batch, label, skip_images)])
+        found = [value for batch in batches for value in read(split, batch, label, skip_images)]
+        if several:
+            return np.array([np.isin(np.arange(len(names)), value) for value in found], np.float32)
+        return np.array(found)
 
     def read_images(split: str, indices: np.ndarray) -> np.ndarray:
         images = read(split, indices.tolist(), image, None)
@@ -198,10 +239,31 @@ def _tfds_source(spec: str, path: Path) -> Source:
 
     splits = {name: int(info.num_examples) for name, info in builder.info.splits.items()}
     named = names is not None
+    if several:
+        return Source(spec, splits, tuple(names), read_labels, read_images, named, task="multilabel")
     if names is None:
         labels = [read_labels(split) for split in splits if splits[split]]
-        names = _count_names(np.concatenate(labels) if labels else np.zeros(0, int))
+        every = np.concatenate(labels) if labels else np.zeros(0, int)
+        if every.ndim == 2 or guess_task(every) == "regression":
+            source = Source(spec, splits, (), read_labels, read_images)
+            return _of_rows(source, every)
+        names = _count_names(every)
     return Source(spec, splits, tuple(names), read_labels, read_images, named)
+
+
+def _of_rows(source: Source, every: np.ndarray, names: Sequence[str] = ()) -> Source:
+    """A dataset whose images have several labels, or numbers: they are read as rows of float32."""
+    task, count = guess_task(every), 1 if every.ndim == 1 else every.shape[1]
+    if names and len(names) != count:
+        raise DataError(f"data {source.spec!r}: expected a name for each of {count} labels, got {', '.join(names)}")
+    if task == "multilabel" and every.dtype.kind not in "iub":
+        raise DataError(f"data {source.spec!r}: expected labels of 0 and 1, got {every.dtype}")
+    counted = ("value",) if count == 1 else tuple(map(str, range(count)))
+
+    def rows(split: str) -> np.ndarray:
+        return source.read_labels(split).reshape(-1, count).astype(np.float32)
+
+    return replace(source, label_names=tuple(names) or counted, read_labels=rows, named=bool(names), task=task)
 
 
 def _feature_keys(spec: str, info: Any) -> tuple[str, str]:
@@ -253,23 +315,32 @@ def _npz_source(spec: str, path: Path) -> Source:
     for x, y in pairs.values():
         if len(arrays[y].shape) == 2 and arrays[y].shape[1] == 1:  # Keras writes labels as a column
             arrays[y] = arrays[y][:, 0]
-        if arrays[x].ndim not in (3, 4) or arrays[y].shape != arrays[x].shape[:1]:
+        if arrays[x].ndim not in (3, 4) or arrays[y].ndim > 2 or arrays[y].shape[:1] != arrays[x].shape[:1]:
             raise DataError(
-                f"data {spec!r}: expected images {x} [N, H, W, C] or [N, H, W] and labels {y} [N], got "
-                f"{list(arrays[x].shape)} and {list(arrays[y].shape)}"
+                f"data {spec!r}: expected images {x} [N, H, W, C] or [N, H, W] and labels {y} [N], or [N, K] where "
+                f"an image has several, got {list(arrays[x].shape)} and {list(arrays[y].shape)}"
             )
     given = tuple(map(str, np.atleast_1d(arrays.get("label_names", np.array([])))))
     if len(set(given)) != len(given):
         raise DataError(f"data {spec!r}: expected label_names that differ, one for each class, got {', '.join(given)}")
-    given = _encode(spec, arrays, [y for _, y in pairs.values()], given)
-    return Source(
+    targets = [y for _, y in pairs.values()]
+    kinds = {(guess_task(arrays[y]), arrays[y].shape[1:]) for y in targets}
+    if len(kinds) > 1:
+        each = ", ".join(f"{y} {arrays[y].dtype} {list(arrays[y].shape)}" for y in targets)
+        raise DataError(f"data {spec!r}: expected labels of one kind in all splits, got {each}")
+    source = Source(
         spec,
         splits={split: len(arrays[x]) for split, (x, _) in pairs.items()},
-        label_names=given or _count_names(np.concatenate([arrays[y] for _, y in pairs.values()])),
+        label_names=given,
         read_labels=lambda split: arrays[pairs[split][1]],
         read_images=lambda split, indices: arrays[pairs[split][0]][indices],
         named=bool(given),
     )
+    if kinds != {("classification", ())}:
+        return _of_rows(source, np.concatenate([arrays[y] for y in targets]), given)
+    given = _encode(spec, arrays, targets, given)
+    names = given or _count_names(np.concatenate([arrays[y] for y in targets]))
+    return replace(source, label_names=names, named=bool(given))
 
 
 def _encode(spec: str, arrays: dict[str, np.ndarray], labels: Sequence[str], names: tuple[str, ...]) -> tuple[str, ...]:

@@ -5,8 +5,10 @@ Linear probes: G. Alain, Y. Bengio: "Understanding intermediate layers using lin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -14,7 +16,7 @@ import numpy as np
 
 from treesurgeon import engine
 from treesurgeon.search.data import Roles
-from treesurgeon.search.heads import LinearHead, best_logistic, ridge
+from treesurgeon.search.heads import best_head, quick_head
 from treesurgeon.search.subject import Subject
 from treesurgeon.search.transfer import by_batch
 
@@ -29,8 +31,9 @@ class Cut:
         point: where it is cut.
         features: how many there are.
         cost: of all that is left, its head included, see `engine.cost`.
-        train, search: accuracy, shares.
+        train, search: the score, one less the mean of `Task.wrong`: for classes accuracy, a share.
         penalty: of the head.
+        spread: the standard error of `search`.
     """
 
     point: str
@@ -39,6 +42,7 @@ class Cut:
     train: float
     search: float
     penalty: float
+    spread: float
 
     @property
     def params(self) -> int:
@@ -57,32 +61,38 @@ def survey(subject: Subject, roles: Roles, classes: int, head: HeadName = "ridge
     Args:
         subject: the model.
         roles: heads are fitted to `train`, and measured on `search` as well.
-        classes: of the labels.
-        head: least squares to one-hot labels, or logistic regression.
+        classes: of the labels; or how many labels, or numbers, an image has.
+        head: least squares, or logistic regression where labels are no numbers.
     """
+    task = roles.task
+    fit_head = partial(quick_head if head == "ridge" else best_head, task)
     every = jax.jit(engine.features(subject.infer, subject.graph))
     on_train, on_search = (by_batch(lambda x: every(subject.variables, x), s) for s in (roles.train, roles.search))
     x = subject.spec.example
     cuts = []
     for point in engine.points(subject.infer, subject.graph, x):
         z = on_train[point]
-        fitted = fit_head(head, z, roles.train.labels, classes)
+        fitted = fit_head(z, roles.train.labels, classes)
         train, search = (
-            float((np.asarray(fitted(found)).argmax(1) == split.labels).mean())
+            np.asarray(task.wrong(np.asarray(fitted(found)), split.labels), float)
             for found, split in ((z, roles.train), (on_search[point], roles.search))
         )
         short = engine.truncate(subject.infer, subject.graph, point, x)
         stem = engine.cost(engine.trace(short, short.take(subject.variables), x), engine.Plan())
         cost = _with_head(stem, z.shape[1], classes)
-        cuts.append(Cut(point, z.shape[1], cost, train, search, float(fitted.penalty)))
+        spread = float(search.std() / math.sqrt(len(search)))
+        cuts.append(
+            Cut(
+                point,
+                z.shape[1],
+                cost,
+                1 - float(train.mean()),
+                1 - float(search.mean()),
+                float(fitted.penalty),
+                spread,
+            )
+        )
     return cuts
-
-
-def fit_head(kind: HeadName, x: np.ndarray, labels: np.ndarray, classes: int) -> LinearHead:
-    """A head of a kind on features `[N, F]`."""
-    if kind == "ridge":
-        return ridge(x, np.eye(classes, dtype=np.float32)[labels])
-    return best_logistic(x, labels, classes)
 
 
 def _with_head(stem: Any, features: int, classes: int) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """A sweep: how far single changes of one candidate move its answers, each computed from where it begins.
 
 Compared is with the candidate itself and not with the dense model: what a single change does is small, and next to how
-far the candidate is off already it would be lost in noise. As everywhere, scale does not count (see answers.py).
+far the candidate is off already it would be lost in noise. As everywhere, scale does not count (see tasks.py).
 
 A change deep in the network leaves all before it as it is, whatever is fitted there included. So the changes are sorted
 by how much depends on them and put into a few parts; what comes before the first of a part is computed once for all of
@@ -11,6 +11,7 @@ it (`engine.Split.later`). Each part is one program, compiled once, and vmapped 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,12 +21,12 @@ from jax import Array
 from jax.sharding import Mesh
 
 from treesurgeon import engine
-from treesurgeon.search.answers import divergence, sharpness
 from treesurgeon.search.chunking import chunks, fitting_chunk
 from treesurgeon.search.evaluate import Batches, Reconstruct, calibrate, with_leaves
 from treesurgeon.search.mesh import EVERY, P, groups, make_mesh, put, spread, whole
 from treesurgeon.search.space import Space
 from treesurgeon.search.subject import Subject
+from treesurgeon.search.tasks import Task
 
 PARTS = 2  # each takes its time to compile
 
@@ -70,7 +71,7 @@ class Sweep:
         mesh: Mesh | None = None,
     ):
         """Of `data` the first batch is used; the other arguments are those of `Evaluator`."""
-        self.space, self.compiled = space, 0
+        self.space, self.compiled, self._task = space, 0, data.task
         self._before: Any = None  # what was computed last of what comes before a part, and for which masks
         mesh = mesh or make_mesh((1, 1))
         self.mesh: Mesh = mesh
@@ -125,7 +126,7 @@ class Sweep:
                 continue
             rows = np.concatenate([[0], mine + 1])  # the start itself, for comparison
             logits = np.concatenate(self.answers(part, leaves, list(chunks(rows, part.chunk))))[: len(rows)]
-            out[mine] = [moved(logits[0], each, self._labels, self._weights) for each in logits[1:]]
+            out[mine] = [moved(self._task, logits[0], each, self._labels, self._weights) for each in logits[1:]]
         return out
 
     def answers(self, part: Part, leaves: list[np.ndarray], pieces: list[np.ndarray]) -> list[np.ndarray]:
@@ -152,12 +153,12 @@ def _alike(some: list[np.ndarray], others: list[np.ndarray]) -> bool:
     return all(np.array_equal(one, other) for one, other in zip(some, others, strict=True))
 
 
-@jax.jit
-def moved(start: Array, logits: Array, labels: Array, weights: Array) -> Array:
+@partial(jax.jit, static_argnums=0)
+def moved(task: Task, start: Array, logits: Array, labels: Array, weights: Array) -> Array:
     """The mean divergence of answers from others at the scale that suits best, the others being at their sharpest."""
-    target = start * sharpness(start, jax.nn.one_hot(labels, start.shape[-1]), weights)
-    near = logits * sharpness(logits, jax.nn.softmax(target.astype(jnp.float32)), weights)
-    return (divergence(target, near) * weights).sum() / weights.sum()
+    target = start * task.sharpness(start, task.wanted(labels, start.shape[-1]), weights)
+    near = logits * task.sharpness(logits, task.expected(target.astype(jnp.float32)), weights)
+    return (task.divergence(target, near) * weights).sum() / weights.sum()
 
 
 def touches(space: Space, masks: Any) -> list[frozenset[int]]:

@@ -2,7 +2,8 @@
 
 The head is found in the traced function (`engine.find_head`), so this works on any module whose logits are one dense
 layer on features. Rows of classes that both label lists name are carried over; the others are fitted in closed form on
-`train` (see heads.py), with those in place. From then on the model is one like any other.
+`train` (see heads.py), with those in place. From then on the model is one like any other. Where labels are several for
+an image, or numbers, all rows are fitted.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import numpy as np
 from treesurgeon import engine, models
 from treesurgeon.engine import Head
 from treesurgeon.search.data import DataError, Roles, Split
-from treesurgeon.search.heads import LinearHead, best_logistic
+from treesurgeon.search.heads import LinearHead, best_head
 from treesurgeon.search.sources import Source
 from treesurgeon.search.subject import Subject, SubjectError
+from treesurgeon.search.tasks import CLASSIFICATION, Units
 
 COUNTS = ("num_classes", "classes", "n_classes", "num_labels")  # how a factory may call the number of classes
 BATCH = 250
@@ -53,10 +55,11 @@ def match_labels(
 
     Args:
         source: the dataset. Names that it made up by counting are not compared.
-        count: classes of the checkpoint.
+        count: classes of the checkpoint, its outputs.
         theirs: their names, by number; None where they are not known.
-        head: `auto` replaces the head where the counts differ, or the names where both are known; `keep` takes the
-            labels for the checkpoint's; `fit` replaces every row.
+        head: `auto` replaces the head where the counts differ, or the names where both are known, or where those of
+            its classes are and the labels are none; `keep` takes the labels for the checkpoint's; `fit` replaces every
+            row.
 
     Raises:
         SubjectError: there is not a name for each class of the checkpoint.
@@ -67,8 +70,9 @@ def match_labels(
             f"the checkpoint has {count} classes and {len(theirs)} names ({', '.join(theirs[:4])}, …): give one for "
             f"each, in their order, with --source-labels"
         )
-    known = theirs is not None and source.named
-    differ = len(ours) != count or (known and ours != tuple(theirs or ()))
+    of_classes = source.task == CLASSIFICATION.name
+    known = theirs is not None and source.named and of_classes
+    differ = len(ours) != count or (known and ours != tuple(theirs or ())) or (theirs is not None and not of_classes)
     if head == "keep" or (head == "auto" and not differ):
         return Labels(ours, False)
     places = {name: k for k, name in enumerate(theirs or ())} if known and head == "auto" else {}
@@ -86,7 +90,8 @@ class NewHead:
         penalty: of the logistic regression; None where nothing was fitted.
         features: how many there are.
         images: of `train`, how many it was fitted to.
-        train_accuracy: on these, share of right answers.
+        train_accuracy: on these, share of right answers; in general one less the mean of `Task.wrong`.
+        answered: what that is, in words.
     """
 
     kernel: str
@@ -96,6 +101,7 @@ class NewHead:
     features: int
     images: int
     train_accuracy: float
+    answered: str = CLASSIFICATION.answered
 
     @property
     def sentence(self) -> str:
@@ -109,7 +115,7 @@ class NewHead:
             text += f"carried over: {named(self.carried)}; "
         if self.fitted:
             text += f"fitted in closed form to {self.images:,} images of train: {named(self.fitted)}; "
-        return text + f"{self.train_accuracy:.2%} right on train"
+        return text + f"{self.train_accuracy:.2%} {self.answered} on train"
 
 
 def with_new_head(subject: Subject, labels: Labels, roles: Roles) -> tuple[Subject, NewHead]:
@@ -119,10 +125,10 @@ def with_new_head(subject: Subject, labels: Labels, roles: Roles) -> tuple[Subje
         SubjectError: the model's head cannot be replaced; the message says what to do.
         DataError: a class that has to be fitted has no image in `train`.
     """
-    classes, train = len(labels.names), roles.train
+    classes, train, task = len(labels.names), roles.train, roles.task
     head = replaceable(subject)
     free = [i for i in range(classes) if i not in labels.carried]
-    seen = np.bincount(train.labels, minlength=classes)
+    seen = np.bincount(train.labels, minlength=classes) if task == CLASSIFICATION else np.ones(classes)
     if empty := [labels.names[i] for i in free if not seen[i]]:
         raise DataError(
             f"class {empty[0]!r} has no image in train, so that no head can be fitted to it ({len(empty)} such "
@@ -131,18 +137,17 @@ def with_new_head(subject: Subject, labels: Labels, roles: Roles) -> tuple[Subje
         )
     x = head_features(subject, train)
     kernel, bias = head_arrays(subject.variables, head)
-    logits = np.zeros((len(x), classes), np.float32)
     new_kernel, new_bias = np.zeros((x.shape[1], classes), np.float32), np.zeros(classes, np.float32)
     for ours, his in labels.carried.items():
         new_kernel[:, ours], new_bias[ours] = kernel[:, his], bias[his]
     logits = x @ new_kernel + new_bias
     penalty = None
     if free:
-        fitted = best_logistic(x, train.labels, classes, known=logits, free=free)
+        fitted = best_head(task, x, train.labels, classes, known=logits, free=free)
         new_kernel[:, free], new_bias[free] = fitted.kernel, fitted.bias
         penalty = float(fitted.penalty)
     new = put_head(subject, head, LinearHead(jnp.asarray(new_kernel), jnp.asarray(new_bias), jnp.float32(0)), x, train)
-    right = float(((x @ new_kernel + new_bias).argmax(1) == train.labels).mean())
+    right = 1 - float(np.mean(task.wrong(x @ new_kernel + new_bias, train.labels)))
     told = NewHead(
         head.kernel,
         tuple(labels.names[i] for i in labels.carried),
@@ -151,8 +156,39 @@ def with_new_head(subject: Subject, labels: Labels, roles: Roles) -> tuple[Subje
         x.shape[1],
         len(train),
         right,
+        task.answered,
     )
     return new, told
+
+
+def in_units(subject: Subject, variables: Any, units: Units) -> Any:
+    """Variables of a model, or of a variant of it, whose head then returns `offset + scale * (what it returned)`."""
+    head = replaceable(subject)
+
+    def one(path: Any, leaf: Any) -> Any:
+        name, scale = engine.path_name(path), np.asarray(units.scale, np.float32)
+        if name == head.kernel:
+            return leaf * jnp.asarray(scale.reshape([-1 if d == head.classes else 1 for d in range(leaf.ndim)]))
+        return leaf * scale + np.asarray(units.offset, np.float32) if name == head.bias else leaf
+
+    return jax.tree_util.tree_map_with_path(one, variables)
+
+
+def rescaled(subject: Subject, units: Units) -> Subject:
+    """The model with its head in other units.
+
+    Raises:
+        SubjectError: the head cannot be changed, or something follows it.
+    """
+    variables = in_units(subject, subject.variables, units)
+    x = jax.random.normal(jax.random.key(0), (4, *subject.spec.input_shape), subject.spec.input_dtype)
+    before, after = (np.asarray(jax.jit(subject.infer)(v, x), np.float64) for v in (subject.variables, variables))
+    wanted = np.asarray(units.offset) + np.asarray(units.scale) * before
+    if np.abs(after - wanted).max() > EXACT * max(np.abs(wanted).max(), 1):
+        raise SubjectError(
+            f"something follows the head of {subject.spec.model}: return the numbers as its last layer does"
+        )
+    return replace(subject, variables=variables)
 
 
 def replaceable(subject: Subject) -> Head:

@@ -4,13 +4,12 @@ Every boundary of blocks is a point (`engine.points`). One forward pass gives th
 linear heads in closed form, fitted to `train`, say on `search` how much depth the task needs (see survey.py). Of the
 points that no smaller one beats, the smallest within one standard error of the best are taken (the rule of L. Breiman
 et al.: "Classification and Regression Trees", 1984), and then treated as all finalists are: statistics estimated anew,
-a logistic head or one with a hidden layer (see hidden.py), fine-tuning. The rule and the certificate choose among all
+a linear head or one with a hidden layer (see hidden.py), fine-tuning. The rule and the certificate choose among all
 of them alike.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,7 +21,7 @@ from treesurgeon import engine
 from treesurgeon.search import hidden, hosts
 from treesurgeon.search.budget import Budget, example
 from treesurgeon.search.finalists import fine_tuned
-from treesurgeon.search.heads import LinearHead, best_logistic
+from treesurgeon.search.heads import LinearHead, best_head
 from treesurgeon.search.hidden import HiddenHead
 from treesurgeon.search.latency import profile
 from treesurgeon.search.setting import Setting
@@ -44,8 +43,9 @@ def truncations(setting: Setting, budget: Budget, say: Callable[[str], None]) ->
     if not cuts:
         say("no truncation: the model has no boundary of blocks")
         return []
-    chosen = choose(cuts, budget, len(setting.roles.search), count)
-    told = ", ".join(f"{cut.point} ({cut.search:.1%} right on search)" for cut in chosen)
+    chosen = choose(cuts, budget, count)
+    answered = setting.roles.task.answered
+    told = ", ".join(f"{cut.point} ({cut.search:.1%} {answered} on search)" for cut in chosen)
     found = f"{told} become finalists, against {cuts[-1].search:.1%} at full depth" if chosen else "none is smaller"
     say(f"{len(cuts)} depths tried with linear heads on one forward pass: {found}")
     out = []
@@ -63,14 +63,14 @@ def truncations(setting: Setting, budget: Budget, say: Callable[[str], None]) ->
     return out
 
 
-def choose(cuts: Sequence[Cut], budget: Budget, images: int, count: int) -> list[Cut]:
+def choose(cuts: Sequence[Cut], budget: Budget, count: int) -> list[Cut]:
     """The smallest cuts that are as good as the best, as far as so many images tell; no smaller one beats them.
 
     The last cut is the whole model: it is compared with, and not chosen.
     """
     *rest, whole = cuts
-    best = max(cut.search for cut in cuts)
-    bar = best - math.sqrt(best * (1 - best) / images)
+    best = max(cuts, key=lambda cut: cut.search)
+    bar = best.search - best.spread
     front: list[Cut] = []
     for cut in sorted(rest, key=lambda cut: (cut.params, cut.macs, -cut.search)):
         within = all(cut.cost[name] <= limit for name, limit in budget.limits.items() if name in cut.cost)
@@ -83,7 +83,7 @@ def choose(cuts: Sequence[Cut], budget: Budget, images: int, count: int) -> list
 def headed(setting: Setting, at: str, budget: Budget, say: Callable[[str], None]) -> Subject:
     """The model up to a point, its running statistics estimated anew, with a head fitted to `train`.
 
-    It is a logistic one, unless `search` tells that one with a hidden layer is better and the budget has room for it.
+    It is a linear one, unless `search` tells that one with a hidden layer is better and the budget has room for it.
     """
     config, subject, train = setting.config, setting.subject, setting.roles.train
     classes, x = subject.num_classes, subject.spec.example
@@ -96,12 +96,12 @@ def headed(setting: Setting, at: str, budget: Budget, say: Callable[[str], None]
         short = replace(short, variables=estimate(short.variables, few, jax.random.key(0)))
     features_of = feature_finder(short)
     z = features_of(train)
-    linear = best_logistic(z, train.labels, classes)
+    linear = best_head(train.task, z, train.labels, classes)
     widths = sorted(set(config.head_widths) - {0})
     if widths:
         search = setting.roles.search
-        heads = hidden.hidden(z, train.labels, classes, widths, config.seed)
-        found = hidden.choose(linear, heads, features_of(search), search.labels)
+        heads = hidden.hidden(z, train.labels, classes, widths, config.seed, train.task)
+        found = hidden.choose(linear, heads, features_of(search), search.labels, train.task)
         if found:
             deep, units = (
                 truncated(replace(subject, variables=short.variables), at, found),

@@ -83,7 +83,7 @@ def tune(
     elif distill:
         data["teacher"] = answering(dense.infer, roles.train)(dense.variables).logits
     trainable, rates = policy.leaves(subject.graph, start.variables)
-    loss = objective(held(train, policy.frozen), distill=distill, augment=augment, teacher=teacher)
+    loss = objective(held(train, policy.frozen), task=roles.task, distill=distill, augment=augment, teacher=teacher)
     measure, trail = measurer(start.infer, roles.search, metric=metric), []
 
     def evaluate(variables: Any) -> tuple[float, float]:

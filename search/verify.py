@@ -14,7 +14,7 @@ from treesurgeon.search.certificate import wilson
 from treesurgeon.search.config import RunError
 from treesurgeon.search.evaluate import measurer
 from treesurgeon.search.metrics import ACCURACY, METRICS
-from treesurgeon.search.records import images_again, reading
+from treesurgeon.search.records import images_again, reading, units_of
 from treesurgeon.search.selection import SLACK
 
 
@@ -59,7 +59,13 @@ def _verify(options: Verification, say: Callable[[str], None]) -> bool:
         return False
     cost = engine.cost(model.graph, model.plan)
     metric = METRICS[model.manifest["metric"]]
-    error = measurer(lambda variables, x: model.apply(variables, x), test, metric=metric)(model.variables)[1]
+    units = units_of(model.manifest)
+
+    def infer(variables: Any, x: Any) -> Any:
+        answers = model.apply(variables, x)
+        return units.standardised(answers) if units else answers
+
+    error = measurer(infer, test, metric=metric)(model.variables)[1]
     score, promised = metric.score(error), claimed[f"test_{metric.name}"]
     allowed = max(options.tolerance, 1 / len(test))
     apart = metric.amount(abs(score - promised))

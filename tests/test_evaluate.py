@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from treesurgeon import engine
-from treesurgeon.search.answers import loss_and_wrong, sharpness
 from treesurgeon.search.chunking import fitting_chunk
 from treesurgeon.search.data import Split
 from treesurgeon.search.evaluate import Evaluator, batches, calibrate, with_leaves
 from treesurgeon.search.space import build
 from treesurgeon.search.subject import random_subject
+from treesurgeon.search.tasks import CLASSIFICATION
 
 RNG = np.random.default_rng(0)
 COUNT = 11
@@ -57,11 +57,11 @@ def test_populations_score_as_a_plain_loop_does(reconstruct, cached):
         return gated(with_leaves(subject.variables, stats), {**masks, "maps": maps}, split.images)
 
     dense = subject.infer(subject.variables, split.images)
-    dense = jax.nn.softmax(dense * sharpness(dense, np.eye(10)[split.labels], np.ones(COUNT)))
+    dense = jax.nn.softmax(dense * CLASSIFICATION.sharpness(dense, np.eye(10)[split.labels], np.ones(COUNT)))
     for i in range(5):
         logits = alone(rows(masks, i))
-        logits *= sharpness(logits[:4], np.eye(10)[split.labels[:4]], np.ones(4))
-        loss, miss = loss_and_wrong(logits, split.labels)
+        logits *= CLASSIFICATION.sharpness(logits[:4], np.eye(10)[split.labels[:4]], np.ones(4))
+        loss, miss = CLASSIFICATION.losses(logits, split.labels), CLASSIFICATION.wrong(logits, split.labels)
         np.testing.assert_allclose(losses[i], loss, rtol=2e-3, atol=2e-3)
         assert (wrong[i] == miss).mean() > 0.9
         distance = (dense * (jnp.log(dense) - jax.nn.log_softmax(logits))).sum(-1)
@@ -74,13 +74,13 @@ def test_the_sharpness_is_the_one_with_the_least_loss():
     weights = (np.arange(40) < 30).astype(np.float32)
 
     def loss(factor):
-        return (loss_and_wrong(factor * logits, labels)[0] * weights).sum()
+        return (CLASSIFICATION.losses(factor * logits, labels) * weights).sum()
 
-    found = float(sharpness(logits, np.eye(3)[labels], weights))
+    found = float(CLASSIFICATION.sharpness(logits, np.eye(3)[labels], weights))
     assert loss(found) <= min(map(loss, np.geomspace(0.02, 60, 400))) + 1e-4
-    np.testing.assert_allclose(sharpness(10 * logits, np.eye(3)[labels], weights), found / 10, rtol=1e-3)
-    assert sharpness(logits, np.eye(3)[logits.argmax(1)], weights) > 60  # no finite one is best
-    assert sharpness(logits, np.eye(3)[logits.argmin(1)], weights) < 0.02
+    np.testing.assert_allclose(CLASSIFICATION.sharpness(10 * logits, np.eye(3)[labels], weights), found / 10, rtol=1e-3)
+    assert CLASSIFICATION.sharpness(logits, np.eye(3)[logits.argmax(1)], weights) > 60  # no finite one is best
+    assert CLASSIFICATION.sharpness(logits, np.eye(3)[logits.argmin(1)], weights) < 0.02
 
 
 def test_candidates_that_are_out_are_shown_no_more_images():

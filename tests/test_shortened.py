@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from laws import leaves_of, random_plan
 
 from treesurgeon import engine, models
 from treesurgeon.engine import ModelSpec, Plan, PlanError
-from treesurgeon.engine.shortened import HEAD, HIDDEN
+from treesurgeon.engine.shortened import HEAD, HIDDEN, Shortened
 
 SPEC = ModelSpec("digits_cnn", (8, 8, 1), {}, at="stage2_res", outputs=3)
 RNG = np.random.default_rng(0)
@@ -68,6 +69,29 @@ def test_training_updates_the_statistics_that_it_has(whole):
     assert np.abs(logits - short.apply(mine, X)).max() > 1e-3
     grads = jax.grad(lambda p: short.apply({**mine, "params": p}, X, **mode)[0].std())(mine["params"])
     assert all(np.abs(g).max() > 0 for path, g in leaves_of(grads).items() if path.endswith("kernel"))
+
+
+class Late(nn.Module):
+    """Statistics come late: what is cut before has none, and its module cannot train without them."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.relu(nn.Dense(8, name="early")(x.reshape(len(x), -1)))
+        x = x + nn.BatchNorm(use_running_average=not train, name="norm")(nn.Dense(8, use_bias=False, name="res")(x))
+        return nn.Dense(3, name="head")(nn.relu(x))
+
+
+def test_training_before_the_first_statistics():
+    module = Late()
+    variables = module.init(jax.random.key(0), X)
+    at, *_ = engine.points(module.apply, engine.trace(module.apply, variables, X), X)
+    short = Shortened(module, at, 3, X)
+    mine = with_head(short, variables)
+    assert "batch_stats" not in mine
+    for mutable in ([], ["batch_stats"]):
+        logits, updates = short.apply(mine, X, train=True, mutable=mutable)
+        assert updates == {}
+        np.testing.assert_allclose(logits, short.apply(mine, X), rtol=1e-6)
 
 
 def test_half_precision(whole):
