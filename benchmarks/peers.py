@@ -136,7 +136,7 @@ def front(options: Options) -> None:
         same = tuned_here(setting, options, engine.Plan(), setting.subject.variables)
         rows.append(row("dense, JAX", 1.0, 0.0, same, setting))
     picture(options, rows)
-    steps = options.epochs * math.ceil(options.train / config.batch_size)
+    steps = options.epochs * math.ceil(options.train / setting.recipe.batch_size)
     publish(
         f"peers-{options.model}-{options.macs:.3f}",
         f"{options.model} at {options.macs:.1%} of its multiply-accumulates, by tool",
@@ -144,8 +144,8 @@ def front(options: Options) -> None:
         rows,
         f"Accuracy on {len(setting.roles.test):,} test images that nobody was shown, in percent, with its 95 % "
         f"interval (Wilson). Fine-tuning: {options.train:,} images, {options.epochs} epoch, SGD, Nesterov momentum, "
-        f"peak rate {LEARNING_RATE}, batches of {config.batch_size}, the last step's weights, for all alike. Seconds "
-        f"are wall time with compilation. torch {torch.__version__}, {torch.get_num_threads()} threads.",
+        f"peak rate {LEARNING_RATE}, batches of {setting.recipe.batch_size}, the last step's weights, for all alike. "
+        f"Seconds are wall time with compilation. torch {torch.__version__}, {torch.get_num_threads()} threads.",
     )
 
 
@@ -228,7 +228,7 @@ def recipe_of(options: Options, batch: int) -> Recipe:
 
 def fine_tune_torch(net: torch.nn.Module, setting: Setting, options: Options) -> None:
     """As `search/finetune.py` does it."""
-    train, recipe = setting.roles.train, recipe_of(options, setting.config.batch_size)
+    train, recipe = setting.roles.train, recipe_of(options, setting.recipe.batch_size)
     images = torch.from_numpy(np.ascontiguousarray(train.images.transpose(0, 3, 1, 2)))
     labels = torch.from_numpy(train.labels.astype(np.int64))
     decayed = [p for p in net.parameters() if p.ndim > 1]
@@ -270,7 +270,7 @@ def tuned_here(setting: Setting, options: Options, plan: engine.Plan, variables:
             lambda path, _: graph.leaves[engine.path_name(path)].trainable, variables
         )
         data = {"x": roles.train.images, "y": roles.train.labels}
-        recipe = recipe_of(options, setting.config.batch_size)
+        recipe = recipe_of(options, setting.recipe.batch_size)
         seen: list[Any] = []
 
         def last(variables: Any) -> tuple[float, float]:  # the newest is taken to be the best: nothing is chosen here

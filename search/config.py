@@ -149,12 +149,13 @@ class Config:
     head_widths: tuple[int, ...] = (16, 64)
     """Widths of a hidden layer that the new head of a truncated model may have; one that is better than a linear head
     on `search`, beyond what chance explains, is taken. 0: always a linear head."""
-    epochs: int = 2
-    """Epochs of fine-tuning for each finalist, stopped early on `search`; 0 only re-estimates statistics."""
+    epochs: int | None = None
+    """Epochs of fine-tuning for each finalist; the one that is best on `search` is kept. 0 only re-estimates
+    statistics. Default: 2, and where `train` is small as many as make 80 steps, but no more than 30."""
     learning_rate: float = 0.01
     """Peak learning rate of fine-tuning (SGD with Nesterov momentum, cosine schedule)."""
-    batch_size: int = 128
-    """Images a step of fine-tuning."""
+    batch_size: int | None = None
+    """Images a step of fine-tuning. Default: 128, and where `train` is small about a sixteenth of it, at least 16."""
     weight_decay: float = 5e-4
     """Weight decay of fine-tuning; norm scales and biases are left alone."""
     layer_decay: float = 1.0

@@ -68,12 +68,13 @@ def train(setting: Setting, selected: Tuned, whole: Tuned, say: Callable[[str], 
     config = setting.config
     if not config.baselines:
         return {}
-    if not config.epochs:
+    ours = setting.recipe.epochs
+    if not ours:
         say("no baselines are trained, as no finalist is (--epochs 0)")
         return {}
-    epochs = config.scratch_epochs or config.epochs
+    epochs = config.scratch_epochs or ours
     say(
-        f"training baselines to compare {selected.name} with: {_epochs(config.epochs)} of the dense model, {epochs} "
+        f"training baselines to compare {selected.name} with: {_epochs(ours)} of the dense model, {epochs} "
         f"from scratch, a linear probe (--no-baselines leaves them out)"
     )
     out = {}

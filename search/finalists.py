@@ -135,7 +135,7 @@ def fine_tuned(setting: Setting, start: Tuned, say: Callable[[str], None]) -> Tu
     """
     config = setting.config
     note = answering(start.infer, crossval.pool(setting.roles)) if crossval.needed(setting) else None
-    if not config.epochs:
+    if not setting.recipe.epochs:
         return replace(start, trail=(note(start.variables),)) if note else start
     return tune(setting, start, say, policy=setting.policy, distill=config.distill, note=note)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,7 @@ from treesurgeon import engine, models
 from treesurgeon.search.augment import check_augment
 from treesurgeon.search.config import AUTO, Config, RunError
 from treesurgeon.search.data import ROLES, Roles, open_source, sample_images, split_roles
+from treesurgeon.search.finetune import Recipe
 from treesurgeon.search.metrics import pick_metric
 from treesurgeon.search.policy import EVERYTHING, Policy, make_policy
 from treesurgeon.search.selection import limits
@@ -22,6 +24,8 @@ from treesurgeon.search.tasks import CLASSIFICATION, TASKS, Units
 from treesurgeon.search.transfer import Labels, NewHead, match_labels, rescaled, with_new_head
 
 SOURCE_IMAGES = 1000  # at most
+BATCH, SMALLEST_BATCH, STEPS_AN_EPOCH = 128, 16, 16  # of fine-tuning, where nothing else is said
+STEPS, MOST_EPOCHS = 80, 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +41,8 @@ class Setting:
         checkpoint: SHA-256 of the variables as the checkpoint holds them.
         fitted: splits that the checkpoint was fitted on; None where that is unknown.
         head: what replaced the checkpoint's head, if anything did.
-        policy: which leaves fine-tuning changes, and how fast.
+        recipe: how finalists are fine-tuned.
+        policy: which leaves that changes, and how fast.
         source_images: `[N, H, W, C]`, normalised, like those that the checkpoint was trained on; None where not given.
         units: of labels that are numbers, and of what the saved model returns.
     """
@@ -50,6 +55,7 @@ class Setting:
     budget: Mapping[str, float]
     checkpoint: str
     fitted: tuple[str, ...] | None
+    recipe: Recipe
     head: NewHead | None = None
     policy: Policy = EVERYTHING
     source_images: np.ndarray | None = None
@@ -136,8 +142,22 @@ def prepare(config: Config, hold: int | None = None) -> Setting:
     theirs = None
     if config.source_data:
         theirs = sample_images(open_source(config.source_data, config.data_dir or None), SOURCE_IMAGES, **like)
-    parts = roles, opened.mean, opened.std, budget, checkpoint, opened.fitted
+    recipe = make_recipe(config, len(roles.train))
+    config = replace(config, epochs=recipe.epochs, batch_size=recipe.batch_size)
+    parts = roles, opened.mean, opened.std, budget, checkpoint, opened.fitted, recipe
     return Setting(config, subject, *parts, head, policy, theirs, units)
+
+
+def make_recipe(config: Config, images: int) -> Recipe:
+    """How finalists are fine-tuned on so many images: few of them take smaller batches and more epochs."""
+    size = config.batch_size or min(BATCH, max(SMALLEST_BATCH, 1 << (images // STEPS_AN_EPOCH).bit_length() >> 1))
+    epochs = min(MOST_EPOCHS, max(2, math.ceil(STEPS / math.ceil(images / size))))
+    return Recipe(
+        epochs=epochs if config.epochs is None else config.epochs,
+        batch_size=size,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+    )
 
 
 def fingerprint(tree: Any) -> str:

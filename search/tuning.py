@@ -11,7 +11,7 @@ import jax
 from treesurgeon import engine
 from treesurgeon.search.augment import AUGMENTATIONS
 from treesurgeon.search.evaluate import answering, measurer
-from treesurgeon.search.finetune import FitResult, Recipe, fit, objective
+from treesurgeon.search.finetune import FitResult, fit, objective
 from treesurgeon.search.metrics import Answers
 from treesurgeon.search.policy import EVERYTHING, Policy, held
 from treesurgeon.search.setting import Setting
@@ -70,12 +70,11 @@ def tune(
     metric = config.judged_by
     whole = not start.plan.keep and not start.plan.drop
     train = subject.train if whole else engine.narrow(subject.train, subject.graph, start.plan)
-    recipe = Recipe(
-        epochs=config.epochs if epochs is None else epochs,
-        batch_size=config.batch_size,
-        learning_rate=config.learning_rate if learning_rate is None else learning_rate,
-        weight_decay=config.weight_decay,
-    )
+    recipe = setting.recipe
+    if epochs is not None:
+        recipe = replace(recipe, epochs=epochs)
+    if learning_rate is not None:
+        recipe = replace(recipe, learning_rate=learning_rate)
     data, given = {"x": roles.train.images, "y": roles.train.labels}, {}
     augment, teacher = AUGMENTATIONS[config.augment], None
     if distill and augment:  # the teacher sees what the student sees
