@@ -7,8 +7,8 @@ Frozen finalists are tested on `certify`, which nothing else has looked at, agai
   model does on `train` is a constant, so this too is a claim about the difference of the errors on `certify`.
 
 A variant has to pass both (an intersection-union test, which needs no correction). They are tested in a fixed order,
-from large to small, up to the first that fails (which of them are tested at all is settled on `search`): the chance of
-any false claim is at most δ, however many candidates the search has looked at. S. Bauer: "Multiple testing in clinical
+from large to small, up to the first that fails, those left out that a smaller one beats on `search`: the chance of any
+false claim is at most δ, however many candidates the search has looked at. S. Bauer: "Multiple testing in clinical
 trials", 1991; A. Angelopoulos et al.: "Learn then test", 2021 (arXiv 2110.01052).
 
 Errors of two models on the same images are paired, and the test is the metric's (see metrics.py). For accuracy that is
@@ -39,6 +39,7 @@ __all__ = [
     "not_certified",
     "p_value",
     "smallest_margin",
+    "undominated",
 ]
 
 
@@ -97,6 +98,31 @@ class Certificate:
     metric: str = ACCURACY.name
     test: str = ACCURACY.test
     approximate: bool = False
+
+
+def undominated(
+    finalists: Sequence[Finalist], dense: Finalist, epsilon: float, eta: float, measure: str
+) -> list[Finalist]:
+    """The finalists that no smaller one beats, by how far within its margins each is on `search`.
+
+    To test another one could only end the walk before it gets to the smaller one. Of those left, a larger one is
+    farther within its margins than every smaller one.
+
+    Args:
+        finalists: the variants, frozen.
+        dense: the model that they come from.
+        epsilon, eta, measure: see `certify`.
+    """
+
+    def room(f: Finalist) -> float:
+        found = min(epsilon, eta + f.train_error - dense.train_error) - (f.search_error - dense.search_error)
+        return -math.inf if math.isnan(found) else found
+
+    out: list[Finalist] = []
+    for f in sorted(finalists, key=lambda f: (f.cost[measure], -room(f))):
+        if not out or room(f) > room(out[-1]):
+            out.append(f)
+    return out
 
 
 def certify(

@@ -16,7 +16,7 @@ from treesurgeon.search import contenders, crossval, formats, hosts, report
 from treesurgeon.search.activity import Looked
 from treesurgeon.search.budget import Budget, example, measured_dense
 from treesurgeon.search.card import card
-from treesurgeon.search.certificate import Certificate, Step, certify, not_certified, wilson
+from treesurgeon.search.certificate import Certificate, Step, certify, not_certified, undominated, wilson
 from treesurgeon.search.crossval import Estimate, cross_validate
 from treesurgeon.search.data import Split
 from treesurgeon.search.evaluate import answering, measurer
@@ -261,8 +261,7 @@ def find_certificate(
 ) -> Certificate:
     """The certificate, or why there is none; opens `certify` where it can say something.
 
-    Variants that fail by the numbers on `search` are not tested, so that none of them ends the walk before it gets to
-    smaller ones that pass.
+    Variants that a smaller one beats on `search` are not tested (see `certificate.undominated`).
     """
     config, roles = setting.config, setting.roles
     count, name, metric = len(roles.certify), verdict.selected.name, config.judged_by
@@ -290,8 +289,7 @@ def find_certificate(
         each: Tuned = finalist.ref
         return metric.observe(answering(each.infer, roles.certify)(each.variables))
 
-    promising = [f for f in finalists if not verdict.faults.get(f.name)] or finalists
-    tested = finalists if only else promising
+    tested = finalists if only else undominated(finalists, dense, config.epsilon, config.eta, budget.measure)
     return certify(tested, dense, observed, **margins, measure=budget.measure, only=only, metric=metric)
 
 

@@ -216,6 +216,11 @@ class Config:
         """The declared splits: None where nothing was said, () where the checkpoint has seen none."""
         return () if self.fitted_split == ("none",) else self.fitted_split or None
 
+    @property
+    def statistics_images(self) -> int:
+        """Images of `train` that norm statistics are estimated anew from; 0 where the checkpoint's are kept."""
+        return self.refit_images if self.calibration_images else 0
+
     def check(self) -> None:
         """Refuse values out of range."""
         least = {

@@ -68,14 +68,13 @@ def train(setting: Setting, selected: Tuned, whole: Tuned, say: Callable[[str], 
     config = setting.config
     if not config.baselines:
         return {}
-    ours = setting.recipe.epochs
-    if not ours:
+    if not setting.recipe.epochs:
         say("no baselines are trained, as no finalist is (--epochs 0)")
         return {}
-    epochs = config.scratch_epochs or ours
+    epochs = config.scratch_epochs or setting.recipe.epochs
     say(
-        f"training baselines to compare {selected.name} with: {_epochs(ours)} of the dense model, {epochs} "
-        f"from scratch, a linear probe (--no-baselines leaves them out)"
+        f"training baselines to compare {selected.name} with: {_epochs(setting.recipe.epochs)} of the dense model, "
+        f"{epochs} from scratch, a linear probe (--no-baselines leaves them out)"
     )
     out = {}
 

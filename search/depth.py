@@ -1,7 +1,7 @@
 """`treesurgeon depth`: how much of a model these labels need, before any search.
 
 Every point at which the model can be truncated gets a head in closed form: one forward pass over `train` and `search`
-gives the features of all of them (`engine.features`). What classifies as well early on says that the layers behind it
+gives the features of all of them (`engine.features`), norm statistics being estimated anew on `train`, as in a search. What classifies as well early on says that the layers behind it
 can go; a gap that opens says where few labels overfit. The labels need not be the checkpoint's.
 
 G. Alain, Y. Bengio: "Understanding intermediate layers using linear classifier probes", arXiv:1610.01644.
@@ -24,6 +24,7 @@ from treesurgeon.search.pictures import write_pictures
 from treesurgeon.search.setting import open_parts
 from treesurgeon.search.survey import Cut, HeadName, survey
 from treesurgeon.search.tasks import CLASSIFICATION, TaskName
+from treesurgeon.search.transfer import adapted
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def depth(options: Depth, say: Callable[[str], None]) -> list[Cut]:
     )
     if options.head == "logistic" and roles.task.name == "regression":
         raise RunError("--head logistic: labels that are numbers take --head ridge")
+    subject = adapted(subject, roles.train, config.statistics_images)
     cuts = survey(subject, roles, classes, options.head)
     if not cuts:
         raise RunError(f"--model {options.model}: it has no boundary of blocks at which it could be truncated")

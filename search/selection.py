@@ -51,7 +51,6 @@ class Verdict:
         selected: the chosen model; the dense one where nothing else passed.
         passed: whether it met every criterion that was applied.
         reasons: for each finalist by name, why it passed or failed.
-        faults: likewise, the margins that it does not keep.
         sentence: the outcome in one sentence.
     """
 
@@ -59,7 +58,6 @@ class Verdict:
     passed: bool
     reasons: Mapping[str, str]
     sentence: str
-    faults: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 class Rule(Protocol):
@@ -130,7 +128,7 @@ class WithinMargins:
             chosen = min(passing, key=lambda f: (f.cost[self.measure], f.search_error))
         passed = not faults[chosen.name]
         sentence = self._sentence(chosen, dense, faults[chosen.name], budget, clean, len(finalists))
-        return Verdict(chosen, passed, reasons, sentence, faults)
+        return Verdict(chosen, passed, reasons, sentence)
 
     def _faults(self, model: Finalist, dense: Finalist, clean: bool) -> list[str]:
         faults = []

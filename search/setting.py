@@ -21,7 +21,7 @@ from treesurgeon.search.policy import EVERYTHING, Policy, make_policy
 from treesurgeon.search.selection import limits
 from treesurgeon.search.subject import Subject, open_subject
 from treesurgeon.search.tasks import CLASSIFICATION, TASKS, Units
-from treesurgeon.search.transfer import Labels, NewHead, match_labels, rescaled, with_new_head
+from treesurgeon.search.transfer import Labels, NewHead, adapted, match_labels, rescaled, with_new_head
 
 SOURCE_IMAGES = 1000  # at most
 BATCH, SMALLEST_BATCH, STEPS_AN_EPOCH = 128, 16, 16  # of fine-tuning, where nothing else is said
@@ -130,7 +130,8 @@ def prepare(config: Config, hold: int | None = None) -> Setting:
     if config.task == "regression":
         units = Units.of(roles.train.labels)
         roles = roles.map(lambda split: replace(split, labels=units.standardised(split.labels)))
-    if opened.labels.replaced:
+    if opened.labels.replaced:  # first the statistics, as every variant will have them: the head is fitted to these
+        subject = adapted(subject, roles.train, config.statistics_images)
         subject, head = with_new_head(subject, opened.labels, roles)
     elif units:
         subject = rescaled(subject, units.inverse())

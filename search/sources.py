@@ -107,7 +107,9 @@ def open_source(
     """
     root = default_data_dir() if data_dir is None else Path(data_dir).expanduser()
     found = _open(spec, root, shape)
-    if task and task != found.task:
+    if task is None:
+        _refuse_ambiguous(found)
+    elif task != found.task:
         found = _recast(found, task)
     if spec.startswith("npz:"):
         return found
@@ -115,10 +117,43 @@ def open_source(
     return replace(found, address=Address(spec, where, None if shape is None else tuple(shape), task))
 
 
+def _every_label(source: Source) -> np.ndarray:
+    return np.concatenate([source.read_labels(split) for split in source.splits])
+
+
+def _are_classes(source: Source) -> bool:
+    """Whether rows could be classes all the same: whole numbers stored as floating-point ones, or one-hot."""
+    if source.task == "classification" or not source.splits:
+        return source.task == "classification"
+    every = _every_label(source)
+    if source.task == "regression":
+        return every.shape[1] == 1 and bool((every == np.round(every)).all() and (every >= 0).all())
+    return every.shape[1] > 1 and bool((every.sum(1) == 1).all() and ((every == 0) | (every == 1)).all())
+
+
+def _refuse_ambiguous(source: Source) -> None:
+    if source.task == "classification" or not _are_classes(source):
+        return
+    what = "whole numbers, stored as floating-point ones" if source.task == "regression" else "rows with a single 1"
+    raise DataError(
+        f"data {source.spec!r}: the labels are {what}: pass --task classification if they are classes, or --task "
+        f"{source.task}"
+    )
+
+
 def _recast(source: Source, task: TaskName) -> Source:
     """The dataset with its labels taken for something else than what they look like."""
+    if task == "classification" and _are_classes(source):
+
+        def numbered(split: str) -> np.ndarray:
+            rows = source.read_labels(split)
+            return (rows[:, 0] if source.task == "regression" else rows.argmax(1)).astype(np.int32)
+
+        several = source.task == "multilabel"
+        names = source.label_names if several else _count_names(_every_label(source)[:, 0].astype(int))
+        return replace(source, label_names=names, read_labels=numbered, task=task, named=several and source.named)
     if task != "regression":
-        words = {"classification": "whole numbers [N]", "multilabel": "rows of 0 and 1, [N, K]"}[task]
+        words = {"classification": "whole numbers [N], or one-hot", "multilabel": "rows of 0 and 1, [N, K]"}[task]
         raise DataError(f"data {source.spec!r}: --task {task} needs labels that are {words}; these are {source.task}")
 
     if source.named and source.task == "classification":

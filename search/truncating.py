@@ -27,7 +27,7 @@ from treesurgeon.search.latency import profile
 from treesurgeon.search.setting import Setting
 from treesurgeon.search.subject import Subject
 from treesurgeon.search.survey import Cut, survey
-from treesurgeon.search.transfer import feature_finder
+from treesurgeon.search.transfer import adapted, feature_finder
 from treesurgeon.search.tuning import Tuned
 
 DEFAULT = 2  # where the head is new
@@ -90,10 +90,7 @@ def headed(setting: Setting, at: str, budget: Budget, say: Callable[[str], None]
     features = jax.eval_shape(engine.truncate(subject.infer, subject.graph, at, x), subject.variables, x)
     blank = LinearHead(jnp.zeros((features.shape[-1], classes)), jnp.zeros(classes), jnp.float32(0))
     short = truncated(subject, at, blank)
-    if config.calibration_images and short.momenta:
-        few = jnp.asarray(train.images[: config.refit_images])
-        estimate = jax.jit(engine.reestimate(short.train, short.momenta))
-        short = replace(short, variables=estimate(short.variables, few, jax.random.key(0)))
+    short = adapted(short, train, config.statistics_images)
     features_of = feature_finder(short)
     z = features_of(train)
     linear = best_head(train.task, z, train.labels, classes)

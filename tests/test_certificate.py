@@ -5,7 +5,7 @@ import pytest
 from scipy.optimize import minimize_scalar
 from scipy.stats import norm
 
-from treesurgeon.search.certificate import certify, images_needed, p_value, smallest_margin
+from treesurgeon.search.certificate import certify, images_needed, p_value, smallest_margin, undominated
 from treesurgeon.search.selection import Finalist
 
 RNG = np.random.default_rng(0)
@@ -120,3 +120,22 @@ def test_a_wider_gap_is_a_matter_of_the_train_error():
         found = certify([finalist("a", 1, train)], dense, lambda _: same, **settings)
         assert (found.selected == "a") == passes
     assert "no wider gap" in found.sentence
+
+
+def test_variants_that_a_smaller_one_beats_on_search_are_not_tested():
+    def one(name, size, train, search):
+        return Finalist(name, {"params": size}, train, search)
+
+    dense = one("dense", 100, 0.10, 0.20)
+    big, mid, small = one("big", 80, 0.10, 0.30), one("mid", 50, 0.10, 0.195), one("small", 20, 0.10, 0.205)
+
+    def names(*finalists, epsilon=0.01, eta=0.02):
+        return [f.name for f in undominated(finalists, dense, epsilon, eta, "params")]
+
+    assert names(big, mid, small) == ["small", "mid"]  # the walk goes through these from the end
+    assert names(big, small) == ["small"]
+    assert names(big) == ["big"]  # nothing smaller: it is tested, whatever it has on search
+    # A smaller one with a far wider gap is not within its margins: 0 on train, 0.205 on search.
+    assert names(mid, one("overfits", 20, 0.0, 0.19)) == ["overfits", "mid"]
+    assert names(one("nan", 10, 0.1, float("nan")), mid) == ["nan", "mid"]
+    assert names(one("twin", 50, 0.1, 0.25), mid) == ["mid"]

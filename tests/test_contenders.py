@@ -12,7 +12,7 @@ from treesurgeon.search.config import Config
 from treesurgeon.search.contenders import Contrast, contrast, record, scratch, sentence
 from treesurgeon.search.metrics import ACCURACY, METRICS, Answers
 from treesurgeon.search.paired import interval, tango
-from treesurgeon.search.setting import prepare
+from treesurgeon.search.setting import make_recipe, prepare
 from treesurgeon.search.transfer import head_features
 from treesurgeon.search.tuning import Tuned
 
@@ -94,7 +94,8 @@ def test_there_may_be_none():
     said = []
     for changes, words in (({"baselines": False}, ""), ({"epochs": 0}, "--epochs 0")):
         config = Config("m", "c", "d", **{"epochs": 1, **changes})
-        assert contenders.train(type("S", (), {"config": config}), None, None, said.append) == {}
+        setting = type("S", (), {"config": config, "recipe": make_recipe(config, 100)})
+        assert contenders.train(setting, None, None, said.append) == {}
         assert words in "".join(said)
     assert sentence(ACCURACY, "v1", 0.5, {}) == ""
 

@@ -241,15 +241,15 @@ BAD = {
         r"split 'all': expected labels 0 to 3, since the model has 4 .*, got 4 at index 4 \(20 of 100",
     ),
     "labels negative": ({"x": X, "y": Y - 1}, {}, r"got -1 at index 0 \(20 of 100"),
-    "labels not whole": (
-        {"x": X, "y": Y * 0.5},
-        {},
-        r"one integer label per image, got float64 of shape \[100\]",
+    "labels whole but floating": (
+        {"x": X, "y": Y * 1.0},
+        None,
+        r"whole numbers, stored as floating-point ones: pass --task classification",
     ),
     "labels one-hot": (
         {"x": X, "y": np.eye(5, dtype=int)[Y]},
         None,
-        r"labels y \[N\], got \[100, 4, 4, 3\] and \[100, 5\]",
+        r"rows with a single 1: pass --task classification if they are classes, or --task multilabel",
     ),
     "labels are dates": (
         {"x": X, "y": Y.astype("datetime64[D]")},

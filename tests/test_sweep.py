@@ -12,6 +12,7 @@ from treesurgeon.search.evaluate import batches, calibrate, with_leaves
 from treesurgeon.search.space import build
 from treesurgeon.search.subject import random_subject
 from treesurgeon.search.sweep import Sweep, moved, partition, touches
+from treesurgeon.search.tasks import CLASSIFICATION
 
 RNG = np.random.default_rng(0)
 
@@ -55,7 +56,7 @@ def test_the_sweep_finds_what_whole_evaluations_find(model, reconstruct):
         probed = probed[RNG.permutation(len(probed))[:12]]
         found = sweep(start, probed)
         logits = whole(start)
-        wanted = [moved(logits, whole(each), data.labels[0], data.weights[0]) for each in probed]
+        wanted = [moved(CLASSIFICATION, logits, whole(each), data.labels[0], data.weights[0]) for each in probed]
         # Least squares in float32 differ by as much between one candidate alone and one of a vmapped chunk.
         np.testing.assert_allclose(found, wanted, rtol=2e-2 if reconstruct == "kernels" else 5e-3, atol=1e-5)
         start = probed[int(np.argmax(found))]
@@ -68,9 +69,13 @@ def test_what_moves_answers_is_no_scale():
     logits = RNG.normal(size=(50, 10)).astype(np.float32) * 3
     labels, weights = logits.argmax(1), np.ones(50)
     labels[:10] = RNG.integers(0, 10, 10)
-    assert moved(logits, 7 * logits, labels, weights) < 1e-6
+    assert moved(CLASSIFICATION, logits, 7 * logits, labels, weights) < 1e-6
     near, far = (logits + size * RNG.normal(size=logits.shape) for size in (0.1, 1.0))
-    assert 1e-6 < moved(logits, near, labels, weights) < moved(logits, far, labels, weights)
+    assert (
+        1e-6
+        < moved(CLASSIFICATION, logits, near, labels, weights)
+        < moved(CLASSIFICATION, logits, far, labels, weights)
+    )
 
 
 SLOW = [pytest.param(model, marks=pytest.mark.slow) for model in ("resnet20", "vgg11")]

@@ -135,6 +135,15 @@ def test_whole_numbers_are_numbers_only_where_it_is_said(place):
     assert len(roles.train) == 100
 
 
+@pytest.mark.parametrize("stored", [lambda y: y.astype(float), lambda y: np.eye(10)[y].astype(bool)])
+def test_classes_in_another_form_are_classes_where_it_is_said(tmp_path, stored):
+    x, y = load_digits(return_X_y=True)
+    np.savez(tmp_path / "other.npz", x=x.reshape(-1, 8, 8), y=stored(y))
+    source = open_source(f"npz:{tmp_path / 'other.npz'}", task="classification")
+    assert (source.num_classes, source.task) == (10, "classification")
+    np.testing.assert_array_equal(source.read_labels("all"), y)
+
+
 @pytest.mark.parametrize(
     ("labels", "task", "words"),
     [

@@ -23,7 +23,7 @@ RNG = np.random.default_rng(0)
 
 
 def cut(at, params, error, macs=100):
-    return Cut(at, 8, {"params": params, "macs": macs}, 1, 1 - error, 0.1)
+    return Cut(at, 8, {"params": params, "macs": macs}, 1, 1 - error, 0.1, (error * (1 - error) / 100) ** 0.5)
 
 
 WHOLE = cut("before linear", 100, 0.2)
@@ -45,7 +45,7 @@ WHOLE = cut("before linear", 100, 0.2)
 )
 def test_the_smallest_depths_that_are_enough_are_chosen(cuts, limits, want):
     budget = Budget(None, limits, {}, {})
-    assert [found.point for found in choose(cuts, budget, 100, 2)] == want
+    assert [found.point for found in choose(cuts, budget, 2)] == want
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_a_head_is_fitted_to_what_stands_at_the_point(place, setting, monkeypatc
     kernel = f"params/{HEAD}/kernel"
     assert leaves_of(fresh)[kernel].std() == pytest.approx(1 / np.sqrt(len(new[kernel])), rel=0.3)
     # A hidden layer, where that is better.
-    monkeypatch.setattr(hidden, "choose", lambda linear, heads, x, y: heads[0])
+    monkeypatch.setattr(hidden, "choose", lambda linear, heads, x, y, task: heads[0])
     plain = Budget(None, {}, {}, {})
     deep = headed(setting, cuts[2].point, plain, said.append)
     assert said[-1] == f"{cuts[2].point}: its head has 16 hidden units, which are better on search than none"
