@@ -156,6 +156,8 @@ class Config:
     """Peak learning rate of fine-tuning (SGD with Nesterov momentum, cosine schedule)."""
     batch_size: int | None = None
     """Images a step of fine-tuning. Default: 128, and where `train` is small about a sixteenth of it, at least 16."""
+    clip: float = 5.0
+    """Norm of the gradients of a step above which they are scaled down to it; 0 leaves them."""
     weight_decay: float = 5e-4
     """Weight decay of fine-tuning; norm scales and biases are left alone."""
     layer_decay: float = 1.0
@@ -227,7 +229,7 @@ class Config:
             "population": 2, "generations": 1, "search_images": 1, "calibration_images": 0, "chunk": 1,
             "finalists": 1, "refit_images": 1, "epochs": 0, "batch_size": 1, "max_train": 1, "seed": 0,
             "latency_batch": 1, "cv_folds": 2, "cv_repeats": 1,
-            "epsilon": 0, "eta": 0, "weight_decay": 0, "scratch_epochs": 1, "truncations": 0,
+            "epsilon": 0, "eta": 0, "weight_decay": 0, "clip": 0, "scratch_epochs": 1, "truncations": 0,
         }  # fmt: skip
         for name, bound in least.items():
             if getattr(self, name) is not None and not getattr(self, name) >= bound:

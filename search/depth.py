@@ -1,8 +1,9 @@
 """`treesurgeon depth`: how much of a model these labels need, before any search.
 
 Every point at which the model can be truncated gets a head in closed form: one forward pass over `train` and `search`
-gives the features of all of them (`engine.features`), norm statistics being estimated anew on `train`, as in a search. What classifies as well early on says that the layers behind it
-can go; a gap that opens says where few labels overfit. The labels need not be the checkpoint's.
+gives the features of all of them (`engine.features`), norm statistics being estimated anew on `train`, as in a search.
+What classifies as well early on says that the layers behind it can go; a gap that opens says where few labels overfit.
+The labels need not be the checkpoint's.
 
 G. Alain, Y. Bengio: "Understanding intermediate layers using linear classifier probes", arXiv:1610.01644.
 """

@@ -50,6 +50,8 @@ class Recipe:
         weight_decay: for `sgd` added to the gradient, for `adamw` decoupled.
         momentum: of `sgd`.
         warmup: share of all steps.
+        clip: norm of all gradients above which they are scaled down to it (R. Pascanu et al., ICML 2013); None leaves
+            them. Heads fitted in closed form can have weights that are large.
         monitor: what "best on search" goes by; the other number breaks ties.
         patience: stop after so many epochs without a better one; None runs them all.
     """
@@ -61,6 +63,7 @@ class Recipe:
     weight_decay: float = 5e-4
     momentum: float = 0.9
     warmup: float = 0.05
+    clip: float | None = None
     monitor: Literal["error", "loss"] = "error"
     patience: int | None = None
 
@@ -239,6 +242,8 @@ def transformation(recipe: Recipe, steps: int, decayed: Any, factors: Any = None
             optax.add_decayed_weights(recipe.weight_decay, mask=decayed),
             optax.sgd(rate, momentum=recipe.momentum, nesterov=True),
         )
+    if recipe.clip is not None:
+        base = optax.chain(optax.clip_by_global_norm(recipe.clip), base)
     if factors is None or all(factor == 1 for factor in factors):
         return base
     scaled: dict[Any, optax.GradientTransformation] = {str(factor): optax.scale(factor) for factor in factors}

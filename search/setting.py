@@ -45,6 +45,7 @@ class Setting:
         policy: which leaves that changes, and how fast.
         source_images: `[N, H, W, C]`, normalised, like those that the checkpoint was trained on; None where not given.
         units: of labels that are numbers, and of what the saved model returns.
+        original: the model as the checkpoint has it, where its head and its statistics were replaced.
     """
 
     config: Config
@@ -60,6 +61,7 @@ class Setting:
     policy: Policy = EVERYTHING
     source_images: np.ndarray | None = None
     units: Units | None = None
+    original: Subject | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +148,7 @@ def prepare(config: Config, hold: int | None = None) -> Setting:
     recipe = make_recipe(config, len(roles.train))
     config = replace(config, epochs=recipe.epochs, batch_size=recipe.batch_size)
     parts = roles, opened.mean, opened.std, budget, checkpoint, opened.fitted, recipe
-    return Setting(config, subject, *parts, head, policy, theirs, units)
+    return Setting(config, subject, *parts, head, policy, theirs, units, opened.subject if head else None)
 
 
 def make_recipe(config: Config, images: int) -> Recipe:
@@ -158,6 +160,7 @@ def make_recipe(config: Config, images: int) -> Recipe:
         batch_size=size,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
+        clip=config.clip or None,
     )
 
 

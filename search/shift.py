@@ -68,7 +68,7 @@ class Shift:
 
 def look(setting: Setting) -> Shift:
     """Compare the inputs of `train` with what the checkpoint was trained on, by what there is to go by."""
-    subject, train = setting.subject, setting.roles.train
+    subject, train = setting.original or setting.subject, setting.roles.train
     if setting.source_images is not None:
         count = min(len(setting.source_images), len(train), SOURCE_IMAGES)
         source, target = (features(subject, images[:count]) for images in (setting.source_images, train.images))

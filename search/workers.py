@@ -159,7 +159,9 @@ class Crew:
         """
         subject, ray = setting.subject, self.ray
         model = (subject.spec, jax.tree.map(np.asarray, subject.variables), subject.num_classes, dict(subject.momenta))
-        bare = replace(setting, subject=None)  # a module's functions cannot always be sent: it is built there
+        bare = replace(
+            setting, subject=None, original=None
+        )  # a module's functions cannot always be sent: it is built there
         given = [ray.put(each) for each in (bare, model, evaluator, sweep)]
         settings = {k: v for k, v in os.environ.items() if k.startswith("JAX_") or k in ("XLA_FLAGS", "PYTHONPATH")}
         kind = ray.remote(**self._needs)(Worker).options(runtime_env={"env_vars": settings})

@@ -56,6 +56,21 @@ def config(place, data, **changes):
     return Config(**{**given, **changes})
 
 
+def test_a_new_head_stands_on_the_statistics_that_variants_will_have(place):
+    for images, changed in ((8, True), (0, False)):
+        setting = prepare(config(place, "names", calibration_images=images))
+        assert setting.original is not None
+        old, new = (leaves_of(subject.variables) for subject in (setting.original, setting.subject))
+        assert setting.subject.momenta
+        assert all(np.array_equal(old[path], new[path]) != changed for path in setting.subject.momenta)
+        fresh = engine.reestimate(setting.subject.train, setting.subject.momenta)
+        x = setting.roles.train.images[: setting.config.refit_images]
+        again = leaves_of(jax.jit(fresh)(setting.subject.variables, x, jax.random.key(0)))
+        assert all(np.allclose(again[path], new[path], atol=1e-5) == changed for path in setting.subject.momenta)
+        logits = np.asarray(jax.jit(setting.subject.infer)(setting.subject.variables, setting.roles.train.images))
+        assert (logits.argmax(1) == setting.roles.train.labels).mean() > 0.9
+
+
 def source(names, named=True):
     return Source("plain", {"all": 0}, tuple(names), lambda split: np.zeros(0, int), lambda s, i: i, named)
 
