@@ -80,7 +80,7 @@ def normed():
 def setting(subject, images, source=None):
     train = type("Split", (), {"images": images, "__len__": lambda self: len(self.images)})()
     roles = type("Roles", (), {"train": train})
-    return type("Setting", (), {"subject": subject, "roles": roles, "source_images": source})
+    return type("Setting", (), {"subject": subject, "roles": roles, "source_images": source, "original": None})
 
 
 def test_norm_statistics_tell_shifts_of_the_inputs(normed):

@@ -58,7 +58,7 @@ def config(place, data, **changes):
 
 def test_a_new_head_stands_on_the_statistics_that_variants_will_have(place):
     for images, changed in ((8, True), (0, False)):
-        setting = prepare(config(place, "names", calibration_images=images))
+        setting = prepare(config(place, "counted", calibration_images=images))
         assert setting.original is not None
         old, new = (leaves_of(subject.variables) for subject in (setting.original, setting.subject))
         assert setting.subject.momenta
@@ -106,7 +106,7 @@ def test_zoo_labels_are_as_many_as_the_classes():
 
 def test_rows_of_named_classes_are_carried_over_and_the_others_fitted(place):
     before = open_subject("digits_cnn", str(place / "checkpoint"), (8, 8, 1))
-    setting = prepare(config(place, "names"))
+    setting = prepare(config(place, "names", calibration_images=0))
     subject, head = setting.subject, setting.head
     assert (head.carried, head.fitted) == (("3", "9"), ("seven", "box"))
     assert subject.num_classes == 4
@@ -233,7 +233,7 @@ def test_a_killed_search_on_other_labels_goes_on_bit_for_bit(place):
 @pytest.mark.slow
 def test_a_search_on_other_labels_saves_a_model_that_loads(place):
     said = []
-    settings = {**SMALL, "epsilon": 0.5, "eta": 0.9, "formats": True, "pictures": True}
+    settings = {**SMALL, "epsilon": 0.5, "eta": 0.9, "formats": True, "pictures": True, "truncations": 0}
     outcome = run(config(place, "names", out=str(place / "run"), **settings), said.append)
     assert said[0].startswith("the labels are not the checkpoint's: new head params/linear/kernel on 128 features; ")
     model = engine.load(outcome.path)
