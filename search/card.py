@@ -38,9 +38,19 @@ model = load("selected")
 logits = model(x)   # x: float32 [N, {shape}], (image in 0..1 - mean) / std
 ```
 
-mean {", ".join(map(str, setting.mean))}; std {", ".join(map(str, setting.std))}. `model.stablehlo` is the same function
+{_outputs(setting)}mean {", ".join(map(str, setting.mean))}; std {", ".join(map(str, setting.std))}. `model.stablehlo` is the same function
 without the code: `jax.export.deserialize(open("selected/model.stablehlo", "rb").read()).call(x)`.
 """
+
+
+def _outputs(setting: Setting) -> str:
+    """What the model returns, where that is no logits of classes."""
+    names = ", ".join(setting.roles.label_names)
+    said = {
+        "multilabel": f"It returns the log-odds of {names}.\n\n",
+        "regression": f"It returns {names}, in the units of the data.\n\n",
+    }
+    return said.get(setting.roles.task.name, "")
 
 
 def _estimates(setting: Setting, estimates: Mapping[str, Estimate]) -> str:

@@ -195,7 +195,7 @@ class R2(Mean):
     trust = f"{Mean.trust} (a squared error above {MOST_SQUARED:g} variances counts as that)"
     reach = MOST_SQUARED
     description = (
-        "R² is one less the mean squared error in variances of the targets on `train`, where one above "
+        "R² is one less the mean squared error in variances of the targets on train, where one above "
         f"{MOST_SQUARED:g} on an image counts as that; points are percent of the variance"
     )
 
