@@ -38,8 +38,9 @@ model = load("selected")
 logits = model(x)   # x: float32 [N, {shape}], (image in 0..1 - mean) / std
 ```
 
-{_outputs(setting)}mean {", ".join(map(str, setting.mean))}; std {", ".join(map(str, setting.std))}. `model.stablehlo` is the same function
-without the code: `jax.export.deserialize(open("selected/model.stablehlo", "rb").read()).call(x)`.
+{_outputs(setting)}mean {", ".join(map(str, setting.mean))}; std {", ".join(map(str, setting.std))}.
+`model.stablehlo` is the same function without the code:
+`jax.export.deserialize(open("selected/model.stablehlo", "rb").read()).call(x)`.
 """
 
 
