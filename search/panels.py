@@ -271,10 +271,8 @@ def _rises(run: Run) -> list[tuple[str, str, float]]:
 def selective(run: Run) -> Html:
     """The most selective units of the selected model with the images that they are most active on."""
     if not run.selective:
-        return element(
-            "p",
-            "Nothing is shown: units were not looked at (--no-pictures, or labels that are no classes), or none is ever active.",
-        )
+        why = "units were not looked at (--no-pictures, or labels that are no classes), or none is ever active"
+        return element("p", f"Nothing is shown: {why}.")
     names = run.manifest["labels"]
     figures = []
     for k, row in enumerate(run.selective):
