@@ -347,3 +347,62 @@ def test_batches_carry_their_task_through_transformations(place):
     data = batches(split_roles(open_source(f"npz:{place / 'several.npz'}"), ()).test, 32)
     assert data.labels.shape[2:] == (3,)
     assert jax.tree.map(lambda leaf: leaf, data).task == MULTILABEL
+
+
+# --- TFDS -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A TFDS dataset by the kind of its labels, prepared without a network."""
+    import tensorflow_datasets as tfds
+
+    kinds = {
+        "sequence": (tfds.features.Sequence(tfds.features.ClassLabel(names=["a", "b", "c"])), [[0, 2], [], [1]]),
+        "number": (tfds.features.Tensor(shape=(), dtype=np.float32), [0.5, 1.5, 2.5]),
+        "rows": (tfds.features.Tensor(shape=(2,), dtype=np.uint8), [[0, 1], [1, 1], [0, 0]]),
+        "unnamed": (tfds.features.Sequence(tfds.features.Tensor(shape=(), dtype=np.int64)), [[1], [2], [3]]),
+    }
+
+    class Kinds(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+        BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in kinds]  # noqa: RUF012
+        code_path = None
+
+        def _info(self):
+            image = tfds.features.Tensor(shape=(4, 4, 1), dtype=np.float32)
+            features = tfds.features.FeaturesDict({"image": image, "label": kinds[self.builder_config.name][0]})
+            return self.dataset_info_from_configs(features=features, supervised_keys=("image", "label"))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i, label in enumerate(kinds[self.builder_config.name][1]):
+                yield i, {"image": np.full((4, 4, 1), i, np.float32), "label": label}
+
+    found = {}
+    for name in kinds:
+        builder = Kinds(config=name, data_dir=tmp_path_factory.mktemp("tfds"), file_format="array_record")
+        skip = tfds.download.ComputeStatsMode.SKIP
+        how = tfds.download.DownloadConfig(compute_stats=skip, try_download_gcs=False)
+        builder.download_and_prepare(download_config=how)
+        found[name] = f"tfds-dir:{builder.data_dir}"
+    return found
+
+
+def test_tfds_holds_labels_and_numbers(prepared):
+    def by_image(name):
+        source = open_source(prepared[name])
+        order = source.read_images("train", np.arange(3))[:, 0, 0, 0].argsort()
+        return source, source.read_labels("train")[order].tolist()
+
+    source, labels = by_image("sequence")
+    assert (source.task, source.label_names, source.named) == ("multilabel", ("a", "b", "c"), True)
+    assert labels == [[1, 0, 1], [0, 0, 0], [0, 1, 0]]
+    source, labels = by_image("number")
+    assert (source.task, source.label_names, labels) == ("regression", ("value",), [[0.5], [1.5], [2.5]])
+    source, labels = by_image("rows")
+    assert (source.task, source.label_names, labels) == ("multilabel", ("0", "1"), [[0, 1], [1, 1], [0, 0]])
+    with pytest.raises(DataError, match="a sequence of named classes"):
+        open_source(prepared["unnamed"])
