@@ -211,6 +211,17 @@ def _split(w: Writer, eqn: Eqn, program: Program, x: Value) -> list[str]:
     return [w.node("Slice", [x, np.array([a], np.int64), np.array([b], np.int64), axes]) for a, b in pairs]
 
 
+def _unstack(w: Writer, eqn: Eqn, program: Program, x: Value) -> list[str]:
+    along = eqn.params["axis"]
+    return [w.node("Gather", [x, np.array(i, np.int64)], axis=along) for i in range(len(eqn.outs))]
+
+
+def _stack(w: Writer, eqn: Eqn, program: Program, *ins: Value) -> str:
+    along = eqn.params["axis"]
+    new = np.array([along], np.int64)
+    return w.node("Concat", [w.node("Unsqueeze", [x, new]) for x in ins], axis=along)
+
+
 def _select(w: Writer, eqn: Eqn, program: Program, which: Value, *cases: Value) -> Any:
     if len(cases) != 2 or program.aval(eqn.ins[0]).dtype != bool:
         return w.refuse(eqn, "a predicate that is a number")
@@ -305,6 +316,8 @@ RULES: dict[str, Rule] = {
     "dynamic_slice": _dynamic_slice,
     "gather": _gather,
     "split": _split,
+    "stack": _stack,
+    "unstack": _unstack,
     "rev": _reverse,
     "pad": _pad,
     "reduce_sum": _reduce("ReduceSum"),

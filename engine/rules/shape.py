@@ -212,6 +212,13 @@ def stack_axes(site: Site) -> list[Axes]:
     return [(*first[:along], Fixed(len(site.ins), why), *first[along:])]
 
 
+def unstack_axes(site: Site) -> list[Axes]:
+    """The positions of one axis, which stays, as arrays."""
+    along = site.params["axis"]
+    pin(site.ins[0][along], site.why("`unstack` makes an array of each position of this axis"))
+    return [tuple(axis for d, axis in enumerate(site.ins[0]) if d != along)] * len(site.out_shapes)
+
+
 def tile_axes(site: Site) -> list[Axes]:
     """A tiled axis is [copies × positions]; any number of copies serves."""
     pairs = zip(site.ins[0], site.params["reps"], strict=True)
@@ -246,6 +253,7 @@ register("pad", Rule(pad_axes, resize=pad_resize))
 register("slice", Rule(slice_axes, resize=slice_resize))
 register("split", Rule(split_axes, resize=split_resize))
 register("stack", Rule(stack_axes))
+register("unstack", Rule(unstack_axes))
 register(
     "tile", Rule(tile_axes, resize=tile_resize, spreads=lambda s: [d for d, n in enumerate(s.params["reps"]) if n > 1])
 )
