@@ -32,6 +32,7 @@ from treesurgeon.search.report import show
 from treesurgeon.search.verify import Verification, verify
 
 STOPPED = 130  # as a shell reports Ctrl-C
+CLOSED = 141  # as of a process that SIGPIPE ended
 _AGAIN = "and run the same command again"
 FIXES = {
     errno.ENOSPC: f"the disk is full: make room, {_AGAIN}",
@@ -52,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (TreesurgeonError, ModelError) as error:
         print(f"treesurgeon: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # nobody reads on, as with `| head`; what Python flushes at its end has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(CLOSED)
     except OSError as error:
         if error.errno not in FIXES:
             raise

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import subprocess
 import sys
 import xml.etree.ElementTree as ET
 
@@ -242,3 +243,11 @@ def test_the_command_refuses_bad_input(capsys, arguments, message):
         main(["inspect", *arguments])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_nobody_has_to_read_to_the_end():
+    command = f"{sys.executable} -m treesurgeon.search.cli inspect resnet20 | head -n 1"
+    found = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+    assert "groups" in found.stdout
+    assert "Traceback" not in found.stderr
+    assert found.returncode in (0, 141)
