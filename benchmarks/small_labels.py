@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -92,8 +91,13 @@ def main() -> None:
     options.keep.mkdir(parents=True, exist_ok=True)
     data = options.data or f"npz:{enlarged(options.keep / 'digits32.npz')}"
     trials = [trial(options, data, labels, seed) for labels in options.labels for seed in range(options.seeds)]
-    name = options.data.rpartition(":")[2].strip("/").rpartition("/")[0].rpartition("/")[2] or "data"
-    report(options, name if options.data else "digits32", trials)
+    report(options.model, name_of(data), trials)
+
+
+def name_of(data: str) -> str:
+    """What a dataset is called: its file, or for TFDS the directory above the version."""
+    path = Path(data.partition(":")[2])
+    return path.parent.name if data.startswith("tfds-dir:") else path.stem.replace(":", "-")
 
 
 def enlarged(path: Path) -> Path:
@@ -108,7 +112,6 @@ def enlarged(path: Path) -> Path:
 
 def trial(options: Options, data: str, labels: int, seed: int) -> Trial:
     """One run, or what an earlier one left."""
-    out = options.keep / f"{'data' if options.data else 'digits32'}-{labels}-{seed}"
     source = open_source(data)
     count, classes = sum(source.splits.values()), source.num_classes
     if options.fitted != "none":
@@ -121,7 +124,7 @@ def trial(options: Options, data: str, labels: int, seed: int) -> Trial:
         options.model,
         options.checkpoint,
         data,
-        out=str(out),
+        out=str(options.keep / f"{name_of(data)}-{labels}-{seed}"),
         params=options.params,
         fitted_split=(options.fitted,),
         shares=(shares[0], shares[1], shares[2], shares[3]),
@@ -131,8 +134,6 @@ def trial(options: Options, data: str, labels: int, seed: int) -> Trial:
         pictures=False,
         seed=seed,
     )
-    if out.exists() and not (out / "config.json").exists():
-        shutil.rmtree(out)
     outcome = run(config, say=partial(print, flush=True))
     manifest = json.loads((outcome.path / "manifest.json").read_text())
     return read(manifest, labels, seed)
@@ -152,7 +153,7 @@ def read(manifest: Mapping[str, Any], labels: int, seed: int) -> Trial:
     return Trial(labels, seed, name, params, *measured(name), *measured(BASELINE), verdict)
 
 
-def report(options: Options, name: str, trials: Sequence[Trial]) -> None:
+def report(model: str, name: str, trials: Sequence[Trial]) -> None:
     """A row for each run, and what they have in common."""
     rows = [
         [
@@ -178,8 +179,8 @@ def report(options: Options, name: str, trials: Sequence[Trial]) -> None:
         )
     head = ("labels a class", "selected, parameters", "test %", "dense", "gap, points", "dense", "certificate", "met")
     publish(
-        f"small-labels-{options.model}-{name}",
-        f"{options.model} on {name}, few labels: the selected variant beside the dense model fine-tuned",
+        f"small-labels-{model}-{name}",
+        f"{model} on {name}, few labels: the selected variant beside the dense model fine-tuned",
         head,
         rows,
         "\n".join(notes)

@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Errors of ours take one screen and exit code 2; nothing is overwritten."""
     try:
         _command(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
     except (TreesurgeonError, ModelError) as error:
         print(f"treesurgeon: {error}", file=sys.stderr)
         sys.exit(2)

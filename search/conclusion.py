@@ -116,8 +116,10 @@ def conclude(
         )
         lines.append(line)
         row = _result(line, each, {split: len(getattr(roles, split)) for split in report.SPLITS})
-        wrong = answering(each.infer, roles.search)(each.variables).wrong
-        results.append(row | {"wrong": float(np.mean(wrong))})
+        wrong = finalist.search_error
+        if metric is not ACCURACY:
+            wrong = float(np.mean(answering(each.infer, roles.search)(each.variables).wrong))
+        results.append(row | {"wrong": wrong})
     size = dense.cost["params"]
     contrasts = {
         name: contenders.contrast(metric, on_test[name], on_test[chosen.name], what, each.cost["params"] / size)

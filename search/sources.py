@@ -123,8 +123,8 @@ def _every_label(source: Source) -> np.ndarray:
 
 def _are_classes(source: Source) -> bool:
     """Whether rows could be classes all the same: whole numbers stored as floating-point ones, or one-hot."""
-    if source.task == "classification" or not source.splits:
-        return source.task == "classification"
+    if not source.splits:
+        return False
     every = _every_label(source)
     if source.task == "regression":
         return every.shape[1] == 1 and bool((every == np.round(every)).all() and (every >= 0).all())

@@ -8,10 +8,13 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 
-def own_model(home: Path, text: str, shape: tuple[int, ...]) -> None:
-    """Write `mine.py`, whose module is `Tiny`, and an Orbax checkpoint of random weights beside it."""
-    (home / "mine.py").write_text(text)
+def own_model(home: Path, text: str, shape: tuple[int, ...], name: str = "mine") -> None:
+    """Write a file, whose module is `Tiny`, and an Orbax checkpoint of random weights beside it.
+
+    Tests that import it themselves need a name of their own: a process imports one file of a name.
+    """
+    (home / f"{name}.py").write_text(text)
     namespace: dict = {}
-    exec(compile(text, "mine.py", "exec"), namespace)
+    exec(compile(text, f"{name}.py", "exec"), namespace)
     variables = namespace["Tiny"]().init(jax.random.key(0), jnp.zeros((1, *shape)))
     ocp.save(str(home / "checkpoint"), jax.tree.map(np.asarray, variables))

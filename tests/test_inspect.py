@@ -246,8 +246,7 @@ def test_the_command_refuses_bad_input(capsys, arguments, message):
 
 
 def test_nobody_has_to_read_to_the_end():
-    command = f"{sys.executable} -m treesurgeon.search.cli inspect resnet20 | head -n 1"
+    command = f"{sys.executable} -m treesurgeon.search.cli inspect resnet20 | true"
     found = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
-    assert "groups" in found.stdout
-    assert "Traceback" not in found.stderr
-    assert found.returncode in (0, 141)
+    assert "BrokenPipe" not in found.stderr
+    assert found.returncode == 141

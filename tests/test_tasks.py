@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,7 @@ def targets(task, rng, count=64, outputs=3):
 def place(tmp_path_factory):
     """A model of the user's own with one output, and digits with labels and with numbers."""
     home = tmp_path_factory.mktemp("tasks")
-    own_model(home, MODEL, (8, 8, 1))
+    own_model(home, MODEL, (8, 8, 1), "tasked")
     x, y = load_digits(return_X_y=True)
     x = (x.reshape(-1, 8, 8, 1) / 16).astype(np.float32)
     several = np.stack([y % 2 == 0, y > 4, np.isin(y, (0, 6, 8, 9))], 1)
@@ -69,7 +70,7 @@ def place(tmp_path_factory):
 
 
 def config(place, data, **changes):
-    given = {"model": "mine:Tiny", "checkpoint": str(place / "checkpoint"), "data": f"npz:{place / data}.npz"}
+    given = {"model": "tasked:Tiny", "checkpoint": str(place / "checkpoint"), "data": f"npz:{place / data}.npz"}
     return Config(**{**SMALL, **given, "out": str(place / "out" / data), **changes})
 
 
@@ -314,7 +315,7 @@ def test_a_search_on_labels_or_numbers(place, data, monkeypatch, capsys):
     assert "Verified" in capsys.readouterr().out
     page = (place / "out" / data / "report.html").read_text()
     assert ("1 - R²" if data == "numbers" else "label accuracy") in page
-    main(["depth", "--model", "mine:Tiny", "--checkpoint", str(place / "checkpoint"), "--data",
+    main(["depth", "--model", "tasked:Tiny", "--checkpoint", str(place / "checkpoint"), "--data",
           f"npz:{place / data}.npz", "--fitted-split", "none", "--out", str(place / f"depth-{data}")])  # fmt: skip
     assert f"{task.score} against depth" in (place / f"depth-{data}/depth.svg").read_text()
 
@@ -327,7 +328,7 @@ def test_what_needs_classes_says_so(place, monkeypatch, capsys):
         prepare(config(place, "several", metric="accuracy"))
     data = ["--data", f"npz:{place / 'several'}.npz", "--fitted-split", "none"]
     with pytest.raises(SystemExit) as ended:
-        main(["insight", "mine:Tiny", "--checkpoint", str(place / "checkpoint"), *data])
+        main(["insight", "tasked:Tiny", "--checkpoint", str(place / "checkpoint"), *data])
     assert ended.value.code == 2
     assert "where each image has one" in capsys.readouterr().err
 
@@ -366,7 +367,7 @@ def prepared(tmp_path_factory):
 
     class Kinds(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version("1.0.0")
-        BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in kinds]  # noqa: RUF012
+        BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name=name) for name in kinds]
         code_path = None
 
         def _info(self):
