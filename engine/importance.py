@@ -47,7 +47,8 @@ def importance(criterion: str, graph: Graph, params: Any, **measured: Any) -> Sc
         TreesurgeonError: the criterion is not known, or what it needs is missing.
     """
     if criterion not in CRITERIA:
-        raise TreesurgeonError(f"unknown criterion {criterion!r}; choose one of {', '.join(CRITERIA)}")
+        given = repr(criterion) if isinstance(criterion, str) else f"of type {type(criterion).__name__}"
+        raise TreesurgeonError(f"unknown criterion {given}; choose one of {', '.join(CRITERIA)}")
     known = {row.needs for row in CRITERIA.values() if row.needs}
     if unknown := sorted(measured.keys() - known):
         raise TreesurgeonError(f"importance: no criterion takes {unknown[0]!r}; they take {', '.join(sorted(known))}")

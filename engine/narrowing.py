@@ -74,10 +74,20 @@ def _take(leaf: Any, kept: Sequence[np.ndarray]) -> Any:
         return leaf
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(shape, leaf.dtype)
+    if _is_on_one_device(leaf):
+        # On the host: on a device each shape would be a program to compile, which takes longer than all the rest.
+        return jax.device_put(_take(np.asarray(leaf), kept), leaf.sharding if leaf.committed else None)
     for d, k in enumerate(kept):
         if len(k) != leaf.shape[d]:
             leaf = leaf.take(k, axis=d)
     return leaf
+
+
+def _is_on_one_device(leaf: Any) -> bool:
+    if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+        return False
+    plain = not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
+    return plain and leaf.is_fully_addressable and len(leaf.sharding.device_set) == 1
 
 
 def without_gone(tree: Any) -> Any:
