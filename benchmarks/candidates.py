@@ -64,7 +64,7 @@ def pool(config: Config, kept: Path | None = None) -> Pool:
     for share in SHARES:
         start = time.perf_counter()
         plan = baselines.global_plan(graph, scores, {"macs": share}, least=0.1)
-        found.append(wrong(engine.narrow(subject.infer, graph, plan), prepared(setting, plan)))
+        found.append(wrong(engine.narrow(subject.infer, graph, plan), prepared(setting, subject, plan)))
         names.append(f"{share:.0%}")
         params.append(engine.cost(graph, plan).params)
         print(f"{share:.0%} of the MACs: error {found[-1].mean():.2%}, dense {found[0].mean():.2%}; "

@@ -139,7 +139,7 @@ class Rungs:
 def refitted(setting: Setting, plan: engine.Plan) -> float:
     """The error on test of the cut model with refitted kernels."""
     infer = engine.narrow(setting.subject.infer, setting.subject.graph, plan)
-    return measurer(infer, setting.roles.test)(prepared(setting, plan))[1]
+    return measurer(infer, setting.roles.test)(prepared(setting, setting.subject, plan))[1]
 
 
 if __name__ == "__main__":

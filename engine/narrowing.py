@@ -84,10 +84,9 @@ def _take(leaf: Any, kept: Sequence[np.ndarray]) -> Any:
 
 
 def _is_on_one_device(leaf: Any) -> bool:
-    if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+    if not isinstance(leaf, jax.Array) or isinstance(leaf, Tracer):
         return False
-    plain = not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
-    return plain and leaf.is_fully_addressable and len(leaf.sharding.device_set) == 1
+    return not is_key(leaf) and leaf.is_fully_addressable and len(leaf.sharding.device_set) == 1
 
 
 def without_gone(tree: Any) -> Any:

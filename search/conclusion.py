@@ -138,7 +138,7 @@ def conclude(
             **({f"cv_{end}": getattr(estimates[f.name], end) for end in ENDS} if estimates else {}),
             "best_epoch": f.ref.fitted.best_epoch if f.ref.fitted else None,
             "reason": verdict.reasons[f.name],
-            "description": space.describe(genomes[f.name]) if f.name in genomes else depth_of(f.ref.subject),
+            "description": space.describe(genomes[f.name]) if f.name in genomes else depth_of(f.ref),
             "genome": genomes.get(f.name, ()),
         }
         for f in others

@@ -144,8 +144,9 @@ class Config:
     finalists: int = 3
     """Variants that are cut, fine-tuned and compared."""
     truncations: int | None = None
-    """More finalists, cut in depth with a new head where a linear one on the features does as well as at full depth.
-    Default: 2 where the labels ask for a new head, else none."""
+    """More finalists, cut in depth with a new head where a linear one on the features does as well as at full depth;
+    each also with the widths and blocks of the first variant. Default: 2 where the labels ask for a new head, else
+    none."""
     head_widths: tuple[int, ...] = (16, 64)
     """Widths of a hidden layer that the new head of a truncated model may have; one that is better than a linear head
     on `search`, beyond what chance explains, is taken. 0: always a linear head."""

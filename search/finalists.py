@@ -21,6 +21,7 @@ from treesurgeon.search.latency import pick_measured, profile_plan
 from treesurgeon.search.metrics import Answers
 from treesurgeon.search.setting import Setting
 from treesurgeon.search.space import Space
+from treesurgeon.search.subject import Subject
 from treesurgeon.search.tuning import Tuned, tune
 
 HOPELESS = 1.5  # nats above the best loss of the front, before any fine-tuning
@@ -83,12 +84,12 @@ def _within_measured(
     return [(genome, {name: getattr(found, name) for name in budget.measured}) for genome, found in passed]
 
 
-def prepared(setting: Setting, plan: engine.Plan) -> Any:
-    """The variables of a variant, cut, with all that can be had without a gradient step.
+def prepared(setting: Setting, subject: Subject, plan: engine.Plan) -> Any:
+    """The variables of a variant of a model, cut, with all that can be had without a gradient step.
 
-    Every kernel is fitted to the dense model's, and norm statistics with them.
+    Every kernel is fitted to the model's own, and norm statistics with them.
     """
-    config, subject, graph = setting.config, setting.subject, setting.subject.graph
+    config, graph = setting.config, subject.graph
     small = engine.cut(subject.variables, graph, plan)
     if not config.calibration_images:
         return small
@@ -120,11 +121,15 @@ def finish(
     setting: Setting, name: str, plan: engine.Plan, measured: Mapping[str, float], say: Callable[[str], None]
 ) -> Tuned:
     """Cut a variant, re-estimate its statistics and fine-tune it on its small shapes."""
-    subject, graph = setting.subject, setting.subject.graph
-    infer = engine.narrow(subject.infer, graph, plan)
-    small = prepared(setting, plan)
-    cost = {k: int(v) for k, v in engine.cost(graph, plan)._asdict().items()} | dict(measured)
-    return fine_tuned(setting, Tuned(name, plan, small, infer, None, cost, subject), say)
+    start = variant(setting, setting.subject, name, plan)
+    return fine_tuned(setting, replace(start, cost={**start.cost, **measured}), say)
+
+
+def variant(setting: Setting, subject: Subject, name: str, plan: engine.Plan) -> Tuned:
+    """What a plan makes of a model, before any fine-tuning."""
+    cost = {k: int(v) for k, v in engine.cost(subject.graph, plan)._asdict().items()}
+    infer = engine.narrow(subject.infer, subject.graph, plan)
+    return Tuned(name, plan, prepared(setting, subject, plan), infer, None, cost, subject)
 
 
 def fine_tuned(setting: Setting, start: Tuned, say: Callable[[str], None]) -> Tuned:

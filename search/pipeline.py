@@ -132,7 +132,7 @@ def go_on(setting: Setting, say: Say, pool: Pool) -> Outcome:
     else:
         tuned = [finish(*given, say) for given in finalists]
     genomes = {each.name: genome for each, (genome, _) in zip(tuned, picked, strict=True)}
-    tuned += truncations(setting, budget, say)
+    tuned += truncations(setting, budget, say, tuned[0].plan if tuned else None)
     found = hosts.together(lambda: conclude(setting, space, budget, genomes, tuned, say))
     save(setting, tuned, found)
     say(f"wrote {hosts.together(lambda: write_page(config.directory))}")

@@ -93,9 +93,7 @@ class Space:
         masks = self._masks(genome)
         narrow = [f"{g} {m.size}→{m.sum()}" for g, m in masks["units"].items() if not m.all()]
         gone = [b for b, m in masks["blocks"].items() if not m]
-        parts = [_some(narrow, limit)] if narrow else []
-        parts += ["without " + _some(gone, limit)] if gone else []
-        return "; ".join(parts) or "everything kept"
+        return in_words(narrow, gone, limit) or "everything kept"
 
     def _masks(self, genome: ArrayLike) -> dict[str, dict[str, np.ndarray]]:
         genes = np.asarray(genome)
@@ -220,6 +218,12 @@ def _known(names: Iterable[str], choices: Collection[str], what: str) -> None:
             raise SpaceError(f"no {what} is named {name!r}; {such}")
 
 
-def _some(items: list[str], limit: int) -> str:
+def in_words(narrow: Sequence[str], gone: Sequence[str], limit: int = 4) -> str:
+    """The first so many groups that lost units, and blocks that are out."""
+    parts = [_some(narrow, limit)] if narrow else []
+    return "; ".join(parts + (["without " + _some(gone, limit)] if gone else []))
+
+
+def _some(items: Sequence[str], limit: int) -> str:
     more = len(items) - limit
     return ", ".join(items[:limit]) + (f" and {more} more" if more > 0 else "")

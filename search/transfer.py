@@ -224,14 +224,14 @@ def replaceable(subject: Subject) -> Head:
 
 def head_features(subject: Subject, split: Split) -> np.ndarray:
     """What feeds the model's head, `[N, F]`, for all images of a split."""
-    return feature_finder(subject)(split)
+    return feature_finder(subject.infer, subject.graph, subject.variables)(split)
 
 
-def feature_finder(subject: Subject) -> Callable[[Split], np.ndarray]:
-    """`head_features` of any split, compiled once."""
-    find = engine.features(subject.infer, subject.graph)
+def feature_finder(infer: Callable[[Any, Any], Any], graph: engine.Graph, variables: Any) -> Callable[..., np.ndarray]:
+    """`features_of(split)`: what feeds the head of a model, `[N, F]`, for all images of any split, compiled once."""
+    find = engine.features(infer, graph)
     last = jax.jit(lambda v, x: list(find(v, x).values())[-1])
-    return lambda split: by_batch(lambda x: last(subject.variables, x), split)
+    return lambda split: by_batch(lambda x: last(variables, x), split)
 
 
 def by_batch(compute: Callable[[Any], Any], split: Split) -> Any:

@@ -4,8 +4,8 @@ Every boundary of blocks is a point (`engine.points`). One forward pass gives th
 linear heads in closed form, fitted to `train`, say on `search` how much depth the task needs (see survey.py). Of the
 points that no smaller one beats, the smallest within one standard error of the best are taken (the rule of L. Breiman
 et al.: "Classification and Regression Trees", 1984), and then treated as all finalists are: statistics estimated anew,
-a linear head or one with a hidden layer (see hidden.py), fine-tuning. The rule and the certificate choose among all
-of them alike.
+a linear head or one with a hidden layer (see hidden.py), fine-tuning. Each comes a second time, with the widths and
+blocks that a variant of the whole depth keeps. The rule and the certificate choose among all of them alike.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ import jax.numpy as jnp
 from treesurgeon import engine
 from treesurgeon.search import hidden, hosts
 from treesurgeon.search.budget import Budget, example
-from treesurgeon.search.finalists import fine_tuned
+from treesurgeon.search.finalists import fine_tuned, variant
 from treesurgeon.search.heads import LinearHead, best_head
 from treesurgeon.search.hidden import HiddenHead
 from treesurgeon.search.latency import profile
 from treesurgeon.search.setting import Setting
+from treesurgeon.search.space import in_words
 from treesurgeon.search.subject import Subject
 from treesurgeon.search.survey import Cut, survey
 from treesurgeon.search.transfer import adapted, feature_finder
@@ -33,8 +34,17 @@ from treesurgeon.search.tuning import Tuned
 DEFAULT = 2  # where the head is new
 
 
-def truncations(setting: Setting, budget: Budget, say: Callable[[str], None]) -> list[Tuned]:
-    """The truncated finalists, fine-tuned: as many as are configured, or can be had."""
+def truncations(
+    setting: Setting, budget: Budget, say: Callable[[str], None], plan: engine.Plan | None = None
+) -> list[Tuned]:
+    """The truncated finalists, fine-tuned: as many as are configured, or can be had.
+
+    Args:
+        setting: the run's.
+        budget: its limits.
+        say: for what is done.
+        plan: of a variant of the whole depth: what it keeps is tried with each truncation as well.
+    """
     config = setting.config
     count = config.truncations if config.truncations is not None else DEFAULT if setting.head else 0
     if not count:
@@ -48,19 +58,34 @@ def truncations(setting: Setting, budget: Budget, say: Callable[[str], None]) ->
     told = ", ".join(f"{cut.point} ({cut.search:.1%} {answered} on search)" for cut in chosen)
     found = f"{told} become finalists, against {cuts[-1].search:.1%} at full depth" if chosen else "none is smaller"
     say(f"{len(cuts)} depths tried with linear heads on one forward pass: {found}")
-    out = []
-    for i, cut in enumerate(chosen, 1):
+    starts = []
+    for cut in chosen:
         subject = headed(setting, cut.point, budget, say)
-        cost: dict[str, float] = dict(costs(subject))
+        starts.append(Tuned("", engine.Plan(), subject.variables, subject.infer, None, costs(subject), subject))
+        within = restricted(plan, subject.graph) if plan else engine.Plan()
+        if within.keep or within.drop:
+            starts.append(reheaded(variant(setting, subject, "", within), setting))
+    out = []
+    for start in starts:
+        cost = dict(start.cost)
         if budget.measured:
-            measured = hosts.together(partial(profile, subject.infer, subject.variables, example(setting)))
+            measured = hosts.together(partial(profile, start.infer, start.variables, example(setting)))
             cost |= {name: getattr(measured, name) for name in budget.measured}
             if any(cost[name] > limit for name, limit in budget.measured.items()):
-                say(f"{cut.point} is not within the budget as measured")
+                say(f"{depth_of(start)} is not within the budget as measured")
                 continue
-        start = Tuned(f"t{i}", engine.Plan(), subject.variables, subject.infer, None, cost, subject)
-        out.append(fine_tuned(setting, start, say))
+        out.append(fine_tuned(setting, replace(start, name=f"t{len(out) + 1}", cost=cost), say))
     return out
+
+
+def restricted(plan: engine.Plan, graph: engine.Graph) -> engine.Plan:
+    """What a plan for the whole model says about a part of it; groups that other layers joined are left out."""
+    keep = {
+        name: kept
+        for name, kept in plan.keep.items()
+        if name in graph.groups and len(kept) < graph.groups[name].size and kept[-1] < graph.groups[name].size
+    }
+    return engine.Plan(keep, plan.drop & graph.blocks.keys())
 
 
 def choose(cuts: Sequence[Cut], budget: Budget, count: int) -> list[Cut]:
@@ -91,7 +116,7 @@ def headed(setting: Setting, at: str, budget: Budget, say: Callable[[str], None]
     blank = LinearHead(jnp.zeros((features.shape[-1], classes)), jnp.zeros(classes), jnp.float32(0))
     short = truncated(subject, at, blank)
     short = adapted(short, train, config.statistics_images)
-    features_of = feature_finder(short)
+    features_of = feature_finder(short.infer, short.graph, short.variables)
     z = features_of(train)
     linear = best_head(train.task, z, train.labels, classes)
     widths = sorted(set(config.head_widths) - {0})
@@ -113,15 +138,29 @@ def headed(setting: Setting, at: str, budget: Budget, say: Callable[[str], None]
     return replace(short, variables=short.module.with_head(short.variables, linear.kernel, linear.bias))
 
 
+def reheaded(model: Tuned, setting: Setting) -> Tuned:
+    """The truncated variant with its linear head fitted again, to the features that it has; other heads stay."""
+    module, train = model.subject.module, setting.roles.train
+    assert isinstance(module, engine.Shortened)
+    if module.hidden:
+        return model
+    graph = engine.trace(model.infer, model.variables, model.subject.spec.example)
+    z = feature_finder(model.infer, graph, model.variables)(train)
+    linear = best_head(train.task, z, train.labels, module.outputs)
+    return replace(model, variables=module.with_head(model.variables, linear.kernel, linear.bias))
+
+
 def costs(subject: Subject) -> dict[str, int]:
     """Of a model as it is, see `engine.cost`."""
     return {name: int(value) for name, value in engine.cost(subject.graph, engine.Plan())._asdict().items()}
 
 
-def depth_of(subject: Subject) -> str:
+def depth_of(model: Tuned) -> str:
     """What a truncated model is, in words."""
-    layer = f", a hidden layer of {subject.spec.hidden}" if subject.spec.hidden else ""
-    return f"up to {subject.spec.at}{layer}"
+    spec, plan = model.subject.spec, model.plan
+    layer = f", a hidden layer of {spec.hidden}" if spec.hidden else ""
+    narrow = [f"{name} {model.subject.graph.groups[name].size}→{len(kept)}" for name, kept in plan.keep.items()]
+    return "; ".join(filter(None, [f"up to {spec.at}{layer}", in_words(narrow, sorted(plan.drop))]))
 
 
 def truncated(subject: Subject, at: str, head: LinearHead | HiddenHead) -> Subject:

@@ -18,6 +18,7 @@ from treesurgeon.search.budget import Budget
 from treesurgeon.search.setting import prepare
 from treesurgeon.search.survey import Cut, survey
 from treesurgeon.search.truncating import choose, depth_of, headed
+from treesurgeon.search.tuning import Tuned
 
 RNG = np.random.default_rng(0)
 
@@ -105,7 +106,8 @@ def test_a_head_is_fitted_to_what_stands_at_the_point(place, setting, monkeypatc
     deep = headed(setting, cuts[2].point, plain, said.append)
     assert said[-1] == f"{cuts[2].point}: its head has 16 hidden units, which are better on search than none"
     assert deep.spec.hidden == 16
-    assert depth_of(deep) == f"up to {cuts[2].point}, a hidden layer of 16"
+    whole = Tuned("t1", engine.Plan(), deep.variables, deep.infer, None, {}, deep)
+    assert depth_of(whole) == f"up to {cuts[2].point}, a hidden layer of 16"
     right = np.asarray(deep.infer(deep.variables, roles.search.images)).argmax(1) == roles.search.labels
     assert right.mean() > 0.9
     tight = Budget(None, {"params": float(cuts[2].cost["params"])}, {}, {})
@@ -128,6 +130,7 @@ def test_a_truncation_is_selected_saved_and_loaded(place):
         front = {row["variant"]: row for row in csv.DictReader(file)}
     assert {"v1", "t1"} <= front.keys()
     assert front["t1"]["description"].startswith("up to ")
+    assert any("→" in row["description"] for name, row in front.items() if name.startswith("t"))
     model = engine.load(outcome.path)
     manifest = json.loads((outcome.path / "manifest.json").read_text())
     assert manifest["selected"].startswith("t"), manifest["verdict"]
@@ -142,6 +145,38 @@ def test_a_truncation_is_selected_saved_and_loaded(place):
     again = run(config(place), said.append)  # it is complete, and shown from its manifest
     assert again.sentence == outcome.sentence
     assert said[-1].startswith("this run is complete")
+
+
+def test_a_truncation_comes_with_the_widths_of_a_variant_as_well(place, tmp_path):
+    setting, said = prepare(config(place, epochs=0, truncations=1, head_widths=(0,))), []
+    graph = setting.subject.graph
+    plan = engine.Plan({name: np.arange(max(1, group.size // 2)) for name, group in graph.groups.items()})
+    none = Budget(None, {}, {}, {})
+    deep, narrow = truncating.truncations(setting, none, said.append, plan)
+    assert [deep.name, narrow.name] == ["t1", "t2"]
+    assert deep.subject is narrow.subject
+    assert not deep.plan.keep
+    assert narrow.plan.keep.keys() == {name for name in graph.groups if name in narrow.subject.graph.groups}
+    assert 0 < len(narrow.plan.keep) < len(plan.keep)
+    assert narrow.cost["params"] < 0.6 * deep.cost["params"]
+    assert depth_of(narrow).startswith(depth_of(deep) + "; ")
+    assert "→" in depth_of(narrow)
+    test = setting.roles.test
+    logits = np.asarray(narrow.infer(narrow.variables, test.images))
+    assert (logits.argmax(1) == test.labels).mean() > 0.6
+    engine.save(tmp_path / "saved", narrow.subject.spec, narrow.variables, narrow.plan, module=narrow.subject.module)
+    np.testing.assert_allclose(engine.load(tmp_path / "saved")(test.images), logits, rtol=1e-5, atol=1e-5)
+    tight = Budget(graph, {"memory": 1.0}, {}, {"memory": np.zeros(1)})
+    assert truncating.truncations(setting, tight, said.append, plan) == []
+    assert said[-1] == f"{depth_of(narrow)} is not within the budget as measured"
+
+
+def test_what_a_plan_says_about_a_part_of_the_model(setting):
+    graph = setting.subject.graph
+    first = next(iter(graph.groups))
+    block = next(iter(graph.blocks))
+    plan = engine.Plan({first: np.arange(graph.groups[first].size), "elsewhere": np.arange(2)}, frozenset({block, "x"}))
+    assert truncating.restricted(plan, graph) == engine.Plan({}, frozenset({block}))
 
 
 def test_a_model_that_cannot_be_cut_anywhere(place, setting, monkeypatch):

@@ -585,3 +585,30 @@ def test_a_function_that_closes_over_traced_values_is_traced_anew():
     for f in (2.0, 3.0):
         close(jax.jit(total)(f), f * want)
         close(jax.grad(total)(f), want)
+
+
+def test_cut_takes_leaves_as_they_come():
+    """On the host, on a device, in a program, keys: the slices are the same, and device arrays stay where they are."""
+
+    def fn(params, x):
+        draws = jax.vmap(lambda key: jax.random.normal(key, ()))(params["keys"])
+        return (x @ params["kernel"] * draws) @ params["out"]
+
+    keys = jax.random.split(jax.random.key(0), 6)
+    host = {"kernel": np.arange(24.0, dtype=np.float32).reshape(4, 6), "out": np.ones((6, 2), np.float32), "keys": keys}
+    graph = engine.trace(fn, host, np.ones((1, 4), np.float32))
+    (group,) = graph.groups
+    kept = np.array([1, 4])
+    plan = engine.Plan({group: kept})
+    want = {"kernel": host["kernel"][:, kept], "out": host["out"][kept], "keys": jax.random.key_data(keys)[kept]}
+    on_device = jax.device_put(host, jax.devices()[0])
+    ways = {
+        "host": engine.cut(host, graph, plan),
+        "device": engine.cut(on_device, graph, plan),
+        "program": jax.jit(lambda params: engine.cut(params, graph, plan))(on_device),
+    }
+    for way, found in ways.items():
+        found["keys"] = jax.random.key_data(found["keys"])
+        jax.tree.map(np.testing.assert_array_equal, found, want)
+        assert isinstance(found["kernel"], np.ndarray) == (way == "host")
+    assert ways["device"]["kernel"].committed
