@@ -48,6 +48,12 @@ class Split:
     kept: tuple[tuple[int, ...], ...]  # values handed on by the first and by the second part
 
     @property
+    def passed(self) -> list[int | None]:
+        """For each value that `once` hands on, which leaf of the first argument it is, None where it is computed."""
+        number = {v: i for i, v in enumerate(self.inputs[0])}
+        return [number.get(v) for v in self.kept[0]]
+
+    @property
     def varies(self) -> Any:
         """Which outputs depend on the late arguments."""
         return tree_unflatten(self.out_tree, [self._stage(v) == LATE for v in self.program.outputs])
@@ -97,25 +103,42 @@ class Split:
         """The function's result."""
         env = dict(zip(self.kept[0], fixed, strict=True)) | dict(zip(self.kept[1], known, strict=True))
         env |= dict(zip(self.inputs[2], tree_leaves(late), strict=True))
-        return tree_unflatten(self.out_tree, self._run(env, self.program.outputs))
+        out = self._run(env, self.program.outputs)
+        return tree_unflatten(self.out_tree, [v(None)[0] if callable(v) else v for v in out])
 
     def _run(self, env: dict[int, Any], wanted: Sequence[Operand]) -> list[Any]:
         return run(self.program, env, wanted)
 
 
 def run(program: Program, env: Mapping[int, Any], wanted: Sequence[Operand]) -> list[Any]:
-    """Some values of a program, given others; only what they need is run."""
-    env = {**program.consts, **env}
+    """Some values of a program, given others; only what they need is run.
 
-    def read(v: Operand) -> Any:
-        return v.value if isinstance(v, Literal) else env[v]
-
-    chosen = needed(program, [v for v in wanted if isinstance(v, int)], set(env))
-    for i, eqn in enumerate(program.eqns):
-        if i in chosen:
-            with standing_at(eqn):
-                env.update(zip(eqn.outs, bind(eqn, eqn.params, [read(v) for v in eqn.ins]), strict=True))
-    return [read(v) for v in wanted]
+    A value may be given as a function instead, so that it need not be there as a whole from the start to the end. Every
+    equation that reads it calls it with the newest value that came of such a call and is still needed, or None. It
+    returns the value, and the other one again, which takes the place of the old: so calls are in order, and a compiler
+    that keeps an `optimization_barrier` around both cannot undo it.
+    """
+    env = dict[int, Any]({**program.consts, **env})
+    chosen = sorted(needed(program, [v for v in wanted if isinstance(v, int)], set(env)))
+    until = {v: i for i in chosen for v in program.eqns[i].ins if isinstance(v, int)}
+    until |= {v: len(program.eqns) for v in wanted if isinstance(v, int)}
+    came: dict[int, None] = {}  # of calls, in order
+    for i in chosen:
+        eqn = program.eqns[i]
+        got: dict[int, Any] = {}
+        read = [v for v in dict.fromkeys(eqn.ins) if isinstance(v, int)]
+        for v in read:
+            if callable(env[v]):
+                newest = next((u for u in reversed(came) if until.get(u, -1) >= i), None)
+                got[v], again = env[v](None if newest is None else env[newest])
+                if newest is not None:
+                    env[newest] = again
+        values = [v.value if isinstance(v, Literal) else got.get(v, env[v]) for v in eqn.ins]
+        with standing_at(eqn):
+            env.update(zip(eqn.outs, bind(eqn, eqn.params, values), strict=True))
+        if got or not came.keys().isdisjoint(read):
+            came |= dict.fromkeys(eqn.outs)
+    return [v.value if isinstance(v, Literal) else env[v] for v in wanted]
 
 
 def split(fn: Callable, params: Any, data: Any, late: Any) -> Split:
