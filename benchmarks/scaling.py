@@ -114,6 +114,7 @@ def measure(
     from treesurgeon.search.data import Split
     from treesurgeon.search.evaluate import Evaluator, batches
     from treesurgeon.search.mesh import make_mesh
+    from treesurgeon.search.sharding import Layout
     from treesurgeon.search.space import build
     from treesurgeon.search.subject import random_subject
 
@@ -127,7 +128,12 @@ def measure(
     masks = jax.tree.map(np.asarray, jax.jit(jax.vmap(space.decode))(genomes))
     one = jax.tree.map(lambda mask: mask[0], masks)
     evaluator = Evaluator(
-        subject, one, jax.numpy.asarray(images[:64]), batches(split, 128), chunk=CHUNK, mesh=make_mesh((count, 1))
+        subject,
+        one,
+        jax.numpy.asarray(images[:64]),
+        batches(split, 128),
+        chunk=CHUNK,
+        layout=Layout(make_mesh((count, 1))),
     )
     evaluator(masks)
     inside, steps, sent, fetched = [0.0], [0], [0], [0]

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh
 
 from treesurgeon import engine
 from treesurgeon.search.chunking import SHARE_OF_MEMORY, chunks, fitting_chunk, memory
@@ -35,13 +35,12 @@ from treesurgeon.search.mesh import (
     everywhere,
     from_rows,
     groups,
-    make_mesh,
     put,
-    spread,
     taking,
     whole,
 )
 from treesurgeon.search.metrics import ACCURACY, Answers, Metric
+from treesurgeon.search.sharding import Laid, Layout, one_device, size_of
 from treesurgeon.search.streaming import Ahead, Feed, Streamed
 from treesurgeon.search.subject import Subject
 from treesurgeon.search.tasks import CLASSIFICATION, Task
@@ -181,6 +180,7 @@ class Evaluator:
         cached: whether the frontier of all batches is kept.
         frontier_bytes: what the frontier of one batch takes.
         mesh: the devices.
+        layout: how the model lies on them.
     """
 
     def __init__(
@@ -195,15 +195,15 @@ class Evaluator:
         reconstruct: Reconstruct = "maps",
         precision: str = "float32",
         cache_bytes: int | None = None,
-        mesh: Mesh | None = None,
+        layout: Layout | None = None,
     ):
         """`masks` are those of any one candidate: they say what is searched; calls will mostly have `population`."""
         self.data, self.count, task = data, int(np.asarray(data.weights).sum()), data.task
         self.compiled = 0
-        mesh = mesh or make_mesh((1, 1))
-        self.mesh: Mesh = mesh
+        self.layout = layout = layout or one_device()
+        self.mesh = mesh = layout.mesh
         self._columns = columns = mesh.shape[DATA]
-        self._variables: Any = put(mesh, subject.variables)
+        variables = layout.put(subject.variables)
         masks = jax.tree.map(np.asarray, masks)
         self._calibration: Any = None
         self._extra: Any = ({}, {})
@@ -211,7 +211,7 @@ class Evaluator:
         self.chunk = chunk or (1 if reconstruct == "kernels" else fitting_chunk(subject, size, population))
         self._take = taking(mesh, P(CANDIDATE))
         if calibration is not None:
-            self._prepare_calibration(subject, masks, put(mesh, calibration), reconstruct)
+            variables = self._prepare_calibration(subject, variables, masks, put(mesh, calibration), reconstruct)
         dtype = jnp.dtype(precision)
 
         def score(variables: Any, x: Array, late: Any) -> Array:
@@ -222,11 +222,9 @@ class Evaluator:
 
         self._images = Ahead(self._laid_out)
         example = jax.ShapeDtypeStruct(data.images.shape[1:], data.images.dtype)
-        parts = engine.split(score, self._variables, example, (masks, self._extra))
-        self._fixed = jax.jit(parts.once)(self._variables)
-        self.frontier_bytes = sum(
-            leaf.size * leaf.dtype.itemsize for leaf in jax.eval_shape(parts.early, self._fixed, example)
-        )
+        parts = engine.split(score, variables.shapes, example, (masks, self._extra))
+        self._fixed = fixed = layout.once(parts, variables.shapes)(variables)
+        self.frontier_bytes = size_of(jax.eval_shape(parts.early, fixed.shapes, example))
         limit = memory() * SHARE_OF_MEMORY if cache_bytes is None else cache_bytes
         self.cached = self.frontier_bytes * -(-len(data.images) // self._columns) <= limit
         self._known: dict[int, Any] = {}
@@ -237,7 +235,7 @@ class Evaluator:
         def chunk_score(fixed: Any, known: Any, batch: Any, late: Any, factor: Array) -> Any:
             self.compiled += 1  # runs once for each compilation
             known, (labels, weights, dense) = jax.tree.map(lambda leaf: leaf[0], (known, batch))
-            logits = jax.vmap(parts.late, (None, None, 0))(fixed, known, late)
+            logits = jax.vmap(partial(parts.late, fixed, known))(late)
             wanted = task.wanted(labels, logits.shape[-1])
             fitted = jax.vmap(task.sharpness, (0, None, None))(logits, wanted, weights)
             if columns > 1:  # what was fitted to the first of the batches that are shown
@@ -247,41 +245,46 @@ class Evaluator:
             losses, wrong = (jax.vmap(each, (0, None))(logits, labels) for each in (task.losses, task.wrong))
             return losses, wrong, jax.vmap(task.divergence, (None, 0))(dense, logits), factor
 
-        self._early = spread(mesh, early, (P(), P(DATA)), P(DATA))
+        self._early = layout.program(early, fixed.shapes, (P(DATA),), P(DATA))
         scores = P(CANDIDATE, DATA)
-        self._score = spread(
-            mesh,
+        self._score: Any = layout.program(
             chunk_score,
-            (P(), P(DATA), P(DATA), P(CANDIDATE), P(CANDIDATE)),
+            fixed.shapes,
+            (P(DATA), P(DATA), P(CANDIDATE), P(CANDIDATE)),
             (scores, scores, scores, P(CANDIDATE)),
         )
-        self._dense = dense_answers(subject, data)
+        self._dense = dense_answers(subject, data, layout)
 
-    def _prepare_calibration(self, subject: Subject, masks: Any, calibration: Array, reconstruct: Reconstruct) -> None:
+    def _prepare_calibration(
+        self, subject: Subject, variables: Laid, masks: Any, calibration: Array, reconstruct: Reconstruct
+    ) -> Laid:
+        """Make `_calibrate`; the variables, with what is found for all candidates alike."""
+        layout = self.layout
+
         def find(variables: Any, x: Array, masks: Any) -> Any:
             return calibrate(subject, masks, variables, x, reconstruct)
 
-        parts = engine.split(find, self._variables, calibration, masks)
-        fixed = jax.jit(parts.once)(self._variables)
-        known = jax.jit(parts.early)(fixed, calibration)
+        parts = engine.split(find, variables.shapes, calibration, masks)
+        fixed = layout.once(parts, variables.shapes)(variables)
+        known = layout.program(parts.early, fixed.shapes, (P(),), P())(fixed, calibration)
         varies, _ = parts.varies
 
         def shared(fixed: Any, known: Any, masks: Any) -> Any:
             stats, _ = parts.late(fixed, known, masks)
             return {path: value for path, value in stats.items() if not varies[path]}
 
-        # What lies before the first mask is every candidate's: it goes into the variables, and stays unbatched.
-        self._variables = with_leaves(self._variables, jax.jit(shared)(fixed, known, masks))
-
         def chunk_calibrate(fixed: Any, known: Any, masks: Any) -> Any:
             self.compiled += 1
-            stats, maps = jax.vmap(parts.late, (None, None, 0))(fixed, known, masks)
+            stats, maps = jax.vmap(partial(parts.late, fixed, known))(masks)
             return {p: v for p, v in stats.items() if varies[p]}, maps
 
-        self._calibrate = spread(self.mesh, chunk_calibrate, (P(), P(), P(EVERY)), P(EVERY))
+        self._calibrate = layout.program(chunk_calibrate, fixed.shapes, (P(), P(EVERY)), P(EVERY))
         self._calibration = (fixed, known)
-        stats, maps = jax.eval_shape(parts.late, fixed, known, masks)
+        stats, maps = jax.eval_shape(parts.late, fixed.shapes, known, masks)
         self._extra = ({p: v for p, v in stats.items() if varies[p]}, maps)
+        # What lies before the first mask is every candidate's: it goes into the variables, and stays unbatched.
+        alike = layout.put(layout.program(shared, fixed.shapes, (P(), P()), P())(fixed, known, masks))
+        return Laid(with_leaves(variables.arrays, alike.arrays), with_leaves(variables.shapes, alike.shapes))
 
     def calibrated(self, masks: Any) -> Any:
         """What the candidates need besides their masks, stacked like them."""
@@ -409,10 +412,10 @@ def race(
     return losses[:, real], wrong[:, real], apart[:, real]
 
 
-def dense_answers(subject: Subject, data: Batches) -> Array:
+def dense_answers(subject: Subject, data: Batches, layout: Layout) -> Array:
     """The dense model's logits for every batch, `[B, b, classes]`, at their best temperature."""
-    infer, task = jax.jit(subject.infer), data.task
-    dense = jnp.stack([infer(subject.variables, x) for x in data.images])
+    answer, task = layout.over(subject.infer, subject.variables, data.images[0]), data.task
+    dense = jnp.stack([np.asarray(answer(x)) for x in data.images])
     outputs = dense.reshape(-1, dense.shape[-1])
     wanted = task.wanted(data.labels.reshape(len(outputs), *data.labels.shape[2:]), dense.shape[-1])
     return dense * jax.jit(task.sharpness)(outputs, wanted, data.weights.reshape(-1))

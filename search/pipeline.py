@@ -11,7 +11,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -32,10 +32,12 @@ from treesurgeon.search.live import Generation
 from treesurgeon.search.lock import alone
 from treesurgeon.search.page import write_page
 from treesurgeon.search.pool import Pool
-from treesurgeon.search.scoring import describe, hire, make_scorer, make_sweep, pick_mesh
+from treesurgeon.search.scoring import describe, hire, lay_out, make_scorer, make_sweep
 from treesurgeon.search.setting import Setting, prepare
+from treesurgeon.search.sharding import Layout, one_device
 from treesurgeon.search.space import Space, build, first_stage
 from treesurgeon.search.state import States
+from treesurgeon.search.subject import on_host
 from treesurgeon.search.sweep import Sweep
 from treesurgeon.search.tasks import CLASSIFICATION
 from treesurgeon.search.truncating import truncations
@@ -66,6 +68,10 @@ def run(config: Config, say: Say = print, pool: Pool | None = None) -> Outcome:
 
 def _run(config: Config, say: Say, pool: Pool) -> Outcome:
     setting = hosts.each(lambda: opened(config, pool.hold))
+    layout = None if pool.ray else hosts.each(lambda: lay_out(setting, pool))
+    if layout and layout.split:  # nobody else may hold the model on a device
+        original = setting.original and on_host(setting.original)
+        setting = replace(setting, subject=on_host(setting.subject), original=original)
     config, subject, roles = setting.config, setting.subject, setting.roles
     graph, dense = subject.graph, engine.cost(subject.graph, engine.Plan())
     if setting.head:
@@ -87,9 +93,10 @@ def _run(config: Config, say: Say, pool: Pool) -> Outcome:
     # Options first: what they differ in says more than what comes of it.
     ordered = dict(sorted(content.items(), key=lambda item: item[0] in ("data", "checkpoint")))
     hosts.agree("options, data or checkpoint", {**ordered, "out": config.directory})
+    hosts.agree("devices and how the model lies on them", {"mesh": pool.mesh, "split": bool(layout and layout.split)})
     hosts.together(lambda: claim(config, content))
     with hosts.led(lambda: alone(config.directory)):
-        return go_on(setting, say, pool)
+        return go_on(setting, say, pool, layout)
 
 
 def opened(config: Config, hold: int | None) -> Setting:
@@ -101,8 +108,8 @@ def opened(config: Config, hold: int | None) -> Setting:
     return setting
 
 
-def go_on(setting: Setting, say: Say, pool: Pool) -> Outcome:
-    """Run a search from where it is to its end, or show the outcome of one that is complete."""
+def go_on(setting: Setting, say: Say, pool: Pool, layout: Layout | None) -> Outcome:
+    """Run a search from where it is to its end, or show the outcome of one that is complete; Ray needs no layout."""
     config = setting.config
     if hosts.together(lambda: (config.directory / "selected").exists()):
         say("this run is complete; choose another --out to run again")
@@ -114,14 +121,14 @@ def go_on(setting: Setting, say: Say, pool: Pool) -> Outcome:
     text = json.dumps(asdict(shifted), indent=1) + "\n"
     hosts.together(lambda: (config.directory / "shift.json").write_text(text))
     states = States(config.directory / "state")
-    scores = states.arrays("scores", lambda: rank(setting))
+    scores = states.arrays("scores", lambda: rank(setting, layout=layout))
     space = build_space(setting, scores)
     hosts.together(lambda: record(setting, space))
     variants = np.prod(space.cardinality.astype(float))
     say(f"searching {len(space.groups)} groups and {len(space.blocks)} blocks: {variants:.1e} variants")
     budget = make_budget(setting, space, states, say)
     crew = hire(setting, space, pool, say) if pool.ray else None
-    front = search(setting, space, budget, states, say, pool, crew)
+    front = search(setting, space, budget, states, say, layout, crew)
     picked = hosts.together(lambda: pick(setting, space, budget, front, say))
     finalists = [(setting, f"v{i}", space.to_plan(genome), found) for i, (genome, found) in enumerate(picked, 1)]
     if crew:
@@ -169,13 +176,15 @@ def environment() -> dict[str, Any]:
     }
 
 
-def rank(setting: Setting, criterion: str | None = None) -> dict[str, np.ndarray]:
+def rank(setting: Setting, criterion: str | None = None, layout: Layout | None = None) -> dict[str, np.ndarray]:
     """Score the units of every group, on calibration images where that needs data.
 
     Args:
         setting: the run's.
         criterion: a name in `engine.CRITERIA`; if None, the configured one.
+        layout: how the model lies on the devices; what takes gradients is computed on one all the same.
     """
+    over = (layout or one_device()).over
     subject, config = setting.subject, setting.config
     graph, variables = subject.graph, subject.variables
     data = batches(setting.roles.train, CALIBRATION, CALIBRATION)
@@ -184,15 +193,14 @@ def rank(setting: Setting, criterion: str | None = None) -> dict[str, np.ndarray
     def loss(variables: Any, x: Array, y: Array) -> Array:
         return data.task.losses(subject.infer(variables, x), y).mean()
 
+    select = engine.class_selectivity(subject.infer, graph, subject.num_classes)
     measures: dict[str, Callable[[], Any]] = {
         "grads": lambda: jax.jit(jax.grad(loss, allow_int=True))(variables, x, y),
         "fisher": lambda: jax.jit(engine.fisher_energy(loss, graph))(variables, x[:FISHER_IMAGES], y[:FISHER_IMAGES]),
-        "energy": lambda: jax.jit(engine.activation_energy(subject.infer, graph))(variables, x),
-        "zeros": lambda: jax.jit(engine.zero_share(subject.infer, graph))(variables, x),
-        "grams": lambda: jax.jit(engine.gram_matrices(subject.infer, graph))(variables, x),
-        "selectivity": lambda: jax.jit(engine.class_selectivity(subject.infer, graph, subject.num_classes))(
-            variables, x, y
-        ),
+        "energy": lambda: over(engine.activation_energy(subject.infer, graph), variables, x)(x),
+        "zeros": lambda: over(engine.zero_share(subject.infer, graph), variables, x)(x),
+        "grams": lambda: over(engine.gram_matrices(subject.infer, graph), variables, x)(x),
+        "selectivity": lambda: over(lambda v, shown: select(v, *shown), variables, (x, y))((x, y)),
         "key": lambda: jax.random.key(config.seed),
     }
     name = criterion or config.criterion
@@ -229,17 +237,16 @@ def search(
     budget: Budget,
     states: States,
     say: Say,
-    pool: Pool | None = None,
+    layout: Layout | None = None,
     crew: Crew | None = None,
 ) -> evolve.Scored:
     """Evolve the front, or what is left of it; every generation is saved."""
     config, measure, dense = setting.config, budget.measure, budget.dense
-    mesh = None if crew else pick_mesh(setting, pool or Pool())
-    evaluator = make_scorer(setting, space, mesh, crew)
+    evaluator = make_scorer(setting, space, layout, crew)
     describe(setting, evaluator, say)
 
     if config.precision != "float32":
-        exact, ours = (answer_loss(setting, evaluator.data, dtype) for dtype in ("float32", config.precision))
+        exact, ours = (answer_loss(setting, evaluator.data, dtype, layout) for dtype in ("float32", config.precision))
         say(f"in {config.precision} the dense model's loss reads {ours:.4f} instead of {exact:.4f}")
 
     @jax.jit
@@ -262,8 +269,8 @@ def search(
         "descent",
         lambda: walk(
             space,
-            make_sweep(setting, space, mesh, crew),
-            energies(setting, space),
+            make_sweep(setting, space, layout, crew),
+            energies(setting, space, layout),
             sizes,
             budget.share,
             config.population,
@@ -329,7 +336,7 @@ def kept_units(space: Space, masks: Any) -> np.ndarray:
     return np.array(kept, int).reshape(-1, count).T
 
 
-def energies(setting: Setting, space: Space) -> dict[str, np.ndarray]:
+def energies(setting: Setting, space: Space, layout: Layout | None = None) -> dict[str, np.ndarray]:
     """For searched groups, by units kept, the share of the energy of their activations that these cannot express.
 
     The mean over the kernels that read the units; groups that none reads are left out.
@@ -338,23 +345,26 @@ def energies(setting: Setting, space: Space) -> dict[str, np.ndarray]:
     x = jnp.asarray(setting.roles.train.images[:CALIBRATION])
     found: dict[str, list[Array]] = {}
     residual = jax.jit(engine.residual_energy)
-    for places in jax.jit(engine.gram_matrices(subject.infer, graph))(subject.variables, x).values():
+    layout = layout or one_device()
+    for places in layout.over(engine.gram_matrices(subject.infer, graph), subject.variables, x)(x).values():
         for name, gram in places.items():
             if name in space.ranks:
-                found.setdefault(name, []).append(residual(gram, np.argsort(space.ranks[name])))
+                found.setdefault(name, []).append(residual(np.asarray(gram), np.argsort(space.ranks[name])))
     return {name: np.mean(curves, 0) for name, curves in found.items()}
 
 
-def answer_loss(setting: Setting, data: Batches, precision: str) -> float:
+def answer_loss(setting: Setting, data: Batches, precision: str, layout: Layout | None = None) -> float:
     """The dense model's loss on the scoring images, computed in this precision."""
-    infer = setting.subject.infer
-    variables = in_precision(setting.subject.variables, precision)
+    subject = setting.subject
 
-    @jax.jit
-    def total(v: Any, x: Array, labels: Array, weights: Array) -> Array:
-        return (data.task.losses(infer(v, x.astype(precision)), labels) * weights).sum()
+    def total(v: Any, batch: tuple[Array, Array, Array]) -> Array:
+        x, labels, weights = batch
+        logits = subject.infer(in_precision(v, precision), x.astype(precision))
+        return (data.task.losses(logits, labels) * weights).sum()
 
-    losses = [total(variables, *batch) for batch in zip(data.images, data.labels, data.weights, strict=True)]
+    shown = list(zip(data.images, data.labels, data.weights, strict=True))
+    compiled = (layout or one_device()).over(total, subject.variables, shown[0])
+    losses = [np.asarray(compiled(batch)) for batch in shown]
     return float(np.sum(losses) / np.asarray(data.weights).sum())
 
 

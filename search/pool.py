@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from treesurgeon.search.config import RunError
+
+Shard = Literal["auto", "always", "never"]
 
 
 @dataclass(frozen=True)
@@ -13,6 +16,9 @@ class Pool:
 
     mesh: str = ""
     """CxD: devices along candidates times devices along batches of images. Default: the fastest for all there are."""
+    shard: Shard = "auto"
+    """Whether the model is split over the devices of the mesh while candidates are scored, each layer gathered when it
+    is needed; otherwise each has a copy. Default: where copies do not fit."""
     distributed: bool = False
     """Run on several hosts, or as several processes: the same command is started on each. --out has to be a directory
     that all of them see."""
@@ -41,6 +47,10 @@ class Pool:
         """Refuse what does not go together."""
         if self.ray and (self.distributed or self.mesh):
             raise RunError("--ray goes with neither --distributed nor --mesh: each of its workers has one device")
+        if self.shard not in get_args(Shard):
+            raise RunError(f"--shard {self.shard}: expected one of {', '.join(get_args(Shard))}")
+        if self.ray and self.shard == "always":
+            raise RunError("--shard always does not go with --ray: each of its workers has one device")
         if not self.distributed and (self.coordinator, self.processes, self.process) != (None, None, None):
             raise RunError("--coordinator, --processes and --process are for --distributed: add it")
         if self.memory_images is not None and not self.memory_images >= 0:

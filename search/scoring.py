@@ -15,6 +15,7 @@ from treesurgeon.search.evaluate import Batches, Evaluator, batches
 from treesurgeon.search.mesh import CANDIDATE, DATA, choose_shape, make_mesh, parse_shape
 from treesurgeon.search.pool import Pool
 from treesurgeon.search.setting import Setting
+from treesurgeon.search.sharding import Layout, describe_layout, pick_layout
 from treesurgeon.search.space import Space
 from treesurgeon.search.sweep import Sweep
 from treesurgeon.search.workers import Crew, RemoteEvaluator, RemoteSweep
@@ -44,6 +45,11 @@ def pick_mesh(setting: Setting, pool: Pool) -> Mesh:
     return make_mesh(choose_shape(jax.device_count(), pieces, shown))
 
 
+def lay_out(setting: Setting, pool: Pool) -> Layout:
+    """The devices of a search, and how the model lies on them."""
+    return pick_layout(pick_mesh(setting, pool), pool.shard, setting.subject.variables)
+
+
 def hire(setting: Setting, space: Space, pool: Pool, say: Callable[[str], None]) -> Crew:
     """Ray workers for all that takes long."""
     crew = Crew(pool.ray, pool.workers, say)
@@ -62,15 +68,15 @@ def scored(setting: Setting) -> Batches:
 
 
 def make_scorer(
-    setting: Setting, space: Space, mesh: Mesh | None = None, crew: Crew | None = None
+    setting: Setting, space: Space, layout: Layout | None = None, crew: Crew | None = None
 ) -> Evaluator | RemoteEvaluator:
     """What scores candidates, here or with a crew."""
     if crew:
         return RemoteEvaluator(crew, scored(setting), chunk_size(setting))
-    return make_evaluator(setting, space, mesh)
+    return make_evaluator(setting, space, layout)
 
 
-def make_evaluator(setting: Setting, space: Space, mesh: Mesh | None = None, chunk: int | None = None) -> Evaluator:
+def make_evaluator(setting: Setting, space: Space, layout: Layout | None = None, chunk: int | None = None) -> Evaluator:
     """What scores the candidates of a space, on devices of this process."""
     config, roles = setting.config, setting.roles
     one = jax.jit(space.decode)(space.dense_genome())
@@ -84,18 +90,18 @@ def make_evaluator(setting: Setting, space: Space, mesh: Mesh | None = None, chu
         population=config.population,
         reconstruct=config.reconstruct,
         precision=config.precision,
-        mesh=mesh,
+        layout=layout,
     )
 
 
-def make_sweep(setting: Setting, space: Space, mesh: Mesh | None = None, crew: Crew | None = None) -> Sweep:
+def make_sweep(setting: Setting, space: Space, layout: Layout | None = None, crew: Crew | None = None) -> Sweep:
     """What tries single changes."""
     config, roles = setting.config, setting.roles
     count = min(config.calibration_images, SWEEP_CALIBRATION)
     calibration = jnp.asarray(roles.train.images[:count]) if count else None
     data = batches(roles.search, SWEEP_IMAGES, SWEEP_IMAGES)
     given = setting.subject, space, calibration, data
-    options: Any = {"chunk": config.chunk, "reconstruct": config.reconstruct, "mesh": mesh}
+    options: Any = {"chunk": config.chunk, "reconstruct": config.reconstruct, "layout": layout}
     return RemoteSweep(crew, *given, **options) if crew else Sweep(*given, **options)
 
 
@@ -113,6 +119,9 @@ def describe(setting: Setting, evaluator: Evaluator | RemoteEvaluator, say: Call
         places, columns = evaluator.mesh.shape[CANDIDATE], evaluator.mesh.shape[DATA]
         if evaluator.mesh.size > 1:
             say(f"{evaluator.mesh.size} devices: {places} along candidates, {columns} along images")
+        where = describe_layout(evaluator.layout, setting.subject.variables)
+        if where:
+            say(where)
     if pieces < places:
         say(
             f"a generation is {pieces} chunks of {evaluator.chunk} candidates, so that some of {places} have nothing "

@@ -126,6 +126,11 @@ def random_subject(model: str, **kwargs: Any) -> Subject:
     return with_momenta(Subject(spec, module, variables, classes.shape[-1]))
 
 
+def on_host(subject: Subject) -> Subject:
+    """The subject with its variables in the memory of the host, so that they take none of a device's."""
+    return with_fields(subject, variables=jax.tree.map(np.asarray, subject.variables))
+
+
 def with_momenta(subject: Subject) -> Subject:
     """The subject with the momenta of its running averages, read off one training step."""
     x = jax.random.normal(jax.random.key(0), (8, *subject.spec.input_shape), subject.spec.input_dtype)

@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh
 
 from treesurgeon import engine
 from treesurgeon.search.chunking import chunks, fitting_chunk
 from treesurgeon.search.evaluate import Batches, Reconstruct, calibrate, with_leaves
-from treesurgeon.search.mesh import EVERY, P, groups, make_mesh, put, spread, whole
+from treesurgeon.search.mesh import EVERY, P, groups, put, whole
+from treesurgeon.search.sharding import Layout, one_device
 from treesurgeon.search.space import Space
 from treesurgeon.search.subject import Subject
 from treesurgeon.search.tasks import Task
@@ -68,16 +68,16 @@ class Sweep:
         chunk: int | None = None,
         reconstruct: Reconstruct = "maps",
         parts: int = PARTS,
-        mesh: Mesh | None = None,
+        layout: Layout | None = None,
     ):
         """Of `data` the first batch is used; the other arguments are those of `Evaluator`."""
         self.space, self.compiled, self._task = space, 0, data.task
         self._before: Any = None  # what was computed last of what comes before a part, and for which masks
-        mesh = mesh or make_mesh((1, 1))
-        self.mesh: Mesh = mesh
+        layout = layout or one_device()
+        self.mesh = layout.mesh
         x = data.images[0]
-        self._variables, self._labels, self._weights = put(mesh, subject.variables), data.labels[0], data.weights[0]
-        self._data = put(mesh, (x, x[:0] if calibration is None else calibration))
+        self._variables, self._labels, self._weights = layout.put(subject.variables), data.labels[0], data.weights[0]
+        self._data = put(self.mesh, (x, x[:0] if calibration is None else calibration))
 
         def answer(variables: Any, data: Any, masks: Any) -> Array:
             x, calibration = data
@@ -89,7 +89,7 @@ class Sweep:
 
         self._decode = jax.jit(jax.vmap(space.decode))
         one = jax.tree.map(lambda leaf: leaf[0], self._decode(space.dense_genome()[None]))
-        whole = engine.split(answer, self._variables, self._data, one)
+        whole = engine.split(answer, self._variables.shapes, self._data, one)
         touched = touches(space, one)
         reach = whole.reach()
         work = np.array([max(reach[leaf] for leaf in leaves) for leaves in touched], float)
@@ -101,9 +101,12 @@ class Sweep:
 
             def late(fixed: Any, known: Any, masks: Any, cut: engine.Split = cut) -> Array:
                 self.compiled += 1  # runs once for each compilation
-                return jax.vmap(lambda masks: cut.late(fixed, known, masks))(masks)
+                return jax.vmap(partial(cut.late, fixed, known))(masks)
 
-            compiled = jax.jit(cut.once), jax.jit(cut.early), spread(mesh, late, (P(), P(), P(EVERY)), P(EVERY))
+            shapes = self._variables.shapes
+            fixed = jax.eval_shape(cut.once, shapes)
+            early = layout.program(cut.early, fixed, (P(),), P())
+            compiled = layout.once(cut, shapes), early, layout.program(late, fixed, (P(), P(EVERY)), P(EVERY))
             self.parts.append(Part(frozenset(genes), leaves, *compiled, size))
 
     def __call__(self, start: np.ndarray, changed: np.ndarray) -> np.ndarray:

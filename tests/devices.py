@@ -1,6 +1,7 @@
 """Scores of one population on several meshes, in a process of its own: XLA_FLAGS settle how many devices it has.
 
-`python devices.py RECONSTRUCT SHAPE…` prints, for each shape, what `Evaluator` and `Sweep` found, as digests.
+`python devices.py RECONSTRUCT SHAPE…` prints, for each shape, what `Evaluator` and `Sweep` found, as digests; after a
+shape with `s` the model is split over the devices.
 """
 
 import hashlib
@@ -11,15 +12,17 @@ import jax
 import numpy as np
 
 from treesurgeon import engine, models
-from treesurgeon.search import racing, sensitivity
+from treesurgeon.search import racing, sensitivity, sharding
 from treesurgeon.search.data import Split
 from treesurgeon.search.evaluate import Evaluator, batches
 from treesurgeon.search.mesh import make_mesh, parse_shape
+from treesurgeon.search.sharding import Layout
 from treesurgeon.search.space import build
 from treesurgeon.search.subject import Subject
 from treesurgeon.search.sweep import Sweep
 
 CANDIDATES, IMAGES = 11, 72
+sharding.SMALL = 2**4  # so that leaves of this model are split
 
 
 def setup():
@@ -51,8 +54,8 @@ def main(shapes: list[str], reconstruct: str) -> None:
     size = np.ones(CANDIDATES)
     probed = sensitivity.probes(space, space.dense_genome())[:9]
     for shape in shapes:
-        mesh = make_mesh(parse_shape(shape))
-        evaluator = Evaluator(subject, one, calibration, data, chunk=2, reconstruct=reconstruct, mesh=mesh)
+        layout = Layout(make_mesh(parse_shape(shape.rstrip("s"))), shape.endswith("s"))
+        evaluator = Evaluator(subject, one, calibration, data, chunk=2, reconstruct=reconstruct, layout=layout)
 
         def judge(losses):
             return racing.judge(size, losses, racing.References.empty(4, IMAGES), looks=5, alpha=0.5)
@@ -61,7 +64,7 @@ def main(shapes: list[str], reconstruct: str) -> None:
         raced = evaluator(masks, judge)
         found = {"shape": shape, "compiled": evaluator.compiled, "scored": digest(*scored), "raced": digest(*raced)}
         found["seen"] = (~np.isnan(raced[0])).sum(1).tolist()
-        sweep = Sweep(subject, space, calibration, data, chunk=2, reconstruct=reconstruct, parts=1, mesh=mesh)
+        sweep = Sweep(subject, space, calibration, data, chunk=2, reconstruct=reconstruct, parts=1, layout=layout)
         found |= {"swept": digest(sweep(space.dense_genome(), probed)), "sweep compiled": sweep.compiled}
         print(json.dumps(found), flush=True)
 

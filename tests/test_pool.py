@@ -116,9 +116,9 @@ def scores(devices: int, reconstruct: str, *shapes: str) -> list[dict]:
 @pytest.mark.parametrize(
     ("reconstruct", "shapes"),
     [
-        ("maps", ("1x1", "4x2")),
-        pytest.param("kernels", ("1x1", "2x4"), marks=pytest.mark.slow),
-        pytest.param("none", ("1x1", "8x1", "1x8", "3x2"), marks=pytest.mark.slow),
+        ("maps", ("1x1", "4x2", "4x2s")),
+        pytest.param("kernels", ("1x1", "2x4", "2x4s"), marks=pytest.mark.slow),
+        pytest.param("none", ("1x1", "8x1", "1x8", "3x2", "3x2s"), marks=pytest.mark.slow),
     ],
 )
 def test_devices_find_what_one_finds_bit_for_bit(reconstruct, shapes):
@@ -259,6 +259,8 @@ def test_processes_that_differ_are_refused(place):
         ({"ray": "local", "distributed": True}, "neither --distributed"),
         ({"process": 0}, "add it"),
         ({"workers": 2}, "with --ray"),
+        ({"ray": "local", "shard": "always"}, "each of its workers has one device"),
+        ({"shard": "sometimes"}, "expected one of auto, always, never"),
         ({"ray": "local", "workers": 0}, "1 or more"),
     ],
 )

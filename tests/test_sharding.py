@@ -1,0 +1,92 @@
+"""The model split over devices: results are those of copies (test_pool.py), and it takes less of each device."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+from test_pool import environment
+
+from treesurgeon import engine
+from treesurgeon.search import RunError, sharding
+from treesurgeon.search.mesh import EVERY
+from treesurgeon.search.sharding import Layout, describe_layout, one_device, pick_layout, size_of
+
+EIGHT = AbstractMesh((4, 2), EVERY)
+MODEL = {"kernel": np.ones((512, 128), np.float32), "bias": np.ones(128, np.float32)}
+
+
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_a_device_holds_its_part_and_the_layers_at_work(precision):
+    command = [sys.executable, str(Path(__file__).parent / "sharded.py"), precision]
+    done = subprocess.run(command, env=environment(8), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    copied, split = map(json.loads, done.stdout.splitlines())
+    assert copied["kept"] / 8 < split["kept"] < copied["kept"] / 7  # small leaves are copied
+    assert len(split["temporary"]) > 6  # scoring, the dense answers and the sweep among them
+    assert max(split["temporary"]) < split["model"] / 5  # of 16 layers a few are there as a whole
+
+
+def test_values_that_are_asked_for_come_one_after_the_other():
+    rng = np.random.default_rng(0)
+    kernels, x = rng.normal(size=(3, 4, 4)).astype(np.float32), rng.normal(size=(2, 4)).astype(np.float32)
+
+    def fn(kernels, x, scale):
+        for kernel in kernels:
+            x = jax.numpy.tanh(x @ kernel)
+        return x * scale @ kernels[0], kernels[1]
+
+    parts = engine.split(fn, list(kernels), x, np.float32(2))
+    asked = []
+
+    def later(i):
+        def value(after):
+            asked.append((i, None if after is None else np.asarray(after)))
+            return kernels[i], after
+
+        return value
+
+    functions = [later(i) for i in range(3)]
+    fixed = parts.once(functions)
+    assert parts.passed == [0, 1, 2]
+    assert fixed == functions  # what is handed on as it is stays to be asked for
+    out = parts.late(fixed, parts.early(fixed, x), np.float32(2))
+    for got, expected in zip(out, fn(kernels, x, np.float32(2)), strict=True):
+        np.testing.assert_array_equal(got, expected)
+    assert [i for i, _ in asked] == [0, 1, 2, 0, 1]
+    first = np.tanh(x @ kernels[0])
+    assert asked[0][1] is None
+    np.testing.assert_allclose(asked[1][1], first, rtol=1e-6)
+    np.testing.assert_allclose(asked[2][1], np.tanh(first @ kernels[1]), rtol=1e-6)
+
+
+def test_a_model_is_split_where_it_does_not_fit(monkeypatch):
+    room = 2 * size_of(MODEL) / (1 - 2 * sharding.SHARE_OF_MEMORY)
+    shared = len(jax.local_devices())  # of a CPU
+    monkeypatch.setattr(sharding, "memory", lambda: int(room * shared * 1.01))
+    assert not pick_layout(EIGHT, "auto", MODEL).split
+    assert pick_layout(EIGHT, "always", MODEL).split
+    assert "is copied to each of 8 devices" in describe_layout(Layout(EIGHT), MODEL)
+    assert describe_layout(one_device(), MODEL) == ""
+    monkeypatch.setattr(sharding, "memory", lambda: int(room * shared * 0.99))
+    assert pick_layout(EIGHT, "auto", MODEL).split
+    assert not pick_layout(EIGHT, "never", MODEL).split
+    assert not pick_layout(one_device().mesh, "auto", MODEL).split
+    assert "(0.3 MB) is split over 8 devices, 0.0 MB on each" in describe_layout(Layout(EIGHT, True), MODEL)
+    assert "--shard auto splits it" in describe_layout(Layout(EIGHT), MODEL)
+    assert "several devices would share it" in describe_layout(one_device(), MODEL)
+
+
+def test_large_leaves_are_split_and_the_others_copied():
+    specs = Layout(EIGHT, True).specs(MODEL)
+    assert specs == {"kernel": jax.P(EVERY), "bias": jax.P()}
+    assert set(Layout(EIGHT).specs(MODEL).values()) == {jax.P()}
+
+
+def test_one_device_has_nobody_to_share_with():
+    with pytest.raises(RunError, match="--shard always: there is one device"):
+        pick_layout(one_device().mesh, "always", MODEL)
