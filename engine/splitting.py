@@ -16,7 +16,7 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -104,7 +104,7 @@ class Split:
         env = dict(zip(self.kept[0], fixed, strict=True)) | dict(zip(self.kept[1], known, strict=True))
         env |= dict(zip(self.inputs[2], tree_leaves(late), strict=True))
         out = self._run(env, self.program.outputs)
-        return tree_unflatten(self.out_tree, [v(None)[0] if callable(v) else v for v in out])
+        return tree_unflatten(self.out_tree, [cast(Any, v)(None)[0] if callable(v) else v for v in out])
 
     def _run(self, env: dict[int, Any], wanted: Sequence[Operand]) -> list[Any]:
         return run(self.program, env, wanted)

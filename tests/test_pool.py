@@ -44,8 +44,11 @@ SMALL = (
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A directory with a model, its checkpoint and data."""
-    home = tmp_path_factory.mktemp("user")
-    own_model(home, MODEL, (4, 4, 1))
+    return furnished(tmp_path_factory.mktemp("user"), MODEL)
+
+
+def furnished(home: Path, model: str) -> Path:
+    own_model(home, model, (4, 4, 1))
     rng = np.random.default_rng(0)
     y = np.arange(480) % 3
     x = (rng.normal(size=(480, 4, 4, 1)) + y[:, None, None, None] / 2).astype(np.float32)
@@ -189,6 +192,21 @@ def test_a_run_on_eight_devices_is_the_run_on_one(place, serial):
     assert code == 0, err
     assert "3 devices: 3 along candidates, 1 along images" in out
     assert contents(place / "fewer") == serial
+
+
+@pytest.mark.slow
+def test_a_run_with_a_split_model_is_the_run_with_copies(tmp_path):
+    wide = furnished(tmp_path, MODEL.replace("nn.Dense(8", "nn.Dense(64"))
+    code, out, err = ended(start(wide, "copies", "--criterion", "activation"))
+    assert code == 0, err
+    code, out, err = ended(start(wide, "split", "--criterion", "activation", "--shard", "always", devices=8))
+    assert code == 0, err
+    assert re.search(r"the model \(0\.0 MB\) is split over 8 devices, 0\.0 MB on each", out)
+    assert contents(wide / "split") == contents(wide / "copies")
+    code, _, err = ended(start(wide, "alone", "--shard", "always"))
+    assert code == 2
+    assert "--shard always: there is one device" in err
+    assert not (wide / "alone").exists()
 
 
 # --- hosts ----------------------------------------------------------------------------------------------------------
