@@ -104,7 +104,7 @@ class Split:
         env = dict(zip(self.kept[0], fixed, strict=True)) | dict(zip(self.kept[1], known, strict=True))
         env |= dict(zip(self.inputs[2], tree_leaves(late), strict=True))
         out = self._run(env, self.program.outputs)
-        return tree_unflatten(self.out_tree, [cast(Any, v)(None)[0] if callable(v) else v for v in out])
+        return tree_unflatten(self.out_tree, [cast(Any, v)(None) if callable(v) else v for v in out])
 
     def _run(self, env: dict[int, Any], wanted: Sequence[Operand]) -> list[Any]:
         return run(self.program, env, wanted)
@@ -114,30 +114,22 @@ def run(program: Program, env: Mapping[int, Any], wanted: Sequence[Operand]) -> 
     """Some values of a program, given others; only what they need is run.
 
     A value may be given as a function instead, so that it need not be there as a whole from the start to the end. Every
-    equation that reads it calls it with the newest value that came of such a call and is still needed, or None. It
-    returns the value, and the other one again, which takes the place of the old: so calls are in order, and a compiler
-    that keeps an `optimization_barrier` around both cannot undo it.
+    equation that reads it calls it with the newest value that came of such calls, or None: a function that waits for
+    that one makes sure that a compiler does not do all of them at once.
     """
     env = dict[int, Any]({**program.consts, **env})
-    chosen = sorted(needed(program, [v for v in wanted if isinstance(v, int)], set(env)))
-    until = {v: i for i in chosen for v in program.eqns[i].ins if isinstance(v, int)}
-    until |= {v: len(program.eqns) for v in wanted if isinstance(v, int)}
-    came: dict[int, None] = {}  # of calls, in order
-    for i in chosen:
+    came: set[int] = set()  # values that came of such calls
+    newest: Any = None
+    for i in sorted(needed(program, [v for v in wanted if isinstance(v, int)], set(env))):
         eqn = program.eqns[i]
-        got: dict[int, Any] = {}
-        read = [v for v in dict.fromkeys(eqn.ins) if isinstance(v, int)]
-        for v in read:
-            if callable(env[v]):
-                newest = next((u for u in reversed(came) if until.get(u, -1) >= i), None)
-                got[v], again = env[v](None if newest is None else env[newest])
-                if newest is not None:
-                    env[newest] = again
+        read = {v for v in eqn.ins if isinstance(v, int)}
+        got = {v: env[v](newest) for v in read if callable(env[v])}
         values = [v.value if isinstance(v, Literal) else got.get(v, env[v]) for v in eqn.ins]
         with standing_at(eqn):
             env.update(zip(eqn.outs, bind(eqn, eqn.params, values), strict=True))
-        if got or not came.keys().isdisjoint(read):
-            came |= dict.fromkeys(eqn.outs)
+        if eqn.outs and (got or not came.isdisjoint(read)):
+            came.update(eqn.outs)
+            newest = env[eqn.outs[-1]]
     return [v.value if isinstance(v, Literal) else env[v] for v in wanted]
 
 

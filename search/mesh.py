@@ -103,21 +103,9 @@ def from_rows(
     return jax.make_array_from_callback((count, *shape), NamedSharding(mesh, spec), part)
 
 
-def spread(mesh: Mesh, fn: Callable[..., Any], given: Sequence[Any], out: Any, ordered: bool = False) -> Any:
-    """`fn` on every device of the mesh, each with its part of the arguments, compiled once.
-
-    Args:
-        mesh: the devices.
-        fn: the function.
-        given: how its arguments lie.
-        out: how its results lie.
-        ordered: whether its `optimization_barrier`s are kept until the program is scheduled; on CPUs older versions of
-            XLA drop them before.
-    """
-    keep = ordered and mesh.devices.flat[0].platform == "cpu"
-    options = {"xla_disable_hlo_passes": "cse_barrier_expander"} if keep else None
-    mapped = jax.shard_map(fn, mesh=mesh, in_specs=tuple(given), out_specs=out, check_vma=False)
-    return jax.jit(mapped, compiler_options=options)
+def spread(mesh: Mesh, fn: Callable[..., Any], given: Sequence[PartitionSpec], out: Any) -> Callable[..., Any]:
+    """`fn` on every device of the mesh, each with its part of the arguments, compiled once."""
+    return jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=tuple(given), out_specs=out, check_vma=False))
 
 
 def whole(tree: Any) -> Any:

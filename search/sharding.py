@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.custom_batching import custom_vmap
 from jax.sharding import Mesh, PartitionSpec
 
 from treesurgeon import engine
@@ -81,7 +82,8 @@ class Layout:
             if not self.parted(leaf):
                 return put(self.mesh, leaf)
             flat = np.asarray(leaf).reshape(-1)
-            return put(self.mesh, np.pad(flat, (0, -flat.size % self.mesh.size)), P(EVERY))
+            filling = self._length(leaf) * self.mesh.size - leaf.size
+            return put(self.mesh, np.pad(flat, (0, filling)), P(EVERY))
 
         return Laid(jax.tree.map(one, tree), jax.eval_shape(lambda tree: tree, tree))
 
@@ -117,7 +119,7 @@ class Layout:
         def local(arrays: Any, *rest: Any) -> Any:
             return fn(jax.tree.map(self._whole, arrays, shapes), *rest)
 
-        return Program(spread(self.mesh, local, (self.specs(shapes), *given), out, ordered=self.split), self.split)
+        return Program(spread(self.mesh, local, (self.specs(shapes), *given), out), self.split)
 
     def over(self, fn: Callable[[Any, Any], Any], variables: Any, data: Any) -> Callable[[Any], Any]:
         """`fn(variables, data)` compiled, as a function of the data; where nothing is split, on one device."""
@@ -139,9 +141,9 @@ class Layout:
         if not self.parted(shape):
             return mine
 
-        def gather(after: Any) -> tuple[Array, Any]:
-            part, after = lax.optimization_barrier((mine, after))
-            return lax.all_gather(part, EVERY, tiled=True)[: shape.size].reshape(shape.shape), after
+        def gather(after: Any) -> Array:
+            part = mine if after is None else _waiting(mine, after)
+            return lax.all_gather(part, EVERY, tiled=True)[: shape.size].reshape(shape.shape)
 
         return gather
 
@@ -149,9 +151,34 @@ class Layout:
         """Inside a program: this device's part of a whole value."""
         if not self.parted(value):
             return value
-        each = -(-value.size // self.mesh.size)
+        each = self._length(value)
         flat = jnp.pad(value.reshape(-1), (0, each * self.mesh.size - value.size))
         return lax.dynamic_slice(flat, (lax.axis_index(EVERY) * each,), (each,))
+
+    def _length(self, leaf: Any) -> int:
+        """Numbers of a leaf that each device has; the last device's last one is always filling, see `_waiting`."""
+        return leaf.size // self.mesh.size + 1
+
+
+@custom_vmap
+def _waiting(part: Array, after: Array) -> Array:
+    """A device's part, which is not there before another value is: on the last device it takes the place of filling.
+
+    An `optimization_barrier` around both would keep XLA from fusing what computes that value, and so change its last
+    bits; and XLA drops one from which the part alone is read.
+    """
+    if not after.size or jnp.issubdtype(after.dtype, jax.dtypes.extended):
+        return part
+    ours = lax.axis_index(EVERY) == lax.axis_size(EVERY) - 1
+    # Setting one entry, XLA would copy the parts of all leaves first.
+    filling = ours & (lax.iota(jnp.int32, len(part)) == len(part) - 1)
+    return jnp.where(filling, after[(0,) * after.ndim].astype(part.dtype), part)
+
+
+@_waiting.def_vmap
+def _waiting_for_all(_: int, batched: Sequence[bool], part: Array, after: Array) -> tuple[Array, bool]:
+    """One of a batch stands for all: the part is the same for each."""
+    return _waiting(part, after[0] if batched[1] else after), False
 
 
 def one_device() -> Layout:

@@ -1,7 +1,7 @@
 """Scores of one population on several meshes, in a process of its own: XLA_FLAGS settle how many devices it has.
 
-`python devices.py RECONSTRUCT SHAPE…` prints, for each shape, what `Evaluator` and `Sweep` found, as digests; after a
-shape with `s` the model is split over the devices.
+`python devices.py MODEL RECONSTRUCT SHAPE…` prints, for each shape, what `Evaluator` and `Sweep` found, as digests; where
+it ends in `s` the model is split over the devices.
 """
 
 import hashlib
@@ -18,19 +18,24 @@ from treesurgeon.search.evaluate import Evaluator, batches
 from treesurgeon.search.mesh import make_mesh, parse_shape
 from treesurgeon.search.sharding import Layout
 from treesurgeon.search.space import build
-from treesurgeon.search.subject import Subject
+from treesurgeon.search.subject import Subject, random_subject
 from treesurgeon.search.sweep import Sweep
 
 CANDIDATES, IMAGES = 11, 72
 sharding.SMALL = 2**4  # so that leaves of this model are split
 
 
-def setup():
-    """A subject, its space, genomes, calibration images and data, the same in every process."""
-    rng = np.random.default_rng(0)
+def mlp():
+    """A subject without norms."""
     module = models.mlp((12, 8))
     variables = module.init(jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32))
-    subject = Subject(engine.ModelSpec("mlp", (8, 8, 1), {"widths": (12, 8)}), module, variables, 10)
+    return Subject(engine.ModelSpec("mlp", (8, 8, 1), {"widths": (12, 8)}), module, variables, 10)
+
+
+def setup(model):
+    """A subject, its space, genomes, calibration images and data, the same in every process."""
+    rng = np.random.default_rng(0)
+    subject = mlp() if model == "mlp" else random_subject(model, stages=((24, 24), (32,)), residual=(0, 24), hidden=48)
     space = build(subject.graph, {name: rng.random(group.size) for name, group in subject.graph.groups.items()})
     drawn = [rng.integers(0, space.cardinality) for _ in range(CANDIDATES - 1)]
     genomes = np.stack([space.dense_genome(), *drawn]).astype(np.int32)
@@ -46,9 +51,9 @@ def digest(*arrays) -> str:
     return hashlib.sha256(b"".join(np.asarray(array).tobytes() for array in arrays)).hexdigest()[:16]
 
 
-def main(shapes: list[str], reconstruct: str) -> None:
+def main(model: str, reconstruct: str, *shapes: str) -> None:
     """Print one JSON object for each shape."""
-    subject, space, genomes, calibration, data = setup()
+    subject, space, genomes, calibration, data = setup(model)
     masks = jax.jit(jax.vmap(space.decode))(genomes)
     one = jax.tree.map(lambda leaf: leaf[0], masks)
     size = np.ones(CANDIDATES)
@@ -70,4 +75,4 @@ def main(shapes: list[str], reconstruct: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[2:], sys.argv[1])
+    main(*sys.argv[1:])

@@ -109,23 +109,24 @@ def several(place: Path, out: str, count: int, *more: str):
 # --- devices of one host --------------------------------------------------------------------------------------------
 
 
-def scores(devices: int, reconstruct: str, *shapes: str) -> list[dict]:
-    command = [sys.executable, str(Path(__file__).parent / "devices.py"), reconstruct, *shapes]
+def scores(devices: int, model: str, reconstruct: str, *shapes: str) -> list[dict]:
+    command = [sys.executable, str(Path(__file__).parent / "devices.py"), model, reconstruct, *shapes]
     done = subprocess.run(command, env=environment(devices), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.parametrize(
-    ("reconstruct", "shapes"),
+    ("model", "reconstruct", "shapes"),
     [
-        ("maps", ("1x1", "4x2", "4x2s")),
-        pytest.param("kernels", ("1x1", "2x4", "2x4s"), marks=pytest.mark.slow),
-        pytest.param("none", ("1x1", "8x1", "1x8", "3x2", "3x2s"), marks=pytest.mark.slow),
+        ("mlp", "maps", ("1x1", "4x2", "4x2s")),
+        pytest.param("mlp", "kernels", ("1x1", "2x4", "2x4s"), marks=pytest.mark.slow),
+        pytest.param("digits_cnn", "maps", ("1x1", "4x2s"), marks=pytest.mark.slow),
+        pytest.param("mlp", "none", ("1x1", "8x1", "1x8", "3x2", "3x2s"), marks=pytest.mark.slow),
     ],
 )
-def test_devices_find_what_one_finds_bit_for_bit(reconstruct, shapes):
-    alone, *others = scores(8, reconstruct, *shapes)
+def test_devices_find_what_one_finds_bit_for_bit(model, reconstruct, shapes):
+    alone, *others = scores(8, model, reconstruct, *shapes)
     assert alone["compiled"] == 2
     assert alone["sweep compiled"] == 1
     assert min(alone["seen"]) < max(alone["seen"])  # racing dropped some

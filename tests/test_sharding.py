@@ -28,7 +28,7 @@ def test_a_device_holds_its_part_and_the_layers_at_work(precision):
     copied, split = map(json.loads, done.stdout.splitlines())
     assert copied["kept"] / 8 < split["kept"] < copied["kept"] / 7  # small leaves are copied
     assert len(split["temporary"]) > 6  # scoring, the dense answers and the sweep among them
-    assert max(split["temporary"]) < split["model"] / 5  # of 16 layers a few are there as a whole
+    assert max(split["temporary"]) < split["model"] / 4  # a few of 16 layers are there as a whole
 
 
 def test_values_that_are_asked_for_come_one_after_the_other():
@@ -46,7 +46,7 @@ def test_values_that_are_asked_for_come_one_after_the_other():
     def later(i):
         def value(after):
             asked.append((i, None if after is None else np.asarray(after)))
-            return kernels[i], after
+            return kernels[i]
 
         return value
 
