@@ -1,7 +1,7 @@
 """Scores of one population on several meshes, in a process of its own: XLA_FLAGS settle how many devices it has.
 
-`python devices.py MODEL RECONSTRUCT SHAPE…` prints, for each shape, what `Evaluator` and `Sweep` found, as digests; where
-it ends in `s` the model is split over the devices.
+`python devices.py MODEL RECONSTRUCT SHAPE…` prints, for each shape, what `Evaluator` and `Sweep` found, as digests;
+where it ends in `s` the model is split over the devices.
 """
 
 import hashlib
