@@ -30,7 +30,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from treesurgeon.engine.coupling import trace
-from treesurgeon.engine.errors import ArtifactError, TreesurgeonError
+from treesurgeon.engine.errors import ArtifactError, TreesurgeonError, first_line
 from treesurgeon.engine.export import to_stablehlo
 from treesurgeon.engine.flax import from_linen
 from treesurgeon.engine.graph import Graph, Plan
@@ -233,9 +233,9 @@ def load(path: str | os.PathLike, module: nn.Module | Shortened | None = None, a
     except (TreesurgeonError, importlib.import_module("treesurgeon.models").ModelError):
         raise
     except Exception as error:  # a manifest can ask for anything
-        text = str(error).strip().split("\n")[0][:300]
         raise ArtifactError(
-            f"{path}: the model that its manifest describes cannot be made again ({type(error).__name__}: {text})"
+            f"{path}: the model that its manifest describes cannot be made again ({type(error).__name__}: "
+            f"{first_line(error)})"
         ) from error
 
 
@@ -243,9 +243,9 @@ def _write_variables(path: Path, variables: Any) -> None:
     try:
         ocp.save(str(path), jax.tree.map(np.asarray, variables))
     except Exception as error:  # Orbax raises many types for a disk that is full or may not be written
-        text = str(error).strip().split("\n")[0][:300]
         raise ArtifactError(
-            f"{path.parent} cannot be written ({type(error).__name__}: {text}): make room, or see to the permissions"
+            f"{path.parent} cannot be written ({type(error).__name__}: {first_line(error)}): make room, or see to the "
+            f"permissions"
         ) from error
 
 

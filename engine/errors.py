@@ -19,3 +19,8 @@ class NarrowError(TreesurgeonError, ValueError):
 
 class ArtifactError(TreesurgeonError, ValueError):
     """A saved model is missing, damaged, or of a format that this version does not read."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error of others says, cut short; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0][:300]

@@ -15,3 +15,8 @@ class ModelSpecError(ModelError, ValueError):
 
 class CheckpointError(ModelError, ValueError):
     """A checkpoint that is absent, unreadable, or of another architecture."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error of others says, cut short; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0][:300]

@@ -20,7 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from treesurgeon.models.errors import CheckpointError
+from treesurgeon.models.errors import CheckpointError, first_line
 
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # PyTorch's magic number, pickled
 PROTOCOL = 1001
@@ -130,9 +130,8 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
     except CheckpointError as error:
         raise _refusal(path, str(error)) from error
     except Exception as error:  # a damaged pickle raises many types
-        text = str(error).strip().split("\n")[0][:200]
         raise CheckpointError(
-            f"checkpoint {path}: damaged, or not written by torch.save ({type(error).__name__}: {text})"
+            f"checkpoint {path}: damaged, or not written by torch.save ({type(error).__name__}: {first_line(error)})"
         ) from error
 
 

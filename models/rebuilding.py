@@ -25,7 +25,7 @@ from treesurgeon.models.convnext import ConvNeXt
 from treesurgeon.models.densenet import DenseNet
 from treesurgeon.models.digits_cnn import DigitsCNN
 from treesurgeon.models.efficientnet import EfficientNet
-from treesurgeon.models.errors import ModelSpecError
+from treesurgeon.models.errors import ModelSpecError, first_line
 from treesurgeon.models.gpt import GPT
 from treesurgeon.models.imagenet_resnet import ImageNetResNet
 from treesurgeon.models.llama import DecoderWidths, Llama
@@ -116,7 +116,7 @@ def rebuild(pruned: Pruned) -> tuple[nn.Module, dict[str, Any]]:
     try:
         template = jax.eval_shape(module.init, jax.random.key(0), x)
     except (TypeError, ValueError, ArithmeticError) as error:
-        raise _refusal(pruned.module, str(error).split("\n")[0]) from error
+        raise _refusal(pruned.module, first_line(error)) from error
     got, want = _shapes(pruned.variables), _shapes(template)
     if differ := sorted(path for path in got.keys() | want.keys() if got.get(path) != want.get(path)):
         raise _refusal(pruned.module, f"{differ[0]} would have shape {want.get(differ[0])}, not {got.get(differ[0])}")

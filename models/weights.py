@@ -15,9 +15,10 @@ from flax import linen as nn
 from flax import serialization
 from flax.traverse_util import unflatten_dict
 from orbax.checkpoint import v1 as ocp
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
-from treesurgeon.models.errors import CheckpointError
+from treesurgeon.models.errors import CheckpointError, first_line
 from treesurgeon.models.pickles import read_torch
 from treesurgeon.models.presets import Preset
 from treesurgeon.models.torch_names import FAMILIES, LAYOUTS, Arrays, Entry, Layout
@@ -108,8 +109,7 @@ def _more(rows: Sequence[Any], shown: int) -> str:
 
 def _read_safetensors(path: Path) -> Arrays:
     try:
-        with safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        return load_file(path)
     except (SafetensorError, OSError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path}: cannot be read as safetensors: {error}") from error
 
@@ -129,9 +129,9 @@ def _read_orbax(path: Path) -> Arrays:
     except Exception as error:  # a damaged directory raises many types, bare Exception among them
         steps = sorted((int(p.name) for p in path.iterdir() if p.is_dir() and p.name.isdigit()), reverse=True)
         fix = f". It holds steps: pass one of them, for instance {path / str(steps[0])}" if steps else ""
-        text = str(error).strip().split("\n")[0][:300]
         raise CheckpointError(
-            f"checkpoint {path}: cannot be read as an Orbax directory{fix} ({type(error).__name__}: {text})"
+            f"checkpoint {path}: cannot be read as an Orbax directory{fix} ({type(error).__name__}: "
+            f"{first_line(error)})"
         ) from error
     return _of_tree(tree)
 
@@ -143,10 +143,9 @@ def _read_msgpack(path: Path) -> Arrays:
             raise TypeError(f"it holds a {type(tree).__name__}")
         return _of_tree(tree)
     except Exception as error:  # damaged bytes raise many types
-        text = str(error).strip().split("\n")[0][:300]
         raise CheckpointError(
             f"checkpoint {path}: cannot be read as msgpack, as flax.serialization writes it "
-            f"({type(error).__name__}: {text})"
+            f"({type(error).__name__}: {first_line(error)})"
         ) from error
 
 

@@ -33,6 +33,7 @@ from treesurgeon.search.verify import Verification, verify
 
 STOPPED = 130  # as a shell reports Ctrl-C
 CLOSED = 141  # as of a process that SIGPIPE ended
+HERE = Pool()  # the devices of this machine
 _AGAIN = "and run the same command again"
 FIXES = {
     errno.ENOSPC: f"the disk is full: make room, {_AGAIN}",
@@ -80,7 +81,7 @@ def _command(arguments: Sequence[str]) -> None:
     @parser.command(name="search")
     def search(
         config: Annotated[Config, tyro.conf.arg(name="")] = from_file,
-        pool: Annotated[Pool, tyro.conf.arg(name="")] = Pool(),  # noqa: B008  it is frozen
+        pool: Annotated[Pool, tyro.conf.arg(name="")] = HERE,
         config_file: Annotated[
             Path | None,
             tyro.conf.arg(

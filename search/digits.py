@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -26,7 +26,7 @@ class ScikitDigits(tfds.core.GeneratorBasedBuilder):
     """8x8 images of handwritten digits, `[8, 8, 1]` float32 in 0 to 1 (sixteenths), with labels 0 to 9."""
 
     VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "scikit-learn's digits, 60 % train, 40 % test, stratified."}  # noqa: RUF012
+    RELEASE_NOTES: ClassVar = {"1.0.0": "scikit-learn's digits, 60 % train, 40 % test, stratified."}
     code_path = None  # TFDS would look it up with importlib_resources and fails for an editable install
 
     def _info(self) -> tfds.core.DatasetInfo:

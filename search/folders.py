@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from treesurgeon.engine.errors import first_line
+
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 Fail = Callable[[str], Exception]
@@ -72,8 +74,9 @@ class Folder:
             with Image.open(path) as file:
                 image = ImageOps.exif_transpose(file).convert(self._mode())
         except Exception as error:  # a damaged image raises many types
-            why = str(error).strip().split("\n")[0][:200]
-            raise self.fail(f"{path} cannot be decoded ({type(error).__name__}: {why}); mend or remove it") from error
+            raise self.fail(
+                f"{path} cannot be decoded ({type(error).__name__}: {first_line(error)}); mend or remove it"
+            ) from error
         if self.shape is not None and image.size != (size := (self.shape[1], self.shape[0])):
             image = ImageOps.fit(image, size, Image.Resampling.BILINEAR)
         return np.asarray(image, np.uint8).reshape(*image.size[::-1], -1)

@@ -21,6 +21,7 @@ import numpy as np
 
 from treesurgeon import engine
 from treesurgeon.engine import TreesurgeonError
+from treesurgeon.engine.errors import first_line
 from treesurgeon.search.exporting import WEIGHTS, WRITERS, Export, size
 
 SECONDS = 3.0  # that timing a pair of models may take, roughly
@@ -71,7 +72,7 @@ def measure(small: engine.Model, dense: engine.Model, x: np.ndarray, say: Callab
                     write(model, path, Export(path, form, path))
                 timed = weights if form in WEIGHTS else _interleaved([RUNNERS[form](path, x) for path in paths])
             except FAILURES as error:  # the run does not end for that
-                say(f"{form} is not measured: {(str(error) or type(error).__name__).splitlines()[0]}")
+                say(f"{form} is not measured: {first_line(error)}")
                 continue
             where = "onnxruntime (cpu)" if form == "onnx" else name
             out.append(Form(form, size(paths[0]), size(paths[1]), *timed, len(x), where))

@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from treesurgeon.engine import TreesurgeonError
+from treesurgeon.engine.errors import first_line
 from treesurgeon.models.errors import ModelError
 from treesurgeon.search.config import RunError
 
@@ -69,7 +70,7 @@ def join(
         )
     except (RuntimeError, ValueError) as error:
         raise RunError(
-            f"--distributed: the processes did not find each other ({_first_line(error)}). Give --coordinator "
+            f"--distributed: the processes did not find each other ({first_line(error)}). Give --coordinator "
             f"HOST:PORT (of process 0), --processes N and --process I; without these SLURM, TPU pods and Open MPI are "
             f"recognised"
         ) from error
@@ -180,7 +181,7 @@ def check_room(directory: Path, tree: Any) -> None:
 def unwritable(path: Path, error: BaseException) -> str:
     """What to say of a place that cannot be written."""
     return (
-        f"{path} cannot be written ({type(error).__name__}: {_first_line(error)}): make room, or see to the "
+        f"{path} cannot be written ({type(error).__name__}: {first_line(error)}): make room, or see to the "
         "permissions, and run the same command again to go on"
     )
 
@@ -205,7 +206,7 @@ def watched() -> Iterator[None]:
         if not several() or not any(word in str(error) for word in BROKEN):
             raise
         raise RunError(
-            f"process {jax.process_index()} cannot reach the others any more ({_first_line(error)}): one of them has "
+            f"process {jax.process_index()} cannot reach the others any more ({first_line(error)}): one of them has "
             f"ended, its own output says why. Finished generations are saved: start all processes again to go on"
         ) from error
 
@@ -250,7 +251,3 @@ def _gather(text: str) -> list[str]:
 def _short(value: Any) -> str:
     text = str(value).replace("\n", " ")
     return text if len(text) <= 80 else f"{text[:40]}… ({hashlib.sha256(text.encode()).hexdigest()[:12]})"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().split("\n") or [""])[0][:200]

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from treesurgeon.engine import TreesurgeonError
+from treesurgeon.engine.errors import first_line
 from treesurgeon.search.folders import Folder
 from treesurgeon.search.tasks import TaskName, guess_task
 
@@ -227,7 +228,7 @@ def _tfds_source(spec: str, path: Path) -> Source:
         features = builder.info.features
     except Exception as error:  # a damaged directory raises many types
         raise DataError(
-            f"data {spec!r}: {path} cannot be opened ({type(error).__name__}: {_first_line(error)}); prepare it again"
+            f"data {spec!r}: {path} cannot be opened ({type(error).__name__}: {first_line(error)}); prepare it again"
         ) from error
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
         stored = getattr(builder.info.file_format, "value", builder.info.file_format)
@@ -250,7 +251,7 @@ def _tfds_source(spec: str, path: Path) -> Source:
         except Exception as error:  # damaged files raise many types, RuntimeError and ValueError among them
             raise DataError(
                 f"data {spec!r}: records {indices[0]} to {indices[-1]} of split {split!r} cannot be read "
-                f"({type(error).__name__}: {_first_line(error)}); prepare the dataset again"
+                f"({type(error).__name__}: {first_line(error)}); prepare the dataset again"
             ) from error
 
     def read_labels(split: str) -> np.ndarray:
@@ -332,7 +333,7 @@ def _npz_source(spec: str, path: Path) -> Source:
         arrays = {name: loaded[name] for name in loaded.files} if hasattr(loaded, "files") else None
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(
-            f"data {spec!r}: {path} cannot be read as npz ({type(error).__name__}: {_first_line(error)}); "
+            f"data {spec!r}: {path} cannot be read as npz ({type(error).__name__}: {first_line(error)}); "
             "write it with np.savez(path, x_train=…, y_train=…, x_test=…, y_test=…)"
         ) from error
     if arrays is None:
@@ -402,7 +403,3 @@ def _count_names(labels: np.ndarray) -> tuple[str, ...]:
     if labels.size == 0 or not np.issubdtype(labels.dtype, np.integer):
         return ()
     return tuple(str(i) for i in range(min(int(labels.max()) + 1, MOST_CLASSES)))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().split("\n") or [""])[0][:300]

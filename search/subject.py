@@ -17,6 +17,7 @@ from jax import export
 
 from treesurgeon import engine, models
 from treesurgeon.engine import TreesurgeonError
+from treesurgeon.engine.errors import first_line
 
 TRAINING_FLAGS = {"train": True, "training": True, "is_training": True, "deterministic": False, "eval": False}
 
@@ -105,7 +106,7 @@ def open_subject(
     except Exception as error:
         raise SubjectError(
             f"model {model!r} does not take images of shape {list(input_shape)} in any number, called as module(x): "
-            f"{type(error).__name__}: {str(error).splitlines()[0]}; where it needs their number, expected x.shape[0] "
+            f"{type(error).__name__}: {first_line(error)}; where it needs their number, expected x.shape[0] "
             f"or -1, not len(x) or a constant"
         ) from error
     if getattr(variables_out, "ndim", None) != 2 or variables_out.shape[0] != count:

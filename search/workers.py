@@ -26,6 +26,7 @@ import numpy as np
 
 from treesurgeon import engine
 from treesurgeon.engine import TreesurgeonError
+from treesurgeon.engine.errors import first_line
 from treesurgeon.models.errors import ModelError
 from treesurgeon.search.chunking import chunks
 from treesurgeon.search.config import RunError
@@ -137,8 +138,9 @@ class Crew:
                     socket.create_connection((host, int(port)), timeout=10).close()
                 self.ray.init(log_to_driver=False, **where)
             except Exception as error:
-                first = str(error).strip().splitlines()[0][:200]
-                raise RunError(f"--ray {address}: no cluster there, or it did not start ({first})") from error
+                raise RunError(
+                    f"--ray {address}: no cluster there, or it did not start ({first_line(error)})"
+                ) from error
         room = self.ray.cluster_resources()
         self._needs = {"num_gpus": 1, "num_cpus": 1} if room.get("GPU") else {"num_cpus": 1}
         self.count = count or int(room.get("GPU") or max(room.get("CPU", 1) // 2, 1))

@@ -431,6 +431,14 @@ class Rows(nn.Module):
         return nn.Dense(10)(x.reshape(-1, x.shape[-1]))
 
 
+class Silent(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        if x.shape[1] != 9:
+            raise AssertionError  # it says nothing
+        return nn.Dense(10)(x.reshape(x.shape[0], -1))
+
+
 class AnyNumber(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -441,6 +449,7 @@ def test_models_take_any_number_of_images(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "theirs", sys.modules[__name__])
     for name, words in (
         ("Counting", r"does not take images of shape \[8, 8, 1\] in any number.*x.shape\[0\] or -1, not len\(x\)"),
+        ("Silent", "does not take images of shape .*: AssertionError: AssertionError; where it needs"),
         ("Rows", r"expected logits \[N, classes\] for N images, got \(64\*n, 10\)"),
     ):
         with pytest.raises(SubjectError, match=words):
