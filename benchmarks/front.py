@@ -114,7 +114,7 @@ class Rungs:
         self.data = batches(setting.roles.test, 250)
 
         def error(variables: Any, masks: Any, data: Any) -> Any:
-            gated = engine.gate(subject.infer, subject.graph)
+            gated = engine.gate(subject.infer, subject.graph, gradients=False, finite=True)
 
             def wrong(batch: Any) -> Any:
                 images, labels, weights = batch

@@ -4,15 +4,14 @@ Junk may flow through removed units as long as nobody reads it. Selects stand at
 mixes positions, on both sides, so that junk (infinities and NaN included) reaches neither a value nor a gradient:
 
 - before a contraction or reduction, removed positions of what it mixes hold the identity of the operation;
-- after a contraction, removed positions of its result are zero; in the backward pass that select zeroes the
-  cotangent before the transposed contraction mixes it;
-- where something is broadcast along a prunable axis, its broadcast is selected too: the transpose of a broadcast is
-  a sum;
-- parameters and free inputs are selected as they enter, except kernels (see `flow.shared_kernels`): those stay one
-  array for a whole population of masks. A removed slice of a kernel meets only zeros, so it is enough that it is
-  finite: entries that are not are zeroed, and a result that reads such an entry through kept units is NaN, as it would
-  be in the dense model;
-- a dropped block computes on zeros, and its exit is its entry.
+- behind a contraction stands a fence (see primitives.py): in the backward pass it zeroes the cotangent before the
+  transposed contraction mixes it. Where no derivative is taken it is nothing;
+- where something is broadcast along a prunable axis, that is fenced too: the transpose of a broadcast is a sum;
+- parameters and free inputs are fenced as they enter, except kernels (see `flow.shared_kernels`): those stay one array
+  for a whole population of masks. A removed slice of a kernel meets only zeros, so it is enough that it is finite:
+  under one plan's masks it is zeroed; for a population entries that are not finite are, and a result that reads such an
+  entry through kept units is NaN;
+- the contractions of a dropped block compute on zeros, and its exit is its entry.
 """
 
 from __future__ import annotations
@@ -23,29 +22,29 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from treesurgeon.engine import rules
 from treesurgeon.engine.axes import Axis
 from treesurgeon.engine.calls import rebuild, scan
-from treesurgeon.engine.errors import NarrowError, PlanError
+from treesurgeon.engine.errors import NarrowError
 from treesurgeon.engine.flow import Shared, shared_kernels
-from treesurgeon.engine.graph import Graph
+from treesurgeon.engine.graph import Graph, check_masks
 from treesurgeon.engine.jaxprs import Eqn, Literal, Operand, Program, bind, is_float, is_key, standing_at, wiring
 from treesurgeon.engine.narrowing import check_leaves
+from treesurgeon.engine.primitives import forward_only
 from treesurgeon.engine.retrace import Retraced, Retracer
 from treesurgeon.engine.rules import Contraction, lookup
 from treesurgeon.engine.rules.base import identity
-from treesurgeon.engine.selects import Selects
-from treesurgeon.engine.sites import Site, apply_map
+from treesurgeon.engine.selects import ALL, Guard, Selects
+from treesurgeon.engine.sites import Site, apply_map, check_maps
 from treesurgeon.engine.solve import Solution
 
 Mend: TypeAlias = Callable[[Site, Any], Any | None]
 Adapt: TypeAlias = Callable[[int, Mapping[str, Any], list[Any]], list[Any]]
 
 
-def gate(fn: Callable, graph: Graph) -> Callable:
+def gate(fn: Callable, graph: Graph, *, gradients: bool = True, finite: bool = False) -> Callable:
     """The model under masks: `gate(fn, graph)(params, masks, *args, **kwargs)`, with dense parameters and shapes.
 
     On kept entries it equals `narrow(fn, graph, plan)(cut(params, graph, plan), …)` for `masks = graph.masks(plan)`.
@@ -60,13 +59,17 @@ def gate(fn: Callable, graph: Graph) -> Callable:
     Args:
         fn: the traced function, or another primal function of the same parameters.
         graph: the traced graph.
+        gradients: whether derivatives will be taken. Without them less of the program depends on masks, so more of it
+            is computed once for a population; taking one all the same is an error.
+        finite: whether all parameters are known to be finite. Then kernels are not looked at for entries that are not.
 
     Raises:
         PlanError: on call, masks name what is not there or have another shape.
         StructureError: on call, the parameters are not the dense ones.
-        NarrowError: on call, `fn` reads a group in a way that the traced function did not.
+        NarrowError: on call, `fn` reads a group in a way that the traced function did not; or a derivative is taken
+            without `gradients`.
     """
-    retracer = Retracer(fn, graph)
+    retracer, guard = Retracer(fn, graph), Guard(gradients, not finite)
 
     def gated(params: Any, masks: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         maps = masks.get("maps", {})
@@ -79,7 +82,7 @@ def gate(fn: Callable, graph: Graph) -> Callable:
                 x = apply_map(x, site.dim, site.places[name], matrix)
             return x
 
-        return run_gated(retracer, params, masks, args, kwargs, mend if maps else None)
+        return run_gated(retracer, params, masks, args, kwargs, mend if maps else None, guard=guard)
 
     return gated
 
@@ -92,6 +95,7 @@ def run_gated(
     kwargs: dict,
     mend: Mend | None = None,
     adapt: Callable[[Retraced], Adapt] | None = None,
+    guard: Guard = ALL,
 ) -> Any:
     """Run a function under masks.
 
@@ -99,10 +103,11 @@ def run_gated(
         retracer, params, masks, args, kwargs: the function and what it is called with.
         mend: may replace what a contraction reads at a site, its removed units being zero.
         adapt: of the function as it was traced again, what may replace the operands of each equation.
+        guard: against what.
     """
     graph = retracer.graph
     leaves = check_leaves(params, {path: leaf.shape for path, leaf in graph.leaves.items()}, "gate")
-    units, blocks = _check_masks(graph, masks)
+    units, blocks = check_masks(graph, masks)
     units = graph.positions({"units": units, "blocks": blocks})
     found, call = retracer(leaves, args, kwargs)
     for name in found.conflicts:
@@ -113,45 +118,18 @@ def run_gated(
             )
     found.require(graph, blocks)
     sites = found.sites if mend is not None else {}
-    _check_maps(masks.get("maps", {}), sites)
-    gate = _Gate(units, mend=mend, sites=sites, adapt=adapt(found) if adapt else None)
+    check_maps(masks.get("maps", {}), sites)
+    gate = _Gate(units, mend=mend, sites=sites, adapt=adapt(found) if adapt else None, guard=guard)
     outs = gate.main(found, graph, [*(leaves[path] for path in graph.leaves), *call.arrays], blocks)
+    if not guard.gradients:
+        outs = undifferentiated(outs)
     return jax.tree.unflatten(found.analysis.traced.out_tree, outs)
 
 
-def _check_maps(maps: Mapping[str, Any], sites: Mapping[int, Sequence[Site]]) -> None:
-    there = {site.name: site.places for found in sites.values() for site in found}
-    for name, known in maps.items():
-        for group, matrix in known.items():
-            if group not in there.get(name, {}):
-                raise PlanError(
-                    f"masks['maps'][{name!r}][{group!r}]: this function has no contraction that reads the group there "
-                    f"through a kernel of its own"
-                )
-            size = there[name][group].size
-            if np.shape(matrix) != (size, size):
-                raise PlanError(
-                    f"masks['maps'][{name!r}][{group!r}]: expected shape {(size, size)}, got {np.shape(matrix)}"
-                )
-
-
-def _check_masks(graph: Graph, masks: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    unknown = set(masks) - {"units", "blocks", "maps"}
-    if unknown:
-        raise PlanError(f"masks: expected the keys 'units', 'blocks' and 'maps', got also {sorted(unknown)}")
-    units, blocks = dict(masks.get("units", {})), dict(masks.get("blocks", {}))
-    for kind, given, there in (("units", units, graph.groups), ("blocks", blocks, graph.blocks)):
-        for name, mask in given.items():
-            if name not in there:
-                raise PlanError(f"masks[{kind!r}] names {name!r}, which is not in the graph")
-            shape = (graph.groups[name].size,) if kind == "units" else ()
-            if np.shape(mask) != shape:
-                raise PlanError(
-                    f"masks[{kind!r}][{name!r}]: expected shape {shape}, got {np.shape(mask)}; "
-                    f"stacks of masks go through jax.vmap"
-                )
-            given[name] = jnp.asarray(mask, bool)
-    return units, blocks
+def undifferentiated(tree: Any) -> Any:
+    """What was computed without regard for derivatives; taking one raises a `NarrowError`."""
+    why = "this was computed under masks without what derivatives need: differentiate gate(fn, graph) instead"
+    return jax.tree.map(lambda x: forward_only(x, why) if is_float(jax.typeof(x)) else x, tree)
 
 
 class _Gate:
@@ -165,12 +143,13 @@ class _Gate:
         mend: Mend | None = None,
         sites: Mapping[int, Sequence[Site]] | None = None,
         adapt: Adapt | None = None,
+        guard: Guard = ALL,
     ):
         self.units = units
         self.adapt = adapt
         self.mend, self.sites = mend, sites or {}
         self.shared = {} if shared is None else shared
-        self.selects = Selects(units)
+        self.guard, self.selects = guard, Selects(units, guard)
         self.on = on  # whether the block that is being run is kept, None for always
 
     def main(self, found: Retraced, graph: Graph, inputs: list[Any], blocks: Mapping[str, Any]) -> list[Any]:
@@ -189,11 +168,10 @@ class _Gate:
         env.update(zip(program.inputs, inputs, strict=True))
         for v in program.inputs[: len(graph.leaves)]:
             if not shared.values[v] and not is_key(program.avals[v]):
-                on = alive(analysis.uses.values[v])
-                env[v] = self.selects.clear(jnp.asarray(env[v]), dict(enumerate(solution.axes[v])), 1, on)
+                env[v] = self._enter(env[v], solution.axes[v], alive(analysis.uses.values[v]))
         for v in program.inputs[len(graph.leaves) :]:
             if self.selects.masked(solution.axes[v]) and not is_key(program.avals[v]):
-                env[v] = self.selects.clear(jnp.asarray(env[v]), dict(enumerate(solution.axes[v])), 1)
+                env[v] = self._enter(env[v], solution.axes[v], None)
         for i, eqn in enumerate(program.eqns):
             contexts = analysis.uses.eqns[i]
             if contexts is None:
@@ -206,7 +184,7 @@ class _Gate:
                 x = env[v]
                 enters = self.on is not None and origin[v] != contexts and not solution.constant[v]
                 if enters and is_float(x) and not shared.values[v]:  # from outside into a block: no derivative back
-                    x = self.selects.clear(x, {}, 0, self.on)
+                    x = self.selects.fence(x, {}, self.on)
                 return x
 
             self.selects.within(eqn.context)
@@ -219,6 +197,11 @@ class _Gate:
                         env[v] = lax.select(bit, x, self.selects.clear(env[entry], self._lost(solution, entry, v), 0))
         self.on = None
         return [v.value if isinstance(v, Literal) else env[v] for v in program.outputs]
+
+    def _enter(self, x: Any, axes: Sequence[Axis], on: Any) -> Any:
+        """A parameter or an input as the function reads it."""
+        x, where = jnp.asarray(x), dict(enumerate(axes))
+        return self.selects.fence(x, where, on) if is_float(x) else self.selects.clear(x, where, 1, on)
 
     def _lost(self, solution: Solution, entry: int, exit_: int) -> dict[int, Axis]:
         """The axes of a block's entry that its exit does not share: removed positions there must be zero."""
@@ -267,9 +250,9 @@ class _Gate:
             values[solution.divisors[i].operand] = self._divisor(solution, i)
         if rule.spreads is not None:
             outs = self._bind(i, eqn, values)
-            if constant[0] or not is_float(outs[0]):
+            if constant[0]:
                 return outs
-            return [self.selects.clear(outs[0], {d: site.outs[0][d] for d in rule.spreads(site)}, 0)]
+            return [self.selects.fence(outs[0], {d: site.outs[0][d] for d in rule.spreads(site)})]
         if rule.broadcasts and len(site.outs) == 1:
             for k, x in enumerate(values):
                 if not constant[k]:
@@ -292,14 +275,14 @@ class _Gate:
         if eqn.name.startswith("custom_"):
 
             def run(aux: Any, body: Solution, xs: Sequence[Any]) -> list[Any]:
-                return _Gate(*aux).run(body, xs)
+                return _Gate(*aux, guard=self.guard).run(body, xs)
 
             return rebuild(eqn, bodies, values, run, (self.units, self.on), length, rule)
         return rebuild(eqn, bodies, values, lambda _, body, xs: self._inner(self.on).run(body, xs), (), length)
 
     def _inner(self, on: Any) -> _Gate:
         """A gate for a program inside an equation: what it caches belongs to another trace."""
-        return _Gate(self.units, on, self.shared)
+        return _Gate(self.units, on, self.shared, guard=self.guard)
 
     def _step(self, eqn: Eqn, aux: Any, body: Solution, values: Sequence[Any]) -> list[Any]:
         """One step of a `scan` that may be removed: it computes on zeros, and what it carries passes it by."""
@@ -342,8 +325,8 @@ class _Gate:
         return True
 
     def _stretch(self, site: rules.Site, k: int, x: Any) -> Any:
-        """An operand that broadcasts implicitly along a masked axis, stretched and selected there."""
-        if not is_float(x):
+        """An operand that broadcasts implicitly along a masked axis, stretched and fenced there."""
+        if not is_float(x) or not self.guard.gradients:
             return x
         shape, target = site.in_shapes[k], site.out_shapes[0]
         grown = [
@@ -355,7 +338,7 @@ class _Gate:
             return x
         full = tuple(target) if not shape else tuple(target[d] if d in grown else n for d, n in enumerate(shape))
         x = self.selects.spread(x, full, range(len(shape)))
-        return self.selects.clear(x, {d: site.outs[0][d] for d in grown}, 0)
+        return self.selects.fence(x, {d: site.outs[0][d] for d in grown})
 
     def _contract(
         self,
@@ -375,18 +358,27 @@ class _Gate:
         mended = self._mend(site, sites, values)
         bad, bad_dims = None, ()
         for k, dims in summed:
-            axes = {d: site.ins[k][d] for d in dims if (k, d) not in mended}
-            if not kernel[k]:  # the axes that are not summed as well: the transpose for the other operand sums them
-                every = {d: axis for d, axis in enumerate(site.ins[k]) if (k, d) not in mended}
-                values[k] = self.selects.clear(values[k], every, 0, self.on)
-            elif masked and is_float(values[k]):  # else the selects on both sides are enough
+            every = {d: axis for d, axis in enumerate(site.ins[k]) if (k, d) not in mended}
+            if not kernel[k]:
+                values[k] = self._summed(values[k], every, dims)
+            elif (
+                masked and self.guard.nonfinite and is_float(values[k])
+            ):  # else the select before and the fence behind are enough
                 out_of = contraction.rhs_out if k else contraction.lhs_out
-                values[k], bad = self.selects.finite(values[k], axes, out_of)
+                left = tuple(sorted(out_of, key=out_of.__getitem__))
+                summed_here = [d for d in dims if (k, d) not in mended]
+                values[k], bad = self.selects.readable(values[k], every, summed_here, left)
                 bad_dims = tuple(sorted(out_of.values()))
         out = self._bind(i, eqn, values)[0]
         if bad is not None:
-            return self.selects.settle(out, free, self.on, bad, bad_dims)
-        return self.selects.clear(out, free, 0, self.on)
+            out = self.selects.spoil(out, bad, bad_dims)
+        return self.selects.fence(out, free, self.on)
+
+    def _summed(self, x: Any, axes: Mapping[int, Axis], dims: Sequence[int]) -> Any:
+        """An operand without what a contraction must not sum, nor its transpose, which sums the other axes."""
+        if self.guard.gradients:
+            return self.selects.clear(x, axes, 0, self.on)
+        return self.selects.clear(x, {d: axis for d, axis in axes.items() if d in dims}, 0)
 
     def _mend(self, site: rules.Site, sites: Sequence[Site], values: list[Any]) -> set[tuple[int, int]]:
         """Replace what a contraction reads by what `mend` makes of it; the (operand, axis) pairs that are whole now."""
@@ -394,7 +386,7 @@ class _Gate:
         if not sites or self.mend is None:
             return mended
         data = sites[0].data
-        x = self.selects.clear(values[data], dict(enumerate(site.ins[data])), 0, self.on)
+        x = self._summed(values[data], dict(enumerate(site.ins[data])), (sites[0].dim,))
         for each in sites:
             mapped = self.mend(each, x)
             if mapped is not None:

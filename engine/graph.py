@@ -316,3 +316,23 @@ class Graph:
 def alive(contexts: frozenset[frozenset[str]] | None, blocks: Mapping[str, Any]) -> bool:
     """Whether something used in these contexts is still used; what is used nowhere stays."""
     return contexts is None or any(all(blocks[name] for name in context) for context in contexts)
+
+
+def check_masks(graph: Graph, masks: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The masks of units and of blocks as bools; a `PlanError` where they do not fit the graph."""
+    unknown = set(masks) - {"units", "blocks", "maps"}
+    if unknown:
+        raise PlanError(f"masks: expected the keys 'units', 'blocks' and 'maps', got also {sorted(unknown)}")
+    units, blocks = dict(masks.get("units", {})), dict(masks.get("blocks", {}))
+    for kind, given, there in (("units", units, graph.groups), ("blocks", blocks, graph.blocks)):
+        for name, mask in given.items():
+            if name not in there:
+                raise PlanError(f"masks[{kind!r}] names {name!r}, which is not in the graph")
+            shape = (graph.groups[name].size,) if kind == "units" else ()
+            if np.shape(mask) != shape:
+                raise PlanError(
+                    f"masks[{kind!r}][{name!r}]: expected shape {shape}, got {np.shape(mask)}; "
+                    f"stacks of masks go through jax.vmap"
+                )
+            given[name] = jnp.asarray(mask, bool)
+    return units, blocks

@@ -23,10 +23,11 @@ import numpy as np
 from jax.tree_util import tree_map_with_path
 
 from treesurgeon.engine.errors import PlanError
-from treesurgeon.engine.gating import run_gated
+from treesurgeon.engine.gating import run_gated, undifferentiated
 from treesurgeon.engine.graph import Graph
 from treesurgeon.engine.jaxprs import path_name
 from treesurgeon.engine.retrace import Retracer
+from treesurgeon.engine.selects import Guard
 from treesurgeon.engine.sites import Place, Site, apply_map, places_of, rows, sampled
 
 Maps: TypeAlias = Mapping[str, Mapping[str, Any]]
@@ -54,7 +55,10 @@ class Reconstruction:
         return found
 
     def __call__(self, params: Any, masks: Mapping[str, Any], targets: Maps, *args: Any, **kwargs: Any) -> Any:
-        """What the function returns under masks and maps, and the maps: `masks | {"maps": maps}` is for `gate`."""
+        """What the function returns under masks and maps, and the maps: `masks | {"maps": maps}` is for `gate`.
+
+        Neither has derivatives.
+        """
         maps: dict[str, dict[str, jax.Array]] = {}
         units = masks.get("units", {})
 
@@ -70,8 +74,8 @@ class Reconstruction:
                 x = apply_map(x, site.dim, place, matrix)
             return x
 
-        out = run_gated(self.retracer, params, masks, args, kwargs, mend)
-        return out, maps
+        out = run_gated(self.retracer, params, masks, args, kwargs, mend, guard=Guard(gradients=False))
+        return out, undifferentiated(maps)
 
     def _sample(self, x: Any, dim: int, place: Place) -> jax.Array:
         every = rows(x, dim, place)

@@ -22,7 +22,7 @@ from jax.tree_util import tree_map_with_path, tree_unflatten
 
 from treesurgeon.engine.analysis import Analysis
 from treesurgeon.engine.flow import kernel_operand
-from treesurgeon.engine.gating import run_gated
+from treesurgeon.engine.gating import run_gated, undifferentiated
 from treesurgeon.engine.graph import Graph, Plan
 from treesurgeon.engine.jaxprs import bind, path_name
 from treesurgeon.engine.linear import linear
@@ -30,6 +30,7 @@ from treesurgeon.engine.masks import axis_mask
 from treesurgeon.engine.narrowing import GONE, Narrowed, check_leaves, without_gone
 from treesurgeon.engine.retrace import Retraced, Retracer
 from treesurgeon.engine.rules.shape import SHAPE_ONLY
+from treesurgeon.engine.selects import Guard
 from treesurgeon.engine.sites import kernel_uses, leaf_axis, live_eqns, sampled
 
 SAMPLES = 16384
@@ -142,7 +143,10 @@ class MaskedRefit:
     def __call__(
         self, params: Any, masks: Mapping[str, Any], targets: Mapping[str, Any], *args: Any, **kwargs: Any
     ) -> tuple[Any, dict[str, jax.Array]]:
-        """What the function returns under masks with the new kernels and biases, and these by path."""
+        """What the function returns under masks with the new kernels and biases, and these by path.
+
+        Neither has derivatives.
+        """
         leaves = check_leaves(params, {p: leaf.shape for p, leaf in self.retracer.graph.leaves.items()}, "gate")
         made: list[Fitting] = []
 
@@ -150,8 +154,8 @@ class MaskedRefit:
             made.append(Fitting(found, leaves, targets, self.whole.heads, self.whole.samples, self.whole.ridge))
             return made[0]
 
-        out = run_gated(self.retracer, params, masks, args, kwargs, adapt=adapt)
-        return out, made[0].new
+        out = run_gated(self.retracer, params, masks, args, kwargs, adapt=adapt, guard=Guard(gradients=False))
+        return out, undifferentiated(made[0].new)
 
 
 def refit_masked(

@@ -1,12 +1,13 @@
 """Masks where they are needed: selects under `gate`, each mask, broadcast and result made once.
 
-A removed position is replaced by `select`, never by a product: 0 × inf is NaN.
+A removed position is replaced by `select`, never by a product: 0 × inf is NaN. What is read in derivatives alone is
+fenced (see primitives.py), which costs a program that takes none nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,20 @@ import numpy as np
 from jax import lax
 
 from treesurgeon.engine.axes import Axis
+from treesurgeon.engine.jaxprs import is_float
 from treesurgeon.engine.masks import axis_count, axis_key, axis_mask
+from treesurgeon.engine.primitives import fence, readable
 from treesurgeon.engine.solve import Divisor
+
+
+class Guard(NamedTuple):
+    """What is guarded against besides values of removed units: their derivatives, and kernels that are not finite."""
+
+    gradients: bool = True
+    nonfinite: bool = True
+
+
+ALL = Guard()
 
 
 class Selects:
@@ -24,8 +37,9 @@ class Selects:
     What is shared belongs to one trace and to one context in it (see `within`).
     """
 
-    def __init__(self, units: Mapping[str, Any]):
+    def __init__(self, units: Mapping[str, Any], guard: Guard = ALL):
         self.units = units
+        self.gradients = guard.gradients
         self.context: Any = None
         self.masks: dict[int, tuple[Axis, Any]] = {}
         self.known: dict[Hashable, tuple[Any, Any]] = {}
@@ -105,35 +119,39 @@ class Selects:
         key = ("clear", id(x), id(mask), dims, repr(fill))
         return self._once(key, (x, mask), lambda: self.select(mask, dims, x, fill))
 
-    def settle(self, x: Any, axes: Mapping[int, Axis], on: Any, bad: Any, bad_dims: tuple[int, ...]) -> Any:
-        """`x` cleared, and NaN where `bad` is True along `bad_dims`."""
-        found = self.joint(axes, on)
-        if found is None or not set(found[1]) <= set(bad_dims):
-            return self.clear(self.select(~bad, bad_dims, x, np.nan), axes, 0, on)
+    def fence(self, x: Any, axes: Mapping[int, Axis], on: Any = None) -> Any:
+        """`x` as it is, with derivatives that are zero where `clear` would put `fill`."""
+        found = self.joint(axes, on) if self.gradients and is_float(x) else None
+        if found is None:
+            return x
         mask, dims = found
-        kept = self.spread(mask, bad.shape, tuple(bad_dims.index(d) for d in dims))
-        fill = lax.select(kept & bad, *(jnp.full(bad.shape, value, x.dtype) for value in (np.nan, 0)))
-        keep = lax.broadcast_in_dim(kept & ~bad, x.shape, bad_dims)
-        return lax.select(keep, x, lax.broadcast_in_dim(fill, x.shape, bad_dims))
+        return self._once(("fence", id(x), id(mask), dims), (x, mask), lambda: fence(x, mask, dims))
 
-    def finite(self, kernel: Any, axes: Mapping[int, Axis], out_of: Mapping[int, int]) -> tuple[Any, Any]:
-        """A kernel with zeros for entries that are not finite, and where results read those through kept units.
+    def spoil(self, x: Any, bad: Any, dims: Sequence[int]) -> Any:
+        """`x`, and NaN where `bad` is True along `dims`."""
+        return lax.select(self.spread(bad, x.shape, dims), lax.full_like(x, np.nan), x)
 
-        `axes` are the axes of the kernel that are summed; the second result's are the others, in the order that
-        `out_of` gives them.
+    def readable(
+        self, kernel: Any, axes: Mapping[int, Axis], summed: Sequence[int], left: tuple[int, ...]
+    ) -> tuple[Any, Any]:
+        """A kernel with zeros where it must not be read, and which results read what is not finite and kept.
+
+        Args:
+            kernel: the kernel.
+            axes: its axes (dimension -> axis).
+            summed: the dimensions that are summed.
+            left: the others, in the order that results have them.
         """
-        found = self.joint(axes, None)
+        inner = {d: axes[d] for d in summed}
+        # What results do not keep is read by derivatives only.
+        kept, reads = self.joint(axes if self.gradients else inner, None), self.joint(inner, None)
+        if kept is None:
+            return kernel, None
 
         def make() -> tuple[Any, Any]:
-            finite = jnp.isfinite(kernel)
-            wrong = ~finite
-            if found is not None:
-                wrong = wrong & self.spread(found[0], kernel.shape, found[1])
-            kept = sorted(out_of)
-            bad = lax.reduce_or(wrong, tuple(d for d in range(kernel.ndim) if d not in out_of))
-            order = sorted(range(len(kept)), key=lambda k: out_of[kept[k]])
-            bad = bad if order == sorted(order) else bad.transpose(order)
-            return self.select(finite, range(kernel.ndim), kernel, 0), bad
+            mask, dims = reads or (jnp.ones((), bool), ())
+            keep, bad = readable(kernel, kept[0], mask, (kept[1], dims, left))
+            return self.select(keep, range(kernel.ndim), kernel, 0), bad
 
-        key = ("finite", id(kernel), None if found is None else (id(found[0]), found[1]), tuple(sorted(out_of.items())))
-        return self._once(key, (kernel, found), make)
+        key = ("readable", id(kernel), id(kept[0]), None if reads is None else id(reads[0]), left)
+        return self._once(key, (kernel, kept, reads), make)

@@ -18,6 +18,7 @@ import numpy as np
 
 from treesurgeon.engine.analysis import Analysis
 from treesurgeon.engine.axes import Atom, Axis, Prod, Sum, resolve
+from treesurgeon.engine.errors import PlanError
 from treesurgeon.engine.flow import kernel_leaves, kernel_operand, shared_kernels
 from treesurgeon.engine.jaxprs import bind
 from treesurgeon.engine.rules import lookup
@@ -173,3 +174,20 @@ def apply_map(x: Any, dim: int, place: Place, matrix: Any) -> Any:
     head = jax.lax.slice_in_dim(x, 0, place.start, axis=dim)
     tail = jax.lax.slice_in_dim(x, place.stop, x.shape[dim], axis=dim)
     return jnp.concatenate([head, mixed, tail], dim)
+
+
+def check_maps(maps: Mapping[str, Any], found: Mapping[int, Sequence[Site]]) -> None:
+    """Raise a `PlanError` where maps name what is not among the sites, or have another shape."""
+    there = {site.name: site.places for sites in found.values() for site in sites}
+    for name, known in maps.items():
+        for group, matrix in known.items():
+            if group not in there.get(name, {}):
+                raise PlanError(
+                    f"masks['maps'][{name!r}][{group!r}]: this function has no contraction that reads the group there "
+                    f"through a kernel of its own"
+                )
+            size = there[name][group].size
+            if np.shape(matrix) != (size, size):
+                raise PlanError(
+                    f"masks['maps'][{name!r}][{group!r}]: expected shape {(size, size)}, got {np.shape(matrix)}"
+                )

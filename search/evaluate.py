@@ -132,7 +132,7 @@ def calibrate(subject: Subject, masks: Any, variables: Any, x: Array, reconstruc
     graph = subject.graph
     run = subject.train if subject.momenta else subject.still
     if reconstruct == "none":
-        inner = engine.gate(run, graph)
+        inner = engine.gate(run, graph, gradients=False, finite=True)
 
         def gated(v: Any, x: Array, key: Array) -> Any:
             return inner(v, masks, x, key)
@@ -217,7 +217,7 @@ class Evaluator:
         def score(variables: Any, x: Array, late: Any) -> Array:
             masks, (stats, maps) = late
             variables, stats = in_precision((variables, stats), dtype)
-            gated = engine.gate(subject.infer, subject.graph)
+            gated = engine.gate(subject.infer, subject.graph, gradients=False, finite=True)
             return gated(with_leaves(variables, stats), {**masks, "maps": maps}, x.astype(dtype))
 
         self._images = Ahead(self._laid_out)

@@ -84,7 +84,7 @@ class Sweep:
             stats, maps = (
                 calibrate(subject, masks, variables, calibration, reconstruct) if len(calibration) else ({}, {})
             )
-            gated = engine.gate(subject.infer, subject.graph)
+            gated = engine.gate(subject.infer, subject.graph, gradients=False, finite=True)
             return gated(with_leaves(variables, stats), {**masks, "maps": maps}, x)
 
         self._decode = jax.jit(jax.vmap(space.decode))

@@ -37,11 +37,11 @@ def test_dependencies_run_one_way(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_one_file_touches_jax_internals_and_two_know_flax(path):
+def test_two_files_touch_jax_internals_and_two_know_flax(path):
     where = str(path.relative_to(ROOT))
     for name in imports(path):
         assert not name.startswith("jax._src"), f"{where} imports {name}"
-        if where != "engine/jaxprs.py":
+        if where not in ("engine/jaxprs.py", "engine/primitives.py"):
             assert not name.startswith(("jax.extend", "jax.interpreters")), f"{where} imports {name}"
         if where.startswith("engine/") and where not in ("engine/flax.py", "engine/checkpoint.py"):
             assert not name.startswith("flax"), f"{where} imports {name}"
