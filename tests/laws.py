@@ -215,6 +215,19 @@ class Bench:
         jitted = self.jit(run)
         return lambda p, masks, args, cts: numpied(jitted(p, masks, args, cts))
 
+    @cached_property
+    def population(self) -> Callable:
+        """Of each of several masks: values and gradients, and the values of the gate that takes no derivatives."""
+        gated = engine.gate(self.fn, self.graph)
+        forward = engine.gate(self.fn, self.graph, gradients=False)
+
+        def run(p, masks, args, cts):
+            out = value_and_grads(lambda p, *args: gated(p, masks, *args))(p, args, cts)
+            return *out, leaves_of(forward(p, masks, *args))
+
+        jitted = self.jit(jax.vmap(run, (None, 0, None, 0)))
+        return lambda p, masks, args, cts: numpied(jitted(p, masks, args, cts))
+
     def close(self, mine: Mapping[str, Any], his: Mapping[str, Any], law: str, kind: int, factor: float = 1) -> None:
         apart, at = worst(mine, his, skip=self.outside(his))
         allowed = factor * self.precision[kind] * max(scale(his), scale(self.dense[kind]), 1e-30)
@@ -295,13 +308,32 @@ class Bench:
     def law3(self, plan: Plan, seed: int = 0) -> None:
         """What removed entries of the parameters hold changes nothing, to the bit."""
         masks = self.graph.masks(plan)
-        kept, cts = self.kept(masks), self.ct_kept(masks)
-        rng = np.random.default_rng(seed)
+        cts = self.ct_kept(masks)
+        self.junk_changes_nothing(masks, seed, lambda params: self.gated(params, masks, self.args, cts))
+
+    def law3_in_a_population(self, plan: Plan, seed: int = 0) -> None:
+        """The same where masks are stacked, so that kernels cannot be masked; the other candidate reads the junk."""
+        masks = self.graph.masks(plan)
+        if not jax.tree.leaves(masks):
+            return
+        stacked = self.stacked(masks, self.ones)
+        cts = self.stacked(self.ct_kept(masks), self.cts)
+
+        def first(params: Any) -> Any:
+            return jax.tree.map(lambda x: x[0], self.population(params, stacked, self.args, cts))
+
+        self.junk_changes_nothing(masks, seed, first)
+
+    def stacked(self, *trees: Any) -> Any:
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+    def junk_changes_nothing(self, masks: Any, seed: int, call: Callable[[Any], Any]) -> None:
+        kept, rng = self.kept(masks), np.random.default_rng(seed)
 
         def run(params: Any) -> Any:
-            out, *grads = self.gated(params, masks, self.args, cts)
-            out = {k: self.read_off(k, x, masks) for k, x in out.items()}
-            return out, *grads
+            out, gp, ga, *more = call(params)
+            read = [{k: self.read_off(k, x, masks) for k, x in values.items()} for values in (out, *more)]
+            return read[0], gp, ga, *read[1:]
 
         clean = run(self.params)
         for junk in (None, 1e30, np.inf, -np.inf, np.nan):
@@ -315,7 +347,7 @@ class Bench:
                     x = value
                 filled.append(x)
             got = run(tree_unflatten(jax.tree.structure(self.params), filled))
-            for mine, his, what in zip(got, clean, ("value", "gradient", "input gradient"), strict=True):
+            for mine, his, what in zip(got, clean, ("value", "gradient", "input gradient", "value"), strict=False):
                 for k in his:
                     same = np.array_equal(mine[k], his[k], equal_nan=is_float(his[k]))
                     assert same, f"law 3: the {what} {k} changes with {junk} in what is removed"
@@ -356,16 +388,21 @@ class Bench:
         return out
 
     def law4(self, plans: list[Plan]) -> None:
+        """A population is its candidates one by one, values and gradients, at what is kept."""
         masks = [self.graph.masks(plan) for plan in plans]
-        stacked = jax.tree.map(lambda *m: np.stack(m), *masks) if jax.tree.leaves(masks[0]) else masks[0]
-        gated = engine.gate(self.fn, self.graph)
         if not jax.tree.leaves(masks[0]):
             return
-        out = leaves_of(numpied(self.jit(jax.vmap(lambda m: gated(self.params, m, *self.args)))(stacked)))
-        for i, m in enumerate(masks):
-            one = self.gated(self.params, m, self.args, self.cts)[0]
-            mine = {k: self.read_off(k, out[k][i], m) for k in out}
-            self.close(mine, {k: self.read_off(k, one[k], m) for k in out}, "law 4", 0)
+        cts = [self.ct_kept(m) for m in masks]
+        many = self.population(self.params, self.stacked(*masks), self.args, self.stacked(*cts))
+        for i, (m, ct) in enumerate(zip(masks, cts, strict=True)):
+            out, gp, ga, forward = jax.tree.map(lambda x, i=i: x[i], many)
+            one, one_gp, one_ga = self.gated(self.params, m, self.args, ct)
+            wanted = {k: self.read_off(k, one[k], m) for k in one}
+            for values in (out, forward):
+                self.close({k: self.read_off(k, values[k], m) for k in values}, wanted, "law 4", 0)
+            cut, one_cut = (self.cut_by_hand(grads, m) for grads in (gp, one_gp))
+            self.close(cut, one_cut, "law 4, gradients", 1)
+            self.close(ga, one_ga, "law 4, input gradients", 1)
 
     def law5_transforms(self, eager: bool = False) -> None:
         """`narrow` under vmap over arguments (without jit as well, if `eager`) equals a loop; after `law2_and_5`."""

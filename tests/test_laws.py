@@ -60,6 +60,7 @@ def hold(bench: Bench, examples: int) -> None:
     if examples < 3 and (name in zoo.ODD or name.endswith("-train") or not graph.groups):
         return
     bench.law4(drawn[-2:])
+    bench.law3_in_a_population(drawn[-1])
     bench.law5_transforms()
 
 
