@@ -50,7 +50,7 @@ def load_checkpoint(
         input_shape: `(H, W, C)`; by default the preset's. Only an MLP in PyTorch's layout needs it.
 
     Returns:
-        Nested dicts as in `template`, of arrays with the template's dtypes.
+        Nested dicts as in `template`, of NumPy arrays with the template's dtypes.
 
     Raises:
         CheckpointError: absent, unreadable, of a format that is not read, of another architecture (every key
@@ -69,7 +69,7 @@ def load_checkpoint(
         with np.errstate(over="ignore"):  # a value too large for the dtype becomes infinite and is named below
             values[entry.leaf] = entry.to_flax(arrays[name]).astype(leaves[entry.leaf].dtype)
     _refuse_non_finite(path, values)
-    return unflatten_dict({leaf: jax.numpy.asarray(values[leaf]) for leaf in leaves}, sep="/")
+    return unflatten_dict({leaf: values[leaf] for leaf in leaves}, sep="/")
 
 
 def flatten(tree: Any) -> dict[str, Any]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
-import jax
 import numpy as np
 
 from treesurgeon import engine
+from treesurgeon.search.room import memory
 from treesurgeon.search.subject import Subject
 
 SHARE_OF_MEMORY = 0.2  # for cached frontiers and for a chunk's activations each
@@ -32,11 +31,3 @@ def fitting_chunk(subject: Subject, images: int, population: int | None = None) 
     if population is None:
         return most
     return min(range(1, most + 1), key=lambda size: (-(-population // size) * size, -size))
-
-
-def memory() -> int:
-    """Bytes of memory that the device has: not what is free now, so that a run that is resumed is cut up alike."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"]
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -25,7 +25,7 @@ import numpy as np
 from jax import Array
 
 from treesurgeon import engine
-from treesurgeon.search.chunking import SHARE_OF_MEMORY, chunks, fitting_chunk, memory
+from treesurgeon.search.chunking import SHARE_OF_MEMORY, chunks, fitting_chunk
 from treesurgeon.search.data import Split
 from treesurgeon.search.mesh import (
     CANDIDATE,
@@ -40,7 +40,8 @@ from treesurgeon.search.mesh import (
     whole,
 )
 from treesurgeon.search.metrics import ACCURACY, Answers, Metric
-from treesurgeon.search.sharding import Laid, Layout, one_device, size_of
+from treesurgeon.search.room import memory, size_of
+from treesurgeon.search.sharding import Laid, Layout, one_device
 from treesurgeon.search.streaming import Ahead, Feed, Streamed
 from treesurgeon.search.subject import Subject
 from treesurgeon.search.tasks import CLASSIFICATION, Task

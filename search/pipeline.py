@@ -17,7 +17,6 @@ from importlib.metadata import version
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -32,20 +31,21 @@ from treesurgeon.search.live import Generation
 from treesurgeon.search.lock import alone
 from treesurgeon.search.page import write_page
 from treesurgeon.search.pool import Pool
+from treesurgeon.search.room import roomy
 from treesurgeon.search.scoring import describe, hire, lay_out, make_scorer, make_sweep
-from treesurgeon.search.setting import Setting, prepare
+from treesurgeon.search.setting import CALIBRATION, Setting, prepare
 from treesurgeon.search.sharding import Layout, one_device
 from treesurgeon.search.space import Space, build, first_stage
+from treesurgeon.search.start import energies, starting_points, walk
 from treesurgeon.search.state import States
 from treesurgeon.search.subject import on_host
-from treesurgeon.search.sweep import Sweep
 from treesurgeon.search.tasks import CLASSIFICATION
+from treesurgeon.search.timings import Timings
 from treesurgeon.search.truncating import truncations
 from treesurgeon.search.workers import Crew, Job
 
 Say = Callable[[str], None]
 
-CALIBRATION = 256  # images of train that units are ranked on
 FISHER_IMAGES = 64  # each takes a backward pass of its own
 
 
@@ -67,11 +67,18 @@ def run(config: Config, say: Say = print, pool: Pool | None = None) -> Outcome:
 
 
 def _run(config: Config, say: Say, pool: Pool) -> Outcome:
+    start = time.perf_counter()
     setting = hosts.each(lambda: opened(config, pool.hold))
     layout = None if pool.ray else hosts.each(lambda: lay_out(setting, pool))
     if layout and layout.split:  # nobody else may hold the model on a device
         original = setting.original and on_host(setting.original)
         setting = replace(setting, subject=on_host(setting.subject), original=original)
+    with roomy(setting.subject.variables):
+        return _found(setting, say, pool, layout, time.perf_counter() - start)
+
+
+def _found(setting: Setting, say: Say, pool: Pool, layout: Layout | None, took: float) -> Outcome:
+    """Say what is searched, claim its place, and go on."""
     config, subject, roles = setting.config, setting.subject, setting.roles
     graph, dense = subject.graph, engine.cost(subject.graph, engine.Plan())
     if setting.head:
@@ -96,7 +103,9 @@ def _run(config: Config, say: Say, pool: Pool) -> Outcome:
     hosts.agree("devices and how the model lies on them", {"mesh": pool.mesh, "split": bool(layout and layout.split)})
     hosts.together(lambda: claim(config, content))
     with hosts.led(lambda: alone(config.directory)):
-        return go_on(setting, say, pool, layout)
+        timings = Timings(config.directory / "timings.csv" if hosts.lead() else None)
+        timings.add("opening", took)
+        return go_on(setting, say, pool, layout, timings)
 
 
 def opened(config: Config, hold: int | None) -> Setting:
@@ -108,7 +117,7 @@ def opened(config: Config, hold: int | None) -> Setting:
     return setting
 
 
-def go_on(setting: Setting, say: Say, pool: Pool, layout: Layout | None) -> Outcome:
+def go_on(setting: Setting, say: Say, pool: Pool, layout: Layout | None, timings: Timings) -> Outcome:
     """Run a search from where it is to its end, or show the outcome of one that is complete; Ray needs no layout."""
     config = setting.config
     if hosts.together(lambda: (config.directory / "selected").exists()):
@@ -116,19 +125,22 @@ def go_on(setting: Setting, say: Say, pool: Pool, layout: Layout | None) -> Outc
         if not (config.directory / "report.html").exists():
             say(f"it has no report: treesurgeon report {config.directory} writes it")
         return hosts.together(lambda: recall(setting))
-    shifted = hosts.together(lambda: shift.look(setting))
+    with timings.part("data shift"):
+        shifted = hosts.together(lambda: shift.look(setting))
     say(shifted.sentence)
     text = json.dumps(asdict(shifted), indent=1) + "\n"
     hosts.together(lambda: (config.directory / "shift.json").write_text(text))
     states = States(config.directory / "state")
-    scores = states.arrays("scores", lambda: rank(setting, layout=layout))
-    space = build_space(setting, scores)
-    hosts.together(lambda: record(setting, space))
+    with timings.part("ranking units"):
+        scores = states.arrays("scores", lambda: rank(setting, layout=layout))
+        space = build_space(setting, scores)
+        hosts.together(lambda: record(setting, space))
     variants = np.prod(space.cardinality.astype(float))
     say(f"searching {len(space.groups)} groups and {len(space.blocks)} blocks: {variants:.1e} variants")
     budget = make_budget(setting, space, states, say)
     crew = hire(setting, space, pool, say) if pool.ray else None
-    front = search(setting, space, budget, states, say, layout, crew)
+    front = search(setting, space, budget, states, say, layout, crew, timings)
+    start = time.perf_counter()
     picked = hosts.together(lambda: pick(setting, space, budget, front, say))
     finalists = [(setting, f"v{i}", space.to_plan(genome), found) for i, (genome, found) in enumerate(picked, 1)]
     if crew:
@@ -140,9 +152,13 @@ def go_on(setting: Setting, say: Say, pool: Pool, layout: Layout | None) -> Outc
         tuned = [finish(*given, say) for given in finalists]
     genomes = {each.name: genome for each, (genome, _) in zip(tuned, picked, strict=True)}
     tuned += truncations(setting, budget, say, tuned[0].plan if tuned else None)
-    found = hosts.together(lambda: conclude(setting, space, budget, genomes, tuned, say))
-    save(setting, tuned, found)
+    timings.add("finalists", time.perf_counter() - start)
+    with timings.part("measuring and selecting"):
+        found = hosts.together(lambda: conclude(setting, space, budget, genomes, tuned, say))
+    with timings.part("saving"):
+        save(setting, tuned, found)
     say(f"wrote {hosts.together(lambda: write_page(config.directory))}")
+    say(timings.sentence)
     return found.outcome
 
 
@@ -239,9 +255,11 @@ def search(
     say: Say,
     layout: Layout | None = None,
     crew: Crew | None = None,
+    timings: Timings | None = None,
 ) -> evolve.Scored:
     """Evolve the front, or what is left of it; every generation is saved."""
     config, measure, dense = setting.config, budget.measure, budget.dense
+    timings, start = timings or Timings(), time.perf_counter()
     evaluator = make_scorer(setting, space, layout, crew)
     describe(setting, evaluator, say)
 
@@ -278,6 +296,7 @@ def search(
             say,
         ),
     )
+    timings.add("walking down", time.perf_counter() - start)
     rises = sensitivity.table(space, walked["rise"])
     hosts.together(lambda: report.write_sensitivity(config.directory / "sensitivity.csv", rises))
     state = evolve.init(
@@ -321,6 +340,7 @@ def search(
         )
         states.save(done + 1, Progress(state, references))
         took = time.perf_counter() - start
+        timings.add("generations", took)
         front, total = evolve.front(state), config.generations
         say(Generation(front, done + 1, total, measure, took, config.population, scored))
     if evaluator.compiled > 2:
@@ -336,23 +356,6 @@ def kept_units(space: Space, masks: Any) -> np.ndarray:
     return np.array(kept, int).reshape(-1, count).T
 
 
-def energies(setting: Setting, space: Space, layout: Layout | None = None) -> dict[str, np.ndarray]:
-    """For searched groups, by units kept, the share of the energy of their activations that these cannot express.
-
-    The mean over the kernels that read the units; groups that none reads are left out.
-    """
-    subject, graph = setting.subject, setting.subject.graph
-    x = jnp.asarray(setting.roles.train.images[:CALIBRATION])
-    found: dict[str, list[Array]] = {}
-    residual = jax.jit(engine.residual_energy)
-    layout = layout or one_device()
-    for places in layout.over(engine.gram_matrices(subject.infer, graph), subject.variables, x)(x).values():
-        for name, gram in places.items():
-            if name in space.ranks:
-                found.setdefault(name, []).append(residual(np.asarray(gram), np.argsort(space.ranks[name])))
-    return {name: np.mean(curves, 0) for name, curves in found.items()}
-
-
 def answer_loss(setting: Setting, data: Batches, precision: str, layout: Layout | None = None) -> float:
     """The dense model's loss on the scoring images, computed in this precision."""
     subject = setting.subject
@@ -366,67 +369,3 @@ def answer_loss(setting: Setting, data: Batches, precision: str, layout: Layout 
     compiled = (layout or one_device()).over(total, subject.variables, shown[0])
     losses = [np.asarray(compiled(batch)) for batch in shown]
     return float(np.sum(losses) / np.asarray(data.weights).sum())
-
-
-def walk(
-    space: Space,
-    sweep: Sweep,
-    energies: Mapping[str, np.ndarray],
-    sizes: Callable[[np.ndarray], np.ndarray],
-    target: float,
-    count: int,
-    rng: np.random.Generator,
-    say: Say,
-) -> dict[str, np.ndarray]:
-    """From the dense model down to the target in a few stages, sensitivities measured anew before each.
-
-    Returns:
-        `rise`, the sensitivities of the dense model, `path`, the genomes on the way, and `near`, `count` genomes near
-        its end (see sensitivity.py).
-    """
-    start = time.perf_counter()
-    smallest = sensitivity.smallest(space)
-    target = max(target, float(sizes(smallest[None])[0]))
-    at, first, rise = space.dense_genome(), None, None
-    path = [at]
-    for stage in np.geomspace(1, target, sensitivity.STAGES + 1)[1:]:
-        probed = sensitivity.probes(space, at)
-        if not len(probed):
-            break
-        rise = sensitivity.rises(space, at, probed, sweep(at, probed), energies)
-        first = rise if first is None else first
-        path += list(sensitivity.descend(space, rise, sizes, stage, at)[1:])
-        at = path[-1]
-        seconds = time.perf_counter() - start
-        say(f"{len(probed)} single changes tried, down to {sizes(at[None])[0]:.0%} of the size; {seconds:.0f} s")
-    if sweep.compiled > len(sweep.parts):
-        raise RunError(f"the sweep compiled {sweep.compiled} programs, not {len(sweep.parts)}: please report this")
-    assert first is not None
-    assert rise is not None
-    near = sensitivity.neighbours(space, rise, sizes, target, at, count, rng)
-    return {"rise": first, "path": np.array(path, np.int32), "near": near}
-
-
-def starting_points(
-    config: Config,
-    space: Space,
-    budget: Budget,
-    path: np.ndarray,
-    near: np.ndarray,
-    costs_of: Callable[[np.ndarray], Mapping[str, np.ndarray]],
-) -> np.ndarray:
-    """Genomes to start from, those on the way down that sensitivities suggest first.
-
-    With a budget these are the ones within it and their neighbours, else sizes spread evenly; then uniform ones.
-    """
-    half = max(config.population // 2, 2)
-
-    def fitting(genomes: np.ndarray) -> np.ndarray:
-        costs = costs_of(genomes)
-        return genomes[np.lexsort((-costs["macs"], budget.over(costs) > 0))]
-
-    if budget.limits:
-        chosen = [*fitting(path)[:1], *fitting(near)]
-    else:
-        chosen = path[np.unique(np.linspace(0, len(path) - 1, half).round().astype(int))]
-    return np.array(list(dict.fromkeys(map(tuple, [*chosen, *fitting(space.seeds())]))), np.int32)

@@ -18,12 +18,14 @@ from treesurgeon.search.data import ROLES, Roles, open_source, sample_images, sp
 from treesurgeon.search.finetune import Recipe
 from treesurgeon.search.metrics import pick_metric
 from treesurgeon.search.policy import EVERYTHING, Policy, make_policy
+from treesurgeon.search.room import roomy
 from treesurgeon.search.selection import limits
-from treesurgeon.search.subject import Subject, open_subject
+from treesurgeon.search.subject import Subject, on_device, open_subject
 from treesurgeon.search.tasks import CLASSIFICATION, TASKS, Units
 from treesurgeon.search.transfer import Labels, NewHead, adapted, match_labels, rescaled, with_new_head
 
 SOURCE_IMAGES = 1000  # at most
+CALIBRATION = 256  # images of train that units are ranked on
 BATCH, SMALLEST_BATCH, STEPS_AN_EPOCH = 128, 16, 16  # of fine-tuning, where nothing else is said
 STEPS, MOST_EPOCHS = 80, 30
 
@@ -127,6 +129,12 @@ def prepare(config: Config, hold: int | None = None) -> Setting:
     """
     config.check()
     opened = open_parts(config, hold)
+    with roomy(opened.subject.variables):
+        return _fitted_together(replace(opened, subject=on_device(opened.subject)))
+
+
+def _fitted_together(opened: Opened) -> Setting:
+    """Model and data, with a head for the data's labels."""
     config, subject, roles, head, units = opened.config, opened.subject, opened.roles, None, None
     checkpoint = fingerprint(subject.variables)
     if config.task == "regression":

@@ -25,10 +25,11 @@ from jax.custom_batching import custom_vmap
 from jax.sharding import Mesh, PartitionSpec
 
 from treesurgeon import engine
-from treesurgeon.search.chunking import SHARE_OF_MEMORY, memory
+from treesurgeon.search.chunking import SHARE_OF_MEMORY
 from treesurgeon.search.config import RunError
 from treesurgeon.search.mesh import EVERY, P, make_mesh, put, spread
 from treesurgeon.search.pool import Shard
+from treesurgeon.search.room import memory, size_of
 
 SMALL = 2**12
 COPIES = 2  # of the model that are held at once: as it is, and as it was made ready for scoring
@@ -184,11 +185,6 @@ def _waiting_for_all(_: int, batched: Sequence[bool], part: Array, after: Array)
 def one_device() -> Layout:
     """The first device alone."""
     return Layout(make_mesh((1, 1)))
-
-
-def size_of(tree: Any) -> int:
-    """Bytes of a pytree of arrays."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def fits(tree: Any) -> bool:

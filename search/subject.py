@@ -18,6 +18,7 @@ from jax import export
 from treesurgeon import engine, models
 from treesurgeon.engine import TreesurgeonError
 from treesurgeon.engine.errors import first_line
+from treesurgeon.search.room import roomy
 
 TRAINING_FLAGS = {"train": True, "training": True, "is_training": True, "deterministic": False, "eval": False}
 
@@ -33,7 +34,7 @@ class Subject:
     Attributes:
         spec: how to build the module again.
         module: the linen module, or one cut in depth.
-        variables: the checkpoint, nested dicts of arrays.
+        variables: the checkpoint, nested dicts of arrays; on the host, as they are read.
         num_classes: length of the logits.
         momenta: for each running average (by path): the share of its old value that one training step keeps.
     """
@@ -114,8 +115,8 @@ def open_subject(
         raise SubjectError(f"model {model!r}: expected logits [N, classes] for N images, got {shape}")
     known = models.get(model) if ":" not in model else module
     variables = models.load_checkpoint(checkpoint, known, template, tuple(input_shape))
-    subject = Subject(spec, module, variables, variables_out.shape[1])
-    return with_momenta(subject)
+    with roomy(variables):
+        return with_momenta(Subject(spec, module, variables, variables_out.shape[1]))
 
 
 def random_subject(model: str, **kwargs: Any) -> Subject:
@@ -130,6 +131,11 @@ def random_subject(model: str, **kwargs: Any) -> Subject:
 def on_host(subject: Subject) -> Subject:
     """The subject with its variables in the memory of the host, so that they take none of a device's."""
     return with_fields(subject, variables=jax.tree.map(np.asarray, subject.variables))
+
+
+def on_device(subject: Subject) -> Subject:
+    """The subject with its variables on the first device, or where `roomy` says."""
+    return with_fields(subject, variables=jax.tree.map(jnp.asarray, subject.variables))
 
 
 def with_momenta(subject: Subject) -> Subject:

@@ -15,7 +15,8 @@ from treesurgeon.search import sensitivity
 from treesurgeon.search.data import Split
 from treesurgeon.search.evaluate import Evaluator, batches
 from treesurgeon.search.mesh import make_mesh
-from treesurgeon.search.sharding import Layout, Program, size_of
+from treesurgeon.search.room import size_of
+from treesurgeon.search.sharding import Layout, Program
 from treesurgeon.search.space import build
 from treesurgeon.search.subject import Subject
 from treesurgeon.search.sweep import Sweep

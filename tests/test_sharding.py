@@ -6,15 +6,19 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
+from orbax.checkpoint import v1 as ocp
 from test_pool import environment
 
-from treesurgeon import engine
-from treesurgeon.search import RunError, sharding
+from treesurgeon import engine, models
+from treesurgeon.search import RunError, room, sharding
 from treesurgeon.search.mesh import EVERY
-from treesurgeon.search.sharding import Layout, describe_layout, one_device, pick_layout, size_of
+from treesurgeon.search.room import size_of
+from treesurgeon.search.sharding import Layout, describe_layout, one_device, pick_layout
+from treesurgeon.search.subject import on_device, open_subject
 
 EIGHT = AbstractMesh((4, 2), EVERY)
 MODEL = {"kernel": np.ones((512, 128), np.float32), "bias": np.ones(128, np.float32)}
@@ -90,3 +94,24 @@ def test_large_leaves_are_split_and_the_others_copied():
 def test_one_device_has_nobody_to_share_with():
     with pytest.raises(RunError, match="--shard always: there is one device"):
         pick_layout(one_device().mesh, "always", MODEL)
+
+
+def test_what_needs_a_whole_model_that_no_device_holds_runs_on_the_host(monkeypatch):
+    monkeypatch.setattr(room, "memory", lambda: room.WHOLE * size_of(MODEL))
+    with room.roomy(MODEL):
+        assert jax.config.jax_default_device is None
+    monkeypatch.setattr(room, "memory", lambda: room.WHOLE * size_of(MODEL) - 1)
+    with room.roomy(MODEL):
+        assert jax.config.jax_default_device == jax.local_devices(backend="cpu")[0]
+        assert jnp.ones(3).devices() == {jax.local_devices(backend="cpu")[0]}
+    assert jax.config.jax_default_device is None
+
+
+def test_a_checkpoint_is_read_onto_the_host(tmp_path):
+    """Nothing is on a device before it is settled where the model lies."""
+    module = models.resolve("mlp")
+    variables = jax.tree.map(np.asarray, module.init(jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32)))
+    ocp.save(tmp_path / "checkpoint", variables)
+    opened = open_subject("mlp", str(tmp_path / "checkpoint"), (8, 8, 1))
+    assert {type(leaf) for leaf in jax.tree.leaves(opened.variables)} == {np.ndarray}
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(on_device(opened).variables))
