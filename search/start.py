@@ -1,4 +1,4 @@
-"""Where evolution starts: the walk down from the dense model that measured sensitivities suggest, and its neighbours."""
+"""Where evolution starts: the walk down from the dense model that sensitivities suggest, and what is near its end."""
 
 from __future__ import annotations
 
