@@ -66,6 +66,9 @@ def measure(small: engine.Model, dense: engine.Model, x: np.ndarray, say: Callab
     weights = _interleaved([_weights(model, x) for model in (small, dense)])
     with tempfile.TemporaryDirectory() as home:
         for form, write in WRITERS.items():
+            if form == "orbax" and jax.process_count() > 1:
+                say("orbax is not measured: all processes of a run take part in its saving, and this is done by one")
+                continue
             paths = [Path(home) / f"{form}{i}" for i in (0, 1)]
             try:
                 for model, path in zip((small, dense), paths, strict=True):

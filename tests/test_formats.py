@@ -64,6 +64,16 @@ def test_a_format_that_fails_is_told_and_left_out(pair, monkeypatch):
     assert [form.format for form in forms] == ["msgpack"]
 
 
+def test_what_all_processes_write_is_left_out_where_one_measures(pair, monkeypatch):
+    """Orbax waits for the other processes, which do not come."""
+    said = []
+    monkeypatch.setattr(formats, "WRITERS", {name: WRITERS[name] for name in ("orbax", "msgpack")})
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    forms = formats.measure(*pair, np.ones((2, *SHAPE), np.float32), said.append)
+    assert said == ["orbax is not measured: all processes of a run take part in its saving, and this is done by one"]
+    assert [form.format for form in forms] == ["msgpack"]
+
+
 def test_calls_take_turns():
     made = []
     *_, repeats = formats._interleaved([lambda: made.append("small"), lambda: made.append("dense")])

@@ -57,7 +57,8 @@ def furnished(home: Path, model: str) -> Path:
 
 
 def environment(devices: int) -> dict[str, str]:
-    flags = re.sub(r"--xla_force_host\S+", "", os.environ.get("XLA_FLAGS", ""))
+    """That of a process with so many devices; compiled as it is for users, not as fast as it can be (conftest.py)."""
+    flags = re.sub(r"--xla_(force_host|cpu_use_fusion)\S+", "", os.environ.get("XLA_FLAGS", ""))
     here = {"XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}", "PYTHONUNBUFFERED": "1"}
     return {**os.environ, **here}
 
