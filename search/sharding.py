@@ -215,7 +215,7 @@ def describe_layout(layout: Layout, variables: Any) -> str:
         )
         return (
             f"the model ({whole}) is split over {count} devices, {each / 2**20:.1f} MB on each, while candidates are "
-            f"scored (--shard); what comes before and after the search needs all of it on one"
+            f"scored (--shard); what comes before and after the search holds all of it in one place"
         )
     if not fits(variables):
         return f"the model ({whole}) may not fit a device beside what candidates need" + (
