@@ -170,8 +170,8 @@ class _Gate:
             if not shared.values[v] and not is_key(program.avals[v]):
                 env[v] = self._enter(env[v], solution.axes[v], alive(analysis.uses.values[v]))
         for v in program.inputs[len(graph.leaves) :]:
-            if self.selects.masked(solution.axes[v]) and not is_key(program.avals[v]):
-                env[v] = self._enter(env[v], solution.axes[v], None)
+            if not is_key(program.avals[v]):
+                env[v] = self._enter(env[v], solution.axes[v], alive(analysis.uses.values[v]))
         for i, eqn in enumerate(program.eqns):
             contexts = analysis.uses.eqns[i]
             if contexts is None:
@@ -200,8 +200,11 @@ class _Gate:
 
     def _enter(self, x: Any, axes: Sequence[Axis], on: Any) -> Any:
         """A parameter or an input as the function reads it."""
-        x, where = jnp.asarray(x), dict(enumerate(axes))
-        return self.selects.fence(x, where, on) if is_float(x) else self.selects.clear(x, where, 1, on)
+        where = dict(enumerate(axes))
+        if on is None and not self.selects.masked(axes):
+            return x
+        x = jnp.asarray(x)
+        return self.selects.fence(x, where, on) if is_float(x) else self.selects.clear(x, where, 1)
 
     def _lost(self, solution: Solution, entry: int, exit_: int) -> dict[int, Axis]:
         """The axes of a block's entry that its exit does not share: removed positions there must be zero."""

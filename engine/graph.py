@@ -210,7 +210,8 @@ class Graph:
     def then(self, first: Plan, later: Plan) -> Plan:
         """The one plan that does what `first` and then `later`, made for the narrowed model, do.
 
-        Where dropped blocks tie groups of the narrowed model, pass its `closed(later)`.
+        Where dropped blocks tie groups of the narrowed model, pass its `closed(later)`, without groups that have fewer
+        units there than `first` leaves: a drop has tied their units to each other.
         """
         keep = dict(self.closed(first).keep)
         for name, units in later.keep.items():
@@ -241,8 +242,9 @@ class Graph:
             for name in (*active, *reversed(active)):  # there and back: chains close in one turn
                 for tie in self.ties[name]:
                     a, b = units[tie.entry][tie.entry_units], units[tie.exit][tie.exit_units]
-                    if (a != b).any():
-                        units[tie.entry][tie.entry_units] = units[tie.exit][tie.exit_units] = a & b
+                    if (a != b).any():  # a unit may stand at several positions: what goes at one goes at all
+                        units[tie.entry][tie.entry_units[~b]] = False
+                        units[tie.exit][tie.exit_units[~a]] = False
                         changed = True
         for name, mask in units.items():
             if not mask.any():

@@ -428,9 +428,9 @@ class Bench:
         graph = engine.trace(fast, small, *self.args, free_outputs=tuple(self.subject.free))
         second = self.shared_part(first, graph, draw_plan(graph))
         later = graph.closed(second)
-        whole = self.graph.then(
-            first, Plan({n: u for n, u in later.keep.items() if n in self.graph.groups}, later.drop)
-        )
+        left = self.graph.closed(first).keep  # drops may have tied units of a group to each other
+        same = {n: u for n, u in later.keep.items() if len(left.get(n, ())) == graph.groups[n].size}
+        whole = self.graph.then(first, Plan(same, later.drop))
         smaller, faster = engine.cut(small, graph, second), engine.narrow(fast, graph, second)
         at_once, direct = self.narrowed(whole)
         mine, his = leaves_of(smaller), leaves_of(at_once)

@@ -173,3 +173,11 @@ def stack_that_an_output_pins(p, x):
     """Only the output, which comes later, says that the steps of the loop cannot go."""
     h = lax.scan(lambda c, t: (c + jnp.tanh(c @ p["c"] + t.sum()) @ p["d"], None), x @ p["a"], p["s"])[0]
     return h, lax.scan(lambda c, t: (c * t, None), p["s"], p["r"])[0]
+
+
+@case({"e": arr(5, 12), "v": arr(12, 12), "o": arr(12, 12), "h": arr(12, 3)}, arr(2, 5), arr(3))
+def heads_that_an_input_scales(p, x, scale):
+    """Without the block a unit of a head is the same as one of the stream at three positions."""
+    u = x @ p["e"]
+    v = jnp.tanh(u @ p["v"]).reshape(-1, 3, 4) * scale[:, None]
+    return jnp.tanh(u + v.reshape(-1, 12) @ p["o"]) @ p["h"]

@@ -10,6 +10,7 @@ import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import Bench, arr, draw
+from regressions import REGRESSIONS
 from subjects import subjects
 
 from treesurgeon import engine
@@ -17,7 +18,7 @@ from treesurgeon.engine import Plan, PlanError, StructureError
 
 
 def traced(name):
-    return Bench({**zoo.ZOO, **zoo.ODD}[name].subject).graph
+    return Bench({**zoo.ZOO, **zoo.ODD, **REGRESSIONS}[name].subject).graph
 
 
 @pytest.mark.parametrize("name", zoo.ZOO)
@@ -107,6 +108,20 @@ def test_ties_close_over_chains_of_drops():
     assert kept({"l1"}) == {**keep, "stem": [1, 2, 3], "l1": [1, 2, 3]}
     assert kept({"l1", "l2"}) == {**keep, "stem": [2, 3], "l1": [2, 3], "l2": [2, 3]}
     assert kept({"l1", "l3"}) == {"stem": [1, 2, 3], "l1": [1, 2, 3], "l2": [2, 3, 4], "l3": [2, 3, 4]}
+
+
+def test_ties_where_a_unit_stands_at_several_positions():
+    """Heads of 4 units share their units: without the block, unit 1 of a head is unit 1, 5 and 9 of the stream."""
+    graph = traced("heads_that_an_input_scales")
+    (name,) = (name for name, ties in graph.ties.items() if ties)
+
+    def kept(keep):
+        return {n: np.flatnonzero(m).tolist() for n, m in graph.masks(Plan(keep, {name}))["units"].items()}
+
+    assert kept({"e": [0, 1, 2, 4, 5, 6, 8, 9, 10, 11]}) == {"e": [0, 1, 2, 4, 5, 6, 8, 9, 10], "v": [0, 1, 2]}
+    assert kept({"e": [1, 5, 9], "v": [0, 1]}) == {"e": [1, 5, 9], "v": [1]}
+    with pytest.raises(PlanError, match="nothing is left"):
+        kept({"e": [4, 5, 6, 7, 8, 9, 10, 11]})
 
 
 @given(st.data())
