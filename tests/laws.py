@@ -312,15 +312,22 @@ class Bench:
         self.junk_changes_nothing(masks, seed, lambda params: self.gated(params, masks, self.args, cts))
 
     def law3_in_a_population(self, plan: Plan, seed: int = 0) -> None:
-        """The same where masks are stacked, so that kernels cannot be masked; the other candidate reads the junk."""
+        """The same where masks are stacked, so that kernels cannot be masked; another candidate may read the junk.
+
+        Not where gradients are compared: those of a convolution's kernel, one for each candidate, are a grouped
+        convolution, and XLA's multiplies the groups by each other's zeros, infinities among them.
+        """
         masks = self.graph.masks(plan)
         if not jax.tree.leaves(masks):
             return
-        stacked = self.stacked(masks, self.ones)
-        cts = self.stacked(self.ct_kept(masks), self.cts)
+        ct = self.ct_kept(masks)
 
         def first(params: Any) -> Any:
-            return jax.tree.map(lambda x: x[0], self.population(params, stacked, self.args, cts))
+            mixed, alike = (
+                self.population(params, self.stacked(masks, other), self.args, self.stacked(ct, other_ct))
+                for other, other_ct in ((self.ones, self.cts), (masks, ct))
+            )
+            return jax.tree.map(lambda x: x[0], (mixed[0], *alike[1:3], mixed[3]))
 
         self.junk_changes_nothing(masks, seed, first)
 
