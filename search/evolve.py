@@ -183,6 +183,15 @@ def front(state: State) -> Scored:
     return jax.tree.map(lambda leaf: leaf[used], everything)
 
 
+def everyone(state: State) -> Scored:
+    """The archive's used rows and the population, each genome once, as numpy arrays; the front comes first."""
+    parts = front(state), jax.tree.map(np.asarray, state.population)
+    pool = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    _, first = np.unique(pool.genomes, axis=0, return_index=True)
+    kept = np.sort(first[np.isfinite(pool.violation[first])])
+    return jax.tree.map(lambda leaf: leaf[kept], pool)
+
+
 # --- survival ---------------------------------------------------------------------------------------------
 
 

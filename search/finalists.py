@@ -14,7 +14,7 @@ from jax import Array
 from treesurgeon import engine
 from treesurgeon.search import crossval, evolve
 from treesurgeon.search.budget import Budget, example
-from treesurgeon.search.config import RunError
+from treesurgeon.search.config import Config, RunError
 from treesurgeon.search.evaluate import answering
 from treesurgeon.search.finetune import FitResult
 from treesurgeon.search.latency import pick_measured, profile_plan
@@ -30,7 +30,7 @@ HOPELESS = 1.5  # nats above the best loss of the front, before any fine-tuning
 def pick(
     setting: Setting, space: Space, budget: Budget, front: evolve.Scored, say: Callable[[str], None]
 ) -> list[tuple[Any, Mapping[str, float]]]:
-    """The genomes that go on: with a budget the best within it, else some spread over the front.
+    """The genomes that go on: with a budget the best within it, a shortlist, else some spread over the front.
 
     Each comes with what was measured of it, for the limits that are on measurements.
     """
@@ -49,7 +49,7 @@ def pick(
     if budget.measured:
         return _within_measured(setting, space, budget, list(genomes[order]), say)
     if budget.limits:
-        return [(genomes[i], {}) for i in order[: config.finalists]]
+        return [(genomes[i], {}) for i in order[: shortlisted(config)]]
     # Without a budget sizes fall by equal factors, from a little below dense to the smallest that is not hopeless.
     good = objectives[:, 1] <= objectives[order[0], 1] + HOPELESS
     genomes, sizes = genomes[good], objectives[good, 0]
@@ -67,7 +67,7 @@ def _within_measured(
         genomes,
         lambda genome: profile_plan(subject.infer, subject.graph, subject.variables, space.to_plan(genome), x),
         budget.measured,
-        setting.config.finalists,
+        shortlisted(setting.config),
     )
     wanted = ", ".join(f"{name} {limit:,.4g}" for name, limit in budget.measured.items())
     for _, found in passed:
@@ -82,6 +82,29 @@ def _within_measured(
             f"was {nearest}: lower the budget, so that the search looks further down, or measure on a quiet machine"
         )
     return [(genome, {name: getattr(found, name) for name in budget.measured}) for genome, found in passed]
+
+
+def shortlisted(config: Config) -> int:
+    """How many candidates are refitted to find the finalists among them."""
+    return 2 * config.finalists if config.shortlist is None else max(config.shortlist, config.finalists)
+
+
+def appraise(setting: Setting, plan: engine.Plan) -> float:
+    """The loss on `search` of a variant that is refitted and not fine-tuned, at the temperature that suits it best."""
+    found = variant(setting, setting.subject, "", plan)
+    answers = answering(found.infer, setting.roles.search)(found.variables)
+    task, logits = answers.task, jnp.asarray(answers.logits)
+    wanted = task.wanted(jnp.asarray(answers.labels), logits.shape[-1])
+    factor = task.sharpness(logits, wanted, jnp.ones(len(logits)))
+    return float(task.losses(logits * factor, jnp.asarray(answers.labels)).mean())
+
+
+def chosen(losses: np.ndarray, count: int, say: Callable[[str], None]) -> list[int]:
+    """Of a shortlist, the numbers of those with the lowest loss, best first."""
+    order = np.argsort(losses, kind="stable")  # what is not a number comes last
+    low, high = losses[order[[0, -1]]]
+    say(f"{len(losses)} candidates refitted, loss on search {low:.4f} to {high:.4f}: {count} go on (--shortlist)")
+    return order[:count].tolist()
 
 
 def prepared(setting: Setting, subject: Subject, plan: engine.Plan) -> Any:

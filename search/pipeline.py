@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -26,7 +26,7 @@ from treesurgeon.search.budget import Budget, make_budget, refuse
 from treesurgeon.search.conclusion import Outcome, conclude, recall, save
 from treesurgeon.search.config import Config, RunError, claim, identity
 from treesurgeon.search.evaluate import Batches, batches, in_precision
-from treesurgeon.search.finalists import finish, pick, received, refine
+from treesurgeon.search.finalists import appraise, chosen, finish, pick, received, refine
 from treesurgeon.search.live import Generation
 from treesurgeon.search.lock import alone
 from treesurgeon.search.page import write_page
@@ -139,9 +139,13 @@ def go_on(setting: Setting, say: Say, pool: Pool, layout: Layout | None, timings
     say(f"searching {len(space.groups)} groups and {len(space.blocks)} blocks: {variants:.1e} variants")
     budget = make_budget(setting, space, states, say)
     crew = hire(setting, space, pool, say) if pool.ray else None
-    front = search(setting, space, budget, states, say, layout, crew, timings)
+    scored = search(setting, space, budget, states, say, layout, crew, timings)
     start = time.perf_counter()
-    picked = hosts.together(lambda: pick(setting, space, budget, front, say))
+    picked = hosts.together(lambda: pick(setting, space, budget, scored, say))
+    if setting.budget and len(picked) > config.finalists:
+        plans = [space.to_plan(genome) for genome, _ in picked]
+        losses = states.arrays("shortlist", lambda: {"losses": np.array(appraised(setting, plans, crew))})["losses"]
+        picked = [picked[i] for i in chosen(losses, config.finalists, say)]
     finalists = [(setting, f"v{i}", space.to_plan(genome), found) for i, (genome, found) in enumerate(picked, 1)]
     if crew:
         refined = crew.done([Job("refine", tuple(given)) for _, *given in finalists])
@@ -160,6 +164,13 @@ def go_on(setting: Setting, say: Say, pool: Pool, layout: Layout | None, timings
     say(f"wrote {hosts.together(lambda: write_page(config.directory))}")
     say(timings.sentence)
     return found.outcome
+
+
+def appraised(setting: Setting, plans: Sequence[engine.Plan], crew: Crew | None) -> list[float]:
+    """The losses of refitted candidates, each computed by one of the pool."""
+    if crew:
+        return list(crew.done([Job("appraise", (plan,)) for plan in plans]))
+    return hosts.shared(len(plans), lambda i: appraise(setting, plans[i]))
 
 
 def record(setting: Setting, space: Space) -> None:
@@ -257,7 +268,10 @@ def search(
     crew: Crew | None = None,
     timings: Timings | None = None,
 ) -> evolve.Scored:
-    """Evolve the front, or what is left of it; every generation is saved."""
+    """Evolve the front, or what is left of it; every generation is saved.
+
+    Returns the front; with a budget, the last population too, from which a shortlist is made.
+    """
     config, measure, dense = setting.config, budget.measure, budget.dense
     timings, start = timings or Timings(), time.perf_counter()
     evaluator = make_scorer(setting, space, layout, crew)
@@ -345,7 +359,7 @@ def search(
         say(Generation(front, done + 1, total, measure, took, config.population, scored))
     if evaluator.compiled > 2:
         raise RunError(f"the search compiled {evaluator.compiled} programs instead of 2: please report this")
-    return evolve.front(state)
+    return evolve.everyone(state) if budget.limits else evolve.front(state)
 
 
 def kept_units(space: Space, masks: Any) -> np.ndarray:

@@ -31,7 +31,7 @@ from treesurgeon.models.errors import ModelError
 from treesurgeon.search.chunking import chunks
 from treesurgeon.search.config import RunError
 from treesurgeon.search.evaluate import Evaluator, Keep, race
-from treesurgeon.search.finalists import Refined, refine
+from treesurgeon.search.finalists import Refined, appraise, refine
 from treesurgeon.search.hosts import versions
 from treesurgeon.search.setting import Setting
 from treesurgeon.search.subject import Subject
@@ -114,6 +114,10 @@ class Worker:
         """The logits of a piece of changes; the leaves' first row is what they are changes of."""
         rows = np.arange(1, len(leaves[0]))
         return self._sweep.answers(self._sweep.parts[part], leaves, [rows])[0]
+
+    def appraise(self, plan: engine.Plan) -> float:
+        """A candidate for the finalists; see `finalists.appraise`."""
+        return appraise(self._setting, plan)
 
     def refine(self, name: str, plan: engine.Plan, measured: Mapping[str, float]) -> Refined:
         """A finalist; see `finalists.refine`."""

@@ -290,3 +290,19 @@ def test_what_is_not_a_number_is_the_worst():
 def test_errors(action, message):
     with pytest.raises(evolve.EvolveError, match=message):
         action()
+
+
+def test_everyone_is_the_front_and_then_the_population_each_once():
+    def scored(genomes, objectives, violation):
+        return evolve.Scored(np.array(genomes, np.int32), np.array(objectives, np.float32), np.array(violation, "f"))
+
+    inf = np.inf
+    state = evolve.State(
+        population=scored([[1], [3], [2]], [[1, 1], [2, 3], [inf, inf]], [0, 0, inf]),
+        archive=scored([[1], [0], [-1]], [[1, 1], [0.5, 2], [inf, inf]], [0, 0, inf]),
+        key=np.zeros(2, np.uint32),
+        generation=np.int32(1),
+    )
+    found = evolve.everyone(state)
+    assert found.genomes.tolist() == [[0], [1], [3]]
+    assert found.objectives.tolist() == [[0.5, 2], [1, 1], [2, 3]]
