@@ -167,9 +167,10 @@ def _modules(program: Program, paths: Sequence[str], kinds: Kinds) -> list[str]:
 
 
 def _within(home: Sequence[str], scope: tuple[str, ...]) -> Sequence[str]:
-    """The longest tail of `home` that stands in `scope`."""
+    """The longest tail of `home` that stands in `scope`; Haiku's `~`, "made in the constructor", stands in none."""
+    scope = tuple(part for part in scope if part != "~")
     for k in range(len(home)):
-        tail = tuple(home[k:])
-        if any(scope[s : s + len(tail)] == tail for s in range(len(scope) - len(tail) + 1)):
-            return tail
+        tail = tuple(part for part in home[k:] if part != "~")
+        if tail and any(scope[s : s + len(tail)] == tail for s in range(len(scope) - len(tail) + 1)):
+            return home[k:]
     return ()

@@ -237,8 +237,9 @@ class _Gate:
         if eqn.bodies:
             return self._call(i, solution, values)
         shared = self.shared.get(solution.program)
-        kernel = [shared is not None and isinstance(v, int) and shared[v] for v in eqn.ins]
         constant = [not isinstance(v, int) or solution.constant[v] for v in eqn.ins]
+        # Constants (a blur, a Fourier basis) are kernels too: masked, they would differ between candidates.
+        kernel = [not isinstance(v, int) or solution.constant[v] or bool(shared and shared[v]) for v in eqn.ins]
         rule = lookup(eqn.name)
         if rule is None:
             return self._bind(i, eqn, values)

@@ -244,3 +244,18 @@ def test_two_leaves_with_one_path():
 def test_group_of_a_bare_array():
     graph = engine.trace(lambda w, x: jnp.tanh(x @ w).sum(-1), draw(arr(5, 6), 0, np.float32), np.ones((2, 5), "f"))
     assert [g.size for g in graph.groups.values()] == [6]
+
+
+def test_haikus_module_paths_are_whole():
+    """Its parameter paths hold a `~` that no scope has; without the part before it, modules would share one name."""
+
+    def fn(p, x):
+        for i in range(3):
+            with jax.named_scope("net"), jax.named_scope(f"block_{i}"), jax.named_scope("linear"):
+                x = jnp.tanh(x @ p[f"net/block_{i}/~/linear"]["w"])
+        return x
+
+    widths = (5, 2, 6, 3)
+    p = {f"net/block_{i}/~/linear": {"w": np.ones((widths[i], widths[i + 1]), np.float32)} for i in range(3)}
+    graph = engine.trace(fn, p, np.ones((2, 5), np.float32))
+    assert list(graph.groups) == ["net/block_0/~/linear", "net/block_1/~/linear"]

@@ -150,3 +150,40 @@ def test_what_lies_before_the_first_masked_sum_is_computed_once():
 
     assert late().count("conv_general_dilated") == 2
     assert late(gradients=False).count("conv_general_dilated") == 1  # the one that reads the units
+
+
+def test_constant_kernels_are_shared_by_a_population():
+    """A blur behind pruned channels stays one kernel, not one for each candidate."""
+    blur = np.tile((np.outer([1, 2, 1], [1, 2, 1]) / 16)[:, :, None, None], (1, 1, 1, 6)).astype("f")
+
+    def blurred(p, x):
+        x, dims = x @ p["a"], ("NHWC", "HWIO", "NHWC")
+        x = jax.lax.conv_general_dilated(x, blur, (2, 2), "SAME", dimension_numbers=dims, feature_group_count=6)
+        return x.mean((1, 2)) @ p["b"]
+
+    p, x = {"a": P["a"]["w"], "b": P["c"]["w"]}, RNG.normal(size=(2, 8, 8, 5)).astype("f")
+    graph = engine.trace(blurred, p, x)
+    plan = engine.Plan({"a": [0, 1, 3]})
+    one, gated = graph.masks(plan), engine.gate(blurred, graph)
+    stack = jax.tree.map(lambda m: np.stack([m, np.ones_like(m)]), one)
+    junk = {"a": np.where(np.isin(np.arange(6), [0, 1, 3]), p["a"], np.inf).astype("f"), "b": p["b"]}
+    many = jax.vmap(gated, (None, 0, None))
+    np.testing.assert_allclose(many(junk, stack, x)[0], gated(p, one, x), rtol=1e-5, atol=1e-6)
+    convs = [e for e in jax.make_jaxpr(many)(p, stack, x).eqns if e.primitive.name == "conv_general_dilated"]
+    assert [e.params["feature_group_count"] for e in convs] == [6]
+
+
+def test_a_constant_kernel_that_is_not_finite_is_read_where_units_are_kept_alone():
+    table = np.where(np.arange(6)[:, None] == 4, np.inf, np.ones((6, 2))).astype("f")
+
+    def fn(p, x):
+        return (x @ p["a"]["w"]) @ table @ np.ones((2, 1), "f")
+
+    params = {"a": {"w": P["a"]["w"]}}
+    graph = engine.trace(fn, params, X)
+    plan = engine.Plan({"a": [0, 2]})
+    want = engine.narrow(fn, graph, plan)(engine.cut(params, graph, plan), X)
+    masks = graph.masks(plan)
+    np.testing.assert_allclose(engine.gate(fn, graph)(params, masks, X), want, rtol=1e-5, atol=1e-5)
+    stack = jax.tree.map(lambda m: m[None], masks)
+    np.testing.assert_allclose(jax.vmap(lambda m: engine.gate(fn, graph)(params, m, X))(stack)[0], want, rtol=1e-5)
