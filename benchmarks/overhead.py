@@ -1,7 +1,8 @@
 """What do `narrow` and `gate` add to the time until a program runs? Trace, lowering and compilation, beside dense.
 
 A narrowed program is smaller than the dense one, so it is also compared with the model written by hand at its widths;
-with the plan that keeps everything it is the dense program again. The second table counts what masking and slicing
+with the plan that keeps everything it is the dense program again. A gate whose derivatives may be taken also looks after
+kernels that are not finite; one for evaluation alone, as a search uses it, leaves both out. The second table counts what masking and slicing
 leave behind in the compiled programs.
 """
 
@@ -44,6 +45,9 @@ def makers(module: nn.Module) -> dict[str, tuple[Make, tuple[Any, ...], Callable
     def again() -> Callable:
         return lambda *args: fn(*args)
 
+    def forward(fn: Callable) -> Callable:
+        return engine.gate(fn, graph, gradients=False, finite=True)
+
     def nothing() -> None:
         pass
 
@@ -59,6 +63,8 @@ def makers(module: nn.Module) -> dict[str, tuple[Make, tuple[Any, ...], Callable
         "gate, no masks": (lambda: engine.gate(again(), graph), (params, {}, x), nothing),
         "gate, masks as arguments": (lambda: engine.gate(again(), graph), (params, masks, x), nothing),
         "the same gate after `trace`": (lambda: engine.gate(fn, graph), (params, masks, x), traced),
+        "gate for evaluation alone": (lambda: forward(again()), (params, masks, x), nothing),
+        "the same evaluation after `trace`": (lambda: forward(fn), (params, masks, x), traced),
     }
 
 
