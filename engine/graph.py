@@ -215,6 +215,11 @@ class Graph:
         """
         keep = dict(self.closed(first).keep)
         for name, units in later.keep.items():
+            if name in keep and np.max(units, initial=-1) >= len(keep[name]):
+                raise PlanError(
+                    f"then: the later plan keeps unit {np.max(units)} of group {name!r}, of which the first one leaves "
+                    f"{len(keep[name])}: it has to be a plan for the narrowed model"
+                )
             keep[name] = keep[name][units] if name in keep else units
         drop = set(later.drop)
         for names in self.steps.values():  # the narrowed model counts its steps anew

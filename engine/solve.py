@@ -267,6 +267,8 @@ def _tied(at: int, axes: tuple[Axis, ...], value: float, inverse: bool) -> Divis
     size = math.prod(axis.size for axis in axes)
     if not isinstance(size, int) or not any(True for axis in axes for _ in atoms(axis)):
         return None
+    if inverse and value == 0.5:  # of squares, energies, divergences; `jnp.mean` divides
+        return None
     for ddof in (0, 1):
         n = size - ddof
         if n > 0 and (math.isclose(value * n, 1.0, rel_tol=1e-6) if inverse else value == n):

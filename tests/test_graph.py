@@ -150,6 +150,22 @@ def test_closure_is_the_largest_closed_keep(data):
 CHAIN = traced("chain_of_one_width")
 
 
+def test_half_of_a_sum_over_two_units_is_no_mean():
+    p, x = {"a": np.ones((3, 2), np.float32)}, np.ones((4, 3), np.float32)
+    means = (lambda h: h.mean(-1), lambda h: h.sum(-1) / 2)
+    others = (lambda h: 0.5 * h.sum(-1), lambda h: h.sum(-1) * 0.5, lambda h: h.sum(-1) / 4)
+    for follow, functions in ((True, means), (False, others)):
+        for f in functions:
+            assert bool(engine.trace(lambda p, x, f=f: f(x @ p["a"]), p, x).divisors) is follow
+    wide = {"a": np.ones((3, 8), np.float32)}
+    assert engine.trace(lambda p, x: (x @ p["a"]).sum(-1) * 0.125, wide, x).divisors
+
+
+def test_a_later_plan_of_another_model_is_refused():
+    with pytest.raises(PlanError, match="keeps unit 3 of group 'stem', of which the first one leaves 2"):
+        CHAIN.then(Plan({"stem": [1, 4]}), Plan({"stem": [0, 3]}))
+
+
 def test_composed_plans():
     first, later = Plan({"stem": [1, 3, 4], "l2": [0, 2]}), Plan({"stem": [0, 2], "l3": [1]}, {"l3"})
     both = CHAIN.then(first, later)
