@@ -89,14 +89,14 @@ def shortlisted(config: Config) -> int:
     return 2 * config.finalists if config.shortlist is None else max(config.shortlist, config.finalists)
 
 
-def appraise(setting: Setting, plan: engine.Plan) -> float:
-    """The loss on `search` of a variant that is refitted and not fine-tuned, at the temperature that suits it best."""
+def appraise(setting: Setting, plan: engine.Plan) -> tuple[float, Tuned]:
+    """A variant that is refitted and not fine-tuned, and its loss on `search` at the temperature that suits it best."""
     found = variant(setting, setting.subject, "", plan)
     answers = answering(found.infer, setting.roles.search)(found.variables)
     task, logits = answers.task, jnp.asarray(answers.logits)
     wanted = task.wanted(jnp.asarray(answers.labels), logits.shape[-1])
     factor = task.sharpness(logits, wanted, jnp.ones(len(logits)))
-    return float(task.losses(logits * factor, jnp.asarray(answers.labels)).mean())
+    return float(task.losses(logits * factor, jnp.asarray(answers.labels)).mean()), found
 
 
 def chosen(losses: np.ndarray, count: int, say: Callable[[str], None]) -> list[int]:
@@ -141,11 +141,16 @@ def prepared(setting: Setting, subject: Subject, plan: engine.Plan) -> Any:
 
 
 def finish(
-    setting: Setting, name: str, plan: engine.Plan, measured: Mapping[str, float], say: Callable[[str], None]
+    setting: Setting,
+    name: str,
+    plan: engine.Plan,
+    measured: Mapping[str, float],
+    say: Callable[[str], None],
+    start: Tuned | None = None,
 ) -> Tuned:
-    """Cut a variant, re-estimate its statistics and fine-tune it on its small shapes."""
-    start = variant(setting, setting.subject, name, plan)
-    return fine_tuned(setting, replace(start, cost={**start.cost, **measured}), say)
+    """Cut a variant, refit it (unless it was `appraise`d) and fine-tune it on its small shapes."""
+    start = start or variant(setting, setting.subject, name, plan)
+    return fine_tuned(setting, replace(start, name=name, cost={**start.cost, **measured}), say)
 
 
 def variant(setting: Setting, subject: Subject, name: str, plan: engine.Plan) -> Tuned:

@@ -42,6 +42,7 @@ from treesurgeon.search.subject import on_host
 from treesurgeon.search.tasks import CLASSIFICATION
 from treesurgeon.search.timings import Timings
 from treesurgeon.search.truncating import truncations
+from treesurgeon.search.tuning import Tuned
 from treesurgeon.search.workers import Crew, Job
 
 Say = Callable[[str], None]
@@ -142,10 +143,14 @@ def go_on(setting: Setting, say: Say, pool: Pool, layout: Layout | None, timings
     scored = search(setting, space, budget, states, say, layout, crew, timings)
     start = time.perf_counter()
     picked = hosts.together(lambda: pick(setting, space, budget, scored, say))
+    refitted: dict[str, Tuned] = {}
     if setting.budget and len(picked) > config.finalists:
         plans = [space.to_plan(genome) for genome, _ in picked]
-        losses = states.arrays("shortlist", lambda: {"losses": np.array(appraised(setting, plans, crew))})["losses"]
-        picked = [picked[i] for i in chosen(losses, config.finalists, say)]
+        made: dict[int, Tuned] = {}
+        losses = states.arrays("shortlist", lambda: {"losses": np.array(appraised(setting, plans, crew, made))})
+        best = chosen(losses["losses"], config.finalists, say)
+        picked = [picked[i] for i in best]
+        refitted = {f"v{k}": made[i] for k, i in enumerate(best, 1) if i in made}
     finalists = [(setting, f"v{i}", space.to_plan(genome), found) for i, (genome, found) in enumerate(picked, 1)]
     if crew:
         refined = crew.done([Job("refine", tuple(given)) for _, *given in finalists])
@@ -153,7 +158,7 @@ def go_on(setting: Setting, say: Say, pool: Pool, layout: Layout | None, timings
     elif hosts.several():
         tuned = [received(setting, each, say) for each in hosts.shared(len(finalists), lambda i: refine(*finalists[i]))]
     else:
-        tuned = [finish(*given, say) for given in finalists]
+        tuned = [finish(*given, say, refitted.pop(given[1], None)) for given in finalists]
     genomes = {each.name: genome for each, (genome, _) in zip(tuned, picked, strict=True)}
     tuned += truncations(setting, budget, say, tuned[0].plan if tuned else None)
     timings.add("finalists", time.perf_counter() - start)
@@ -166,11 +171,16 @@ def go_on(setting: Setting, say: Say, pool: Pool, layout: Layout | None, timings
     return found.outcome
 
 
-def appraised(setting: Setting, plans: Sequence[engine.Plan], crew: Crew | None) -> list[float]:
-    """The losses of refitted candidates, each computed by one of the pool."""
+def appraised(setting: Setting, plans: Sequence[engine.Plan], crew: Crew | None, made: dict[int, Tuned]) -> list[float]:
+    """The losses of refitted candidates, each computed by one of the pool; what is made in this process is noted."""
     if crew:
         return list(crew.done([Job("appraise", (plan,)) for plan in plans]))
-    return hosts.shared(len(plans), lambda i: appraise(setting, plans[i]))
+
+    def one(i: int) -> float:
+        loss, made[i] = appraise(setting, plans[i])
+        return loss
+
+    return hosts.shared(len(plans), one)
 
 
 def record(setting: Setting, space: Space) -> None:

@@ -117,7 +117,7 @@ class Worker:
 
     def appraise(self, plan: engine.Plan) -> float:
         """A candidate for the finalists; see `finalists.appraise`."""
-        return appraise(self._setting, plan)
+        return appraise(self._setting, plan)[0]
 
     def refine(self, name: str, plan: engine.Plan, measured: Mapping[str, float]) -> Refined:
         """A finalist; see `finalists.refine`."""

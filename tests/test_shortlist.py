@@ -33,9 +33,12 @@ def test_appraisal_is_the_loss_of_the_refitted_model_at_its_best_temperature(con
     subject, search = setting.subject, setting.roles.search
     graph = subject.graph
     plans = [engine.Plan({name: np.arange(kept) for name in graph.groups}) for kept in (4, 8)]
-    losses = [appraise(setting, plan) for plan in plans]
-    for plan, loss in zip(plans, losses, strict=True):
+    losses = []
+    for plan in plans:
+        loss, found = appraise(setting, plan)
+        losses.append(loss)
         small = prepared(setting, subject, plan)
+        jax.tree.map(np.testing.assert_array_equal, small, found.variables)
         logits = np.asarray(engine.narrow(subject.infer, graph, plan)(small, search.images), np.float64)
         by_factor = []
         for factor in np.geomspace(0.01, 100, 400):
@@ -60,7 +63,7 @@ def test_its_length(given, count):
 def test_a_run_refits_them_and_fine_tunes_the_best(config, monkeypatch):
     said, seen = [], []
 
-    def appraised(setting, plans, crew):
+    def appraised(setting, plans, crew, made):
         seen.extend(plans)
         return [float(-i) for i in range(len(plans))]  # the last is the best
 
