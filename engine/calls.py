@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from treesurgeon.engine.jaxprs import Eqn, Literal, is_float, wiring
-from treesurgeon.engine.solve import Solution, derivative_rule
+from treesurgeon.engine.solve import Solution, derivative_rule, derived
 
 Run: TypeAlias = Callable[[Any, Solution, Sequence[Any]], list[Any]]
 
@@ -49,7 +49,7 @@ def rebuild(
 
 def custom_jvp(eqn: Eqn, body: Solution, values: Sequence[Any], run: Run, aux: Any, rule: Solution | None) -> list[Any]:
     """A `custom_jvp` function: its body and its derivative rule both go through `run`."""
-    chosen = _floats(body)
+    chosen = derived(eqn, body)
 
     @jax.custom_jvp
     def call(aux, *xs):
@@ -67,7 +67,7 @@ def custom_jvp(eqn: Eqn, body: Solution, values: Sequence[Any], run: Run, aux: A
 
 def custom_vjp(eqn: Eqn, body: Solution, values: Sequence[Any], run: Run, aux: Any, rule: Solution | None) -> list[Any]:
     """A `custom_vjp` function: the forward pass is run again where its residuals are needed."""
-    chosen = _floats(body)
+    chosen = derived(eqn, body)
 
     @jax.custom_vjp
     def call(aux, *xs):
@@ -127,7 +127,3 @@ def scan(eqn: Eqn, body: Solution, values: Sequence[Any], run: Run, aux: Any, le
     xs = (per_step, tuple(mapped))
     carry, ys = lax.scan(step, tuple(init), xs, length=length, reverse=p["reverse"], unroll=p["unroll"])
     return [*carry, *ys]
-
-
-def _floats(body: Solution) -> list[int]:
-    return [k for k, v in enumerate(body.program.inputs) if is_float(body.program.avals[v])]

@@ -56,11 +56,19 @@ def spread(x: Any, shape: Sequence[Any], dims: Sequence[int]) -> Any:
 
 def _fence_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, along: tuple[int, ...]) -> tuple[Any, Any]:
     x, mask = primals
-    tangent = tangents[0]
-    out = fence_p.bind(x, mask, along=along)
-    if not isinstance(tangent, ad.Zero):
-        tangent = lax.select(spread(mask, x.shape, along), tangent, jnp.zeros_like(tangent))
-    return out, tangent
+    return fence_p.bind(x, mask, along=along), _fenced(tangents[0], mask, along)
+
+
+def _fence_transposed(cotangent: Any, x: Any, mask: Any, *, along: tuple[int, ...]) -> list[Any]:
+    """For derivative rules of functions under masks, in which tangents are fenced."""
+    assert ad.is_undefined_primal(x)
+    return [_fenced(cotangent, mask, along), None]
+
+
+def _fenced(derivative: Any, mask: Any, along: tuple[int, ...]) -> Any:
+    if isinstance(derivative, ad.Zero):
+        return derivative
+    return lax.select(spread(mask, derivative.shape, along), derivative, jnp.zeros_like(derivative))
 
 
 def _leading(x: Any, dim: int | None, size: int) -> Any:
@@ -82,6 +90,7 @@ fence_p = Primitive("fence")
 fence_p.def_impl(lambda x, mask, *, along: x)
 fence_p.def_abstract_eval(lambda x, mask, *, along: x)
 ad.primitive_jvps[fence_p] = _fence_jvp
+ad.primitive_transposes[fence_p] = _fence_transposed
 batching.primitive_batchers[fence_p] = _fence_batched
 mlir.register_lowering(fence_p, lambda ctx, x, mask, *, along: [x])
 

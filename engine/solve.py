@@ -208,12 +208,18 @@ def _traced_rule(trace: Callable[[Eqn, Sequence[int]], Program], eqn: Eqn, chose
         raise Underivable(f"{eqn.where}: the derivative rule of `{eqn.name}` raises {error!r}") from error
 
 
+def derived(eqn: Eqn, body: Solution) -> list[int]:
+    """The operands of a custom call that its rule has derivatives for: numbers, but for those that it closes over."""
+    first = eqn.params.get("num_consts", 0)
+    return [k for k, v in enumerate(body.program.inputs) if k >= first and is_float(body.program.avals[v])]
+
+
 def derivative_rule(eqn: Eqn, body: Solution) -> Solution:
     """The derivative rule of a custom call, solved: each derivative has the axes of what it is the derivative of."""
     why = Reason(f"the derivative rule of `{eqn.name}` splits this axis differently", eqn.where)
     inputs, outputs = body.program.inputs, body.program.outputs
     axes = [body.axes[v] for v in inputs]
-    chosen = [k for k, v in enumerate(inputs) if is_float(body.program.avals[v])]
+    chosen = derived(eqn, body)
     if eqn.name == "custom_jvp_call":
         rule = solve(_traced_rule(jvp_program, eqn, chosen), [*axes, *(axes[k] for k in chosen)], rules=False)
         of = [*map(body.of, outputs), *map(body.of, outputs)]

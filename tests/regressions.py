@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from laws import Subject, arr
 from zoo import Case
@@ -188,3 +189,28 @@ def half_of_a_sum(p, x):
     """Narrowed to two units, half of their sum is no mean."""
     e = jnp.tanh(x @ p["a"])
     return e @ p["o"] + 0.5 * (e**2).sum(-1, keepdims=True)
+
+
+@case({"a": arr(5, 4), "o": arr(4, 3)}, arr(3, 5))
+def custom_vjp_that_closes_over_a_table(p, x):
+    """The table is an operand for which the rule has no derivative."""
+
+    def lower(h):
+        return h @ np.tri(4, dtype=h.dtype)
+
+    half = jax.custom_vjp(lower)
+    half.defvjp(lambda h: jax.vjp(lower, h), lambda pull, ct: pull(ct * 0.5))
+    return half(jnp.tanh(x @ p["a"])) @ p["o"]
+
+
+@case({"a": arr(5, 4), "o": arr(4, 3)}, arr(3, 5))
+def custom_jvp_that_closes_over_a_table(p, x):
+    """Likewise."""
+    table = np.tri(4)
+
+    @jax.custom_jvp
+    def lower(h):
+        return h @ table.astype(h.dtype)
+
+    lower.defjvp(lambda primals, tangents: (lower(*primals), 0.5 * lower(*tangents)))
+    return lower(jnp.tanh(x @ p["a"])) @ p["o"]

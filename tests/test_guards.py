@@ -51,6 +51,8 @@ def test_fence_acts_on_derivatives_alone():
     np.testing.assert_array_equal(jax.jvp(fenced, (x,), (np.ones_like(x),))[1], np.ones_like(x) * mask)
     nans = np.full_like(x, np.nan)
     np.testing.assert_array_equal(jax.vjp(fenced, x)[1](nans)[0], np.where(mask, nans, 0))
+    transposed = jax.linear_transpose(fenced, x)
+    np.testing.assert_array_equal(transposed(nans)[0], np.where(mask, nans, 0))
     masks = np.stack([mask, ~mask])
     many = jax.vmap(jax.grad(lambda x, m: fenced(x, m).sum()), (None, 0))(x, masks)
     np.testing.assert_array_equal(many, np.broadcast_to(masks[:, None], (2, 2, 3)))
