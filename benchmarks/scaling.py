@@ -88,7 +88,7 @@ def measured(options: argparse.Namespace, kind: str, count: int, scaling: str) -
     running = [
         subprocess.Popen(
             [*command, "--child", json.dumps({**shown, "number": i})],
-            env={**os.environ, "XLA_FLAGS": flags},
+            env={**os.environ, "XLA_FLAGS": flags, "PJRT_NPROC": str(4 * devices)},  # see search/room.py
             stdout=subprocess.PIPE if i == 0 else subprocess.DEVNULL,
             text=True,
         )

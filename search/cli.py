@@ -29,6 +29,7 @@ from treesurgeon.search.page import write_page
 from treesurgeon.search.pipeline import run
 from treesurgeon.search.pool import Pool
 from treesurgeon.search.report import show
+from treesurgeon.search.room import give_virtual_devices_threads
 from treesurgeon.search.verify import Verification, verify
 
 STOPPED = 130  # as a shell reports Ctrl-C
@@ -49,6 +50,7 @@ FIXES = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Errors of ours take one screen and exit code 2; nothing is overwritten."""
+    give_virtual_devices_threads()
     try:
         _command(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()

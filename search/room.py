@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -32,3 +33,15 @@ def roomy(tree: Any) -> AbstractContextManager[Any]:
     if WHOLE * size_of(tree) <= memory():
         return nullcontext()
     return jax.default_device(jax.local_devices(backend="cpu")[0])
+
+
+def give_virtual_devices_threads() -> None:
+    """Before JAX looks up its devices: so many threads that virtual ones of the CPU do not wait for each other.
+
+    Their programs share XLA's threads, by default one for each core. In jaxlib 0.10.2 two devices on two cores may wait
+    for ever.
+    """
+    found = re.search(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    count = int(found[1]) if found else 1
+    if count > 1:
+        os.environ.setdefault("PJRT_NPROC", str(max(4 * count, os.cpu_count() or 1)))

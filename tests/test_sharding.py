@@ -1,6 +1,7 @@
 """The model split over devices: results are those of copies (test_pool.py), and it takes less of each device."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,22 @@ def test_what_needs_a_whole_model_that_no_device_holds_runs_on_the_host(monkeypa
         assert jax.config.jax_default_device == jax.local_devices(backend="cpu")[0]
         assert jnp.ones(3).devices() == {jax.local_devices(backend="cpu")[0]}
     assert jax.config.jax_default_device is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "before", "threads"),
+    [
+        ("--xla_force_host_platform_device_count=2 --other", None, str(max(8, os.cpu_count()))),
+        ("--xla_force_host_platform_device_count=64", None, str(max(256, os.cpu_count()))),
+        ("--xla_force_host_platform_device_count=2", "3", "3"),
+        ("--xla_force_host_platform_device_count=1", None, None),
+        ("", None, None),
+    ],
+)
+def test_virtual_devices_have_threads_enough(monkeypatch, flags, before, threads):
+    monkeypatch.setattr(os, "environ", {"XLA_FLAGS": flags, **({"PJRT_NPROC": before} if before else {})})
+    room.give_virtual_devices_threads()
+    assert os.environ.get("PJRT_NPROC") == threads
 
 
 def test_a_checkpoint_is_read_onto_the_host(tmp_path):
