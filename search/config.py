@@ -145,7 +145,7 @@ class Config:
     """Variants that are cut, fine-tuned and compared."""
     shortlist: int | None = None
     """With a budget: candidates that are cut and refitted first; those with the lowest loss on `search` then become the
-    finalists. Default: twice as many as finalists; as many as finalists leaves it out."""
+    finalists. Each takes a refit more. Default: as many as finalists."""
     truncations: int | None = None
     """More finalists, cut in depth with a new head where a linear one on the features does as well as at full depth;
     each also with the widths and blocks of the first variant. Default: 2 where the labels ask for a new head, else

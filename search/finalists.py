@@ -86,7 +86,7 @@ def _within_measured(
 
 def shortlisted(config: Config) -> int:
     """How many candidates are refitted to find the finalists among them."""
-    return 2 * config.finalists if config.shortlist is None else max(config.shortlist, config.finalists)
+    return max(config.shortlist or 0, config.finalists)
 
 
 def appraise(setting: Setting, plan: engine.Plan) -> tuple[float, Tuned]:

@@ -24,7 +24,7 @@ def config(tmp_path_factory):
     return Config(
         "mlp", str(home / "checkpoint"), f"npz:{home / 'data.npz'}", out=str(home / "run"), fitted_split=("train",),
         head="keep", macs=0.5, population=8, generations=2, search_images=32, calibration_images=16, refit_images=64,
-        finalists=2, epochs=0, certify=False, formats=False, pictures=False, protect=("none",),
+        finalists=2, shortlist=4, epochs=0, certify=False, formats=False, pictures=False, protect=("none",),
     )  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def test_the_best_go_on_and_what_is_not_a_number_goes_last():
     assert said == ["4 candidates refitted, loss on search 0.5000 to nan: 3 go on (--shortlist)"]
 
 
-@pytest.mark.parametrize(("given", "count"), [(None, 4), (2, 2), (1, 2), (7, 7)])
+@pytest.mark.parametrize(("given", "count"), [(None, 2), (2, 2), (1, 2), (7, 7)])
 def test_its_length(given, count):
     assert shortlisted(Config("mlp", "x", "digits", finalists=2, shortlist=given)) == count
 
