@@ -1,9 +1,9 @@
 """What do `narrow` and `gate` add to the time until a program runs? Trace, lowering and compilation, beside dense.
 
 A narrowed program is smaller than the dense one, so it is also compared with the model written by hand at its widths;
-with the plan that keeps everything it is the dense program again. A gate is made for
-derivatives and looks after kernels that are not finite; one for evaluation alone, as a search uses it, leaves both out.
-The second table counts what masking and slicing leave behind in the compiled programs.
+with the plan that keeps everything it is the dense program again. A gate is made for derivatives, and looks after
+kernels that are not finite; one for evaluation alone, as a search uses it, leaves both out. The second table counts
+what masking and slicing leave behind in the compiled programs.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def measured(options: argparse.Namespace, kind: str, count: int, scaling: str) -
     running = [
         subprocess.Popen(
             [*command, "--child", json.dumps({**shown, "number": i})],
-            env={**os.environ, "XLA_FLAGS": flags, "PJRT_NPROC": str(4 * devices)},  # see search/room.py
+            env={**os.environ, "XLA_FLAGS": flags},
             stdout=subprocess.PIPE if i == 0 else subprocess.DEVNULL,
             text=True,
         )
@@ -104,8 +104,9 @@ def measure(
     options: argparse.Namespace, count: int, scaling: str, processes: int, port: int, number: int
 ) -> dict[str, Any]:
     """Rates of whole populations, and what a step costs beside its program."""
-    from treesurgeon.search import hosts
+    from treesurgeon.search import hosts, room
 
+    room.give_virtual_devices_threads()
     if processes > 1:
         hosts.join(f"127.0.0.1:{port}", processes, number)
     import jax

@@ -239,7 +239,10 @@ class _Gate:
         shared = self.shared.get(solution.program)
         constant = [not isinstance(v, int) or solution.constant[v] for v in eqn.ins]
         # Constants (a blur, a Fourier basis) are kernels too: masked, they would differ between candidates.
-        kernel = [not isinstance(v, int) or solution.constant[v] or bool(shared and shared[v]) for v in eqn.ins]
+        kernel = [
+            fixed or (isinstance(v, int) and bool(shared and shared[v]))
+            for fixed, v in zip(constant, eqn.ins, strict=True)
+        ]
         rule = lookup(eqn.name)
         if rule is None:
             return self._bind(i, eqn, values)

@@ -16,6 +16,7 @@ from treesurgeon.search import racing, sensitivity, sharding
 from treesurgeon.search.data import Split
 from treesurgeon.search.evaluate import Evaluator, batches
 from treesurgeon.search.mesh import make_mesh, parse_shape
+from treesurgeon.search.room import give_virtual_devices_threads
 from treesurgeon.search.sharding import Layout
 from treesurgeon.search.space import build
 from treesurgeon.search.subject import Subject, random_subject
@@ -53,6 +54,7 @@ def digest(*arrays) -> str:
 
 def main(model: str, reconstruct: str, *shapes: str) -> None:
     """Print one JSON object for each shape."""
+    give_virtual_devices_threads()
     subject, space, genomes, calibration, data = setup(model)
     masks = jax.jit(jax.vmap(space.decode))(genomes)
     one = jax.tree.map(lambda leaf: leaf[0], masks)

@@ -15,7 +15,7 @@ from treesurgeon.search import sensitivity
 from treesurgeon.search.data import Split
 from treesurgeon.search.evaluate import Evaluator, batches
 from treesurgeon.search.mesh import make_mesh
-from treesurgeon.search.room import size_of
+from treesurgeon.search.room import give_virtual_devices_threads, size_of
 from treesurgeon.search.sharding import Layout, Program
 from treesurgeon.search.space import build
 from treesurgeon.search.subject import Subject
@@ -48,6 +48,7 @@ class Weighing(Layout):
 
 def main(precision: str) -> None:
     """Print one JSON object for copies, and one for what is split."""
+    give_virtual_devices_threads()
     rng = np.random.default_rng(0)
     module = models.mlp(WIDTHS)
     variables = jax.jit(module.init)(jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32))

@@ -60,7 +60,7 @@ def environment(devices: int) -> dict[str, str]:
     """That of a process with so many devices; compiled as it is for users, not as fast as it can be (conftest.py)."""
     flags = re.sub(r"--xla_(force_host|cpu_use_fusion)\S+", "", os.environ.get("XLA_FLAGS", ""))
     here = {"XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}", "PYTHONUNBUFFERED": "1"}
-    return {**os.environ, **here, "PJRT_NPROC": str(4 * devices)}  # see search/room.py
+    return {**os.environ, **here}
 
 
 def start(place: Path, out: str, *more: str, devices: int = 1, room: int | None = None):
