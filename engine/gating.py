@@ -194,7 +194,7 @@ class _Gate:
                     env[v] = x
                     if v in exits:
                         entry, bit = exits[v]
-                        env[v] = lax.select(bit, x, self.selects.clear(env[entry], self._lost(solution, entry, v), 0))
+                        env[v] = lax.select(bit, x, self._passed(env[entry], solution.axes[entry], solution.axes[v]))
         self.on = None
         return [v.value if isinstance(v, Literal) else env[v] for v in program.outputs]
 
@@ -206,10 +206,12 @@ class _Gate:
         x = jnp.asarray(x)
         return self.selects.fence(x, where, on) if is_float(x) else self.selects.clear(x, where, 1)
 
-    def _lost(self, solution: Solution, entry: int, exit_: int) -> dict[int, Axis]:
-        """The axes of a block's entry that its exit does not share: removed positions there must be zero."""
-        pairs = zip(solution.axes[entry], solution.axes[exit_], strict=True)
-        return {d: a for d, (a, b) in enumerate(pairs) if self.selects.mask(a) is not self.selects.mask(b)}
+    def _passed(self, x: Any, axes: Sequence[Axis], exit_: Sequence[Axis]) -> Any:
+        """A block's entry as its exit: what the entry has removed is zero, what the exit has removed has no derivative."""
+        pairs = enumerate(zip(axes, exit_, strict=True))
+        differ = [d for d, (a, b) in pairs if self.selects.mask(a) is not self.selects.mask(b)]
+        x = self.selects.clear(x, {d: axes[d] for d in differ}, 0)
+        return self.selects.fence(x, {d: exit_[d] for d in differ})
 
     def _note(self, program: Program, shared: Shared) -> None:
         self.shared[program] = shared.values

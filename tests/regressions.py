@@ -214,3 +214,14 @@ def custom_jvp_that_closes_over_a_table(p, x):
 
     lower.defjvp(lambda primals, tangents: (lower(*primals), 0.5 * lower(*tangents)))
     return lower(jnp.tanh(x @ p["a"])) @ p["o"]
+
+
+@case({"a": arr(6, 6), "s": arr(6), "o": arr(6, 3)}, arr(4, 6))
+def block_between_the_input_and_units(p, x):
+    """Without the block the units are positions of the input, which no mask has removed."""
+    h = jax.nn.relu(x @ p["a"])
+
+    def step(_, c):
+        return c * lax.rsqrt((c**2).mean(1, keepdims=True) + 1e-3) * p["s"]
+
+    return {"o": h @ p["o"], "top": lax.fori_loop(0, 3, step, h).max(1)}
