@@ -21,7 +21,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -46,6 +46,7 @@ from treesurgeon.search.space import build
 from treesurgeon.search.tasks import CLASSIFICATION
 
 BEST = 10
+SHOWN = 5000  # training images that a search is given
 LEARNING_RATE = 0.01
 AFTER = ("measuring and selecting", "saving")  # parts of a run when the variant is there
 
@@ -89,7 +90,7 @@ def main() -> None:
 
 
 def front(options: Options) -> None:
-    """One row for each tool."""
+    """One row for each tool: all are found first, with nothing beside them, then measured and fine-tuned."""
     with TemporaryDirectory() as place:
         config = Config(
             options.model,
@@ -100,54 +101,51 @@ def front(options: Options) -> None:
             protect=("none",),
             population=16,
             generations=1,
-            refit_images=4000,
             finalists=1,
-            shortlist=3,
             epochs=0,
             certify=False,
             formats=False,
             pictures=False,
-            max_train=options.train,
+            max_train=SHOWN,
             seed=options.seed,
         )
         setting = prepare(config)
         net = torch_resnet.load(options.checkpoint)
-        rows: list[list[str]] = [tuned_torch("dense, PyTorch", setting, options, net, net, 0.0)]
+        nets = {"dense, PyTorch": (net, 0.0)}
         start = time.perf_counter()
         pruned = torch_pruning(setting, options, net)
         took = time.perf_counter() - start
-        rows.append(tuned_torch("Torch-Pruning, L2", setting, options, net, pruned, took))
+        nets["Torch-Pruning, L2"] = pruned, took
         start = time.perf_counter()
         statistics = copy.deepcopy(pruned)
         torch_resnet.reestimate(statistics, setting.roles.train.images[: config.calibration_images])
-        took += time.perf_counter() - start
-        rows.append(tuned_torch("the same, statistics re-estimated", setting, options, net, statistics, took))
+        nets["the same, statistics re-estimated"] = statistics, took + time.perf_counter() - start
         for count in (config.search_images, len(setting.roles.search)) if options.fastnas else ():
             start = time.perf_counter()
             found = fast_nas(setting, options, net, count)
-            took = time.perf_counter() - start
-            rows.append(tuned_torch(f"ModelOpt FastNAS, {count:,} images", setting, options, net, found, took))
+            nets[f"ModelOpt FastNAS, {count:,} images"] = found, time.perf_counter() - start
         outcome = pipeline.run(config, say=partial(print, flush=True))
         parts = timings.read(config.directory / "timings.csv")
-        whole = sum(parts.values())
-        took = whole - sum(parts[name] for name in AFTER)
         model = engine.load(outcome.path, module=setting.subject.module)
-        plan = model.plan or engine.Plan()
-        graph = setting.subject.graph
-        dense = engine.cost(graph, engine.Plan()).macs
-        ours = tuned_here(setting, options, plan, model.variables)
-        rows.append(row("treesurgeon", dense / engine.cost(graph, plan).macs, took, ours, setting))
-        same = tuned_here(setting, options, engine.Plan(), setting.subject.variables)
-        rows.append(row("dense, JAX", 1.0, 0.0, same, setting))
+    whole = sum(parts.values())
+    took = whole - sum(parts[name] for name in AFTER)
+    plan, graph = model.plan or engine.Plan(), setting.subject.graph
+    factor = engine.cost(graph, engine.Plan()).macs / engine.cost(graph, plan).macs
+    data = prepare(replace(config, max_train=options.train)).roles
+    setting = replace(setting, roles=data)
+    rows = [row("treesurgeon", factor, took, tuned_here(setting, options, plan, model.variables), setting)]
+    dense = tuned_here(setting, options, engine.Plan(), setting.subject.variables)
+    rows.append(row("dense, JAX", 1.0, 0.0, dense, setting))
+    rows = [tuned_torch(name, setting, options, net, *found) for name, found in nets.items()] + rows
     picture(options, rows)
-    steps = options.epochs * math.ceil(options.train / setting.recipe.batch_size)
+    steps = options.epochs * math.ceil(len(data.train) / setting.recipe.batch_size)
     publish(
         f"peers-{options.model}-{options.macs:.3f}",
         f"{options.model} at {options.macs:.1%} of its multiply-accumulates, by tool",
         ("found by", "fewer MACs", "seconds", "accuracy, no gradient step", f"after {steps} steps"),
         rows,
-        f"Accuracy on {len(setting.roles.test):,} test images that nobody was shown, in percent, with its 95 % "
-        f"interval (Wilson). Fine-tuning: {options.train:,} images, {options.epochs} epoch, SGD, Nesterov momentum, "
+        f"Accuracy on {len(data.test):,} test images that nobody was shown, in percent, with its 95 % "
+        f"interval (Wilson). Fine-tuning: {len(data.train):,} images, {options.epochs} epoch, SGD, Nesterov momentum, "
         f"peak rate {LEARNING_RATE}, batches of {setting.recipe.batch_size}, the last step's weights, for all alike. "
         "Seconds are wall time with compilation until the variant is there; treesurgeon's whole run, which measures "
         f"dense and the variant on train, search and test as well, took {whole:.0f}: "
@@ -168,7 +166,9 @@ def picture(options: Options, rows: list[list[str]]) -> None:
 def row(name: str, factor: float, took: float, accuracies: list[float], setting: Setting) -> list[str]:
     """Cells of the table."""
     cells = [wilson(accuracy, len(setting.roles.test)) for accuracy in accuracies]
-    return [name, f"{factor:.2f}×", f"{took:.0f}" if took else "", *cells, *[""] * (2 - len(cells))]
+    found = [name, f"{factor:.2f}×", f"{took:.0f}" if took else "", *cells, *[""] * (2 - len(cells))]
+    print(found, flush=True)
+    return found
 
 
 def torch_pruning(setting: Setting, options: Options, net: torch_resnet.ResNet) -> torch_resnet.ResNet:
@@ -223,9 +223,7 @@ def tuned_torch(
         net = copy.deepcopy(net)
         fine_tune_torch(net, setting, options)
         found.append(accuracy(net))
-    cells = row(name, torch_resnet.macs(dense) / torch_resnet.macs(net), took, found, setting)
-    print(cells, flush=True)
-    return cells
+    return row(name, torch_resnet.macs(dense) / torch_resnet.macs(net), took, found, setting)
 
 
 def recipe_of(options: Options, batch: int) -> Recipe:

@@ -317,7 +317,10 @@ class Narrowed:
             return [self.slim(value, axes) for value, axes in zip(wide, site.outs, strict=True)]
         if i in solution.divisors:
             divisor = solution.divisors[i]
-            values[divisor.operand] = self._divisor(eqn, solution, divisor, site.ins[divisor.operand])
+            count = self._divisor(eqn, solution, divisor, site.ins[divisor.operand])
+            if divisor.inverse:  # divided, since half of a sum would be no mean (see solve.py) when traced again
+                return [lax.div(*jnp.broadcast_arrays(values[1 - divisor.operand], count))]
+            values[divisor.operand] = count
         params = eqn.params if rule.resize is None else {**eqn.params, **rule.resize(site, self.kept)}
         if adapt is not None:
             values = adapt(i, params, values)
@@ -328,9 +331,8 @@ class Narrowed:
         count = 1
         for axis in divisor.axes:
             count *= self.kept.size(axis)
-        value = count - divisor.ddof
         aval = solution.program.aval(operand)
-        scalar = np.asarray(1 / value if divisor.inverse else value, aval.dtype)
+        scalar = np.asarray(count - divisor.ddof, aval.dtype)
         if not aval.shape:
             return scalar
         return lax.full(tuple(self.kept.size(axis) for axis in axes), scalar)
