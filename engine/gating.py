@@ -207,7 +207,7 @@ class _Gate:
         return self.selects.fence(x, where, on) if is_float(x) else self.selects.clear(x, where, 1)
 
     def _passed(self, x: Any, axes: Sequence[Axis], exit_: Sequence[Axis]) -> Any:
-        """A block's entry as its exit: what the entry has removed is zero, what the exit has removed has no derivative."""
+        """A block's entry as its exit: zero where the entry is removed, without a derivative where the exit is."""
         pairs = enumerate(zip(axes, exit_, strict=True))
         differ = [d for d, (a, b) in pairs if self.selects.mask(a) is not self.selects.mask(b)]
         x = self.selects.clear(x, {d: axes[d] for d in differ}, 0)

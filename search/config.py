@@ -136,6 +136,9 @@ class Config:
     """In what candidates are scored; finalists are always measured in the checkpoint's own precision."""
     criterion: Criterion = "l2"
     """What ranks the units of a group."""
+    criteria: tuple[str, ...] = ()
+    """Several to choose from, for each group: the one whose better half of the units, alone, moves the answers least.
+    Default: `criterion` for all groups."""
     protect: tuple[str, ...] = ("first-stage",)
     """Groups and blocks that stay as they are, by name; `first-stage` is worked out, `none` protects nothing."""
     multiple: int | None = None
@@ -145,7 +148,8 @@ class Config:
     """Variants that are cut, fine-tuned and compared."""
     shortlist: int | None = None
     """With a budget: candidates that are cut and refitted first; those with the lowest loss on `search` then become the
-    finalists. Each takes a refit more. Default: as many as finalists."""
+    finalists, after the better half of them, if that is more, has been fine-tuned for an epoch. Default: as many as
+    finalists."""
     truncations: int | None = None
     """More finalists, cut in depth with a new head where a linear one on the features does as well as at full depth;
     each also with the widths and blocks of the first variant. Default: 2 where the labels ask for a new head, else
@@ -246,8 +250,11 @@ class Config:
             raise RunError("--head-widths takes numbers of units, or 0 for a linear head")
         if not self.scratch_learning_rate > 0 or not 0 < self.layer_decay <= 1:
             raise RunError("--scratch-learning-rate must be above 0, and --layer-decay above 0 and at most 1")
-        if self.criterion not in CRITERIA:
-            raise RunError(f"--criterion {self.criterion}: expected one of {', '.join(CRITERIA)}")
+        for option, names in (("criterion", (self.criterion,)), ("criteria", self.criteria)):
+            if unknown := [name for name in names if name not in CRITERIA]:
+                raise RunError(f"--{option} {unknown[0]}: expected one of {', '.join(CRITERIA)}")
+        if len(set(self.criteria)) < len(self.criteria):
+            raise RunError(f"--criteria {' '.join(self.criteria)}: one of them is named twice")
         if self.metric not in (AUTO, *METRICS):
             raise RunError(f"--metric {self.metric}: expected one of {', '.join(METRICS)}")
         if not 0 < self.delta < 1:

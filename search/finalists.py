@@ -89,21 +89,32 @@ def shortlisted(config: Config) -> int:
     return max(config.shortlist or 0, config.finalists)
 
 
-def appraise(setting: Setting, plan: engine.Plan) -> tuple[float, Tuned]:
-    """A variant that is refitted and not fine-tuned, and its loss on `search` at the temperature that suits it best."""
-    found = variant(setting, setting.subject, "", plan)
+def appraise(setting: Setting, plan: engine.Plan, epochs: int = 0, start: Tuned | None = None) -> tuple[float, Tuned]:
+    """A candidate's loss on `search`, at the temperature that suits it best, and the candidate as it starts.
+
+    Args:
+        setting: the run's.
+        plan: the candidate's.
+        epochs: of fine-tuning before it is measured.
+        start: the candidate, if it was refitted before.
+    """
+    start = found = start or variant(setting, setting.subject, "", plan)
+    if epochs:
+        found = tune(
+            setting, start, lambda line: None, policy=setting.policy, epochs=epochs, distill=setting.config.distill
+        )
     answers = answering(found.infer, setting.roles.search)(found.variables)
     task, logits = answers.task, jnp.asarray(answers.logits)
     wanted = task.wanted(jnp.asarray(answers.labels), logits.shape[-1])
     factor = task.sharpness(logits, wanted, jnp.ones(len(logits)))
-    return float(task.losses(logits * factor, jnp.asarray(answers.labels)).mean()), found
+    return float(task.losses(logits * factor, jnp.asarray(answers.labels)).mean()), start
 
 
-def chosen(losses: np.ndarray, count: int, say: Callable[[str], None]) -> list[int]:
-    """Of a shortlist, the numbers of those with the lowest loss, best first."""
+def chosen(losses: np.ndarray, count: int, what: str, say: Callable[[str], None]) -> list[int]:
+    """Of a shortlist, the numbers of those with the lowest loss, best first; `what` was done with them."""
     order = np.argsort(losses, kind="stable")  # what is not a number comes last
     low, high = losses[order[[0, -1]]]
-    say(f"{len(losses)} candidates refitted, loss on search {low:.4f} to {high:.4f}: {count} go on (--shortlist)")
+    say(f"{len(losses)} candidates {what}, loss on search {low:.4f} to {high:.4f}: {count} go on (--shortlist)")
     return order[:count].tolist()
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from jax import Array
 
 from treesurgeon import engine
-from treesurgeon.search import crossval, evolve, hosts, racing, report, sensitivity, shift
+from treesurgeon.search import crossval, evolve, hosts, ordering, racing, report, sensitivity, shift
 from treesurgeon.search.budget import Budget, make_budget, refuse
 from treesurgeon.search.conclusion import Outcome, conclude, recall, save
 from treesurgeon.search.config import Config, RunError, claim, identity
@@ -133,22 +133,16 @@ def go_on(setting: Setting, say: Say, pool: Pool, layout: Layout | None, timings
     hosts.together(lambda: (config.directory / "shift.json").write_text(text))
     states = States(config.directory / "state")
     with timings.part("ranking units"):
-        scores = states.arrays("scores", lambda: rank(setting, layout=layout))
-        space = build_space(setting, scores)
-        hosts.together(lambda: record(setting, space))
+        space, crew = ranked(setting, states, say, pool, layout)
     variants = np.prod(space.cardinality.astype(float))
     say(f"searching {len(space.groups)} groups and {len(space.blocks)} blocks: {variants:.1e} variants")
     budget = make_budget(setting, space, states, say)
-    crew = hire(setting, space, pool, say) if pool.ray else None
     scored = search(setting, space, budget, states, say, layout, crew, timings)
     start = time.perf_counter()
     picked = hosts.together(lambda: pick(setting, space, budget, scored, say))
     refitted: dict[str, Tuned] = {}
     if setting.budget and len(picked) > config.finalists:
-        plans = [space.to_plan(genome) for genome, _ in picked]
-        made: dict[int, Tuned] = {}
-        losses = states.arrays("shortlist", lambda: {"losses": np.array(appraised(setting, plans, crew, made))})
-        best = chosen(losses["losses"], config.finalists, say)
+        best, made = halved(setting, [space.to_plan(genome) for genome, _ in picked], states, crew, say)
         picked = [picked[i] for i in best]
         refitted = {f"v{k}": made[i] for k, i in enumerate(best, 1) if i in made}
     finalists = [(setting, f"v{i}", space.to_plan(genome), found) for i, (genome, found) in enumerate(picked, 1)]
@@ -171,26 +165,79 @@ def go_on(setting: Setting, say: Say, pool: Pool, layout: Layout | None, timings
     return found.outcome
 
 
-def appraised(setting: Setting, plans: Sequence[engine.Plan], crew: Crew | None, made: dict[int, Tuned]) -> list[float]:
-    """The losses of refitted candidates, each computed by one of the pool; what is made in this process is noted."""
-    if crew:
-        return list(crew.done([Job("appraise", (plan,)) for plan in plans]))
+def halved(
+    setting: Setting, plans: Sequence[engine.Plan], states: States, crew: Crew | None, say: Say
+) -> tuple[list[int], dict[int, Tuned]]:
+    """Which candidates of a shortlist become finalists, and those that were refitted in this process.
 
-    def one(i: int) -> float:
-        loss, made[i] = appraise(setting, plans[i])
+    All are refitted. The better half of them, if that is more than there are to be finalists, is fine-tuned for an
+    epoch, and the best of these go on: K. Jamieson, A. Talwalkar: "Non-stochastic best arm identification and
+    hyperparameter optimization", AISTATS 2016.
+    """
+    count, half = setting.config.finalists, -(-len(plans) // 2)
+    short = setting.recipe.epochs > 1 and half > count
+    made: dict[int, Tuned] = {}
+
+    def losses(name: str, which: Sequence[int], epochs: int) -> np.ndarray:
+        def measure() -> dict[str, np.ndarray]:
+            return {"losses": np.array(appraised(setting, plans, which, epochs, crew, made))}
+
+        return states.arrays(name, measure)["losses"]
+
+    best = chosen(losses("shortlist", range(len(plans)), 0), half if short else count, "refitted", say)
+    if short:
+        found = chosen(losses("shortlist_tuned", best, 1), count, "fine-tuned for an epoch", say)
+        best = [best[i] for i in found]
+    return best, made
+
+
+def appraised(
+    setting: Setting,
+    plans: Sequence[engine.Plan],
+    which: Sequence[int],
+    epochs: int,
+    crew: Crew | None,
+    made: dict[int, Tuned],
+) -> list[float]:
+    """The losses of these candidates, each computed by one of the pool; what is refitted in this process is noted."""
+    if crew:
+        return list(crew.done([Job("appraise", (plans[i], epochs)) for i in which]))
+
+    def one(k: int) -> float:
+        i = which[k]
+        loss, made[i] = appraise(setting, plans[i], epochs, made.get(i))
         return loss
 
-    return hosts.shared(len(plans), one)
+    return hosts.shared(len(which), one)
 
 
-def record(setting: Setting, space: Space) -> None:
+def ranked(setting: Setting, states: States, say: Say, pool: Pool, layout: Layout | None) -> tuple[Space, Crew | None]:
+    """The space that is searched, and with Ray the workers."""
+    config = setting.config
+    names = config.criteria or (config.criterion,)
+    scores = {name: states.arrays(f"scores_{name}", lambda name=name: rank(setting, name, layout)) for name in names}
+    spaces = {name: build_space(setting, found) for name, found in scores.items()}
+    space = spaces[names[0]]
+    chosen = dict.fromkeys(space.groups, names[0])
+    crew = hire(setting, space, pool, say) if pool.ray else None
+    if len(names) > 1 and space.groups:
+        moved = states.arrays("criteria", lambda: ordering.moves(spaces, make_sweep(setting, space, layout, crew)))
+        chosen |= ordering.choose(moved, names, space)
+        space = build_space(setting, {g: scores[chosen.get(g, names[0])][g] for g in setting.subject.graph.groups})
+        say(ordering.sentence(chosen))
+    hosts.together(lambda: record(setting, space, chosen))
+    return space, crew
+
+
+def record(setting: Setting, space: Space, criteria: Mapping[str, str]) -> None:
     """Write down what is searched, and where: `groups.csv`, `blocks.csv`, `pinned.csv`, `environment.json`."""
     graph, directory = setting.subject.graph, setting.config.directory
     groups = []
     for name, group in graph.groups.items():
         made = {member.path for member in group.members if member.makes}
         inside = [i for i, block in enumerate(graph.blocks.values()) if made and made <= set(block.leaves)]
-        groups.append({"group": name, "size": group.size, "widths": space.widths.get(name), "blocks": inside})
+        found = {"widths": space.widths.get(name), "criterion": criteria.get(name)}
+        groups.append({"group": name, "size": group.size, **found, "blocks": inside})
     blocks = [
         {"block": name, "parent": block.parent, "searched": name in space.blocks, "leaves": block.leaves}
         for name, block in graph.blocks.items()

@@ -31,7 +31,13 @@ CANDIDATE_COLUMNS = (
     "genome",  # the last genes are the searched blocks of blocks.csv, in its order: 1 keeps, 0 drops
 )
 SENSITIVITY_COLUMNS = ("kind", "name", "kept", "rise")
-GROUP_COLUMNS = ("group", "size", "widths", "blocks")  # the last: rows of blocks.csv, from 0, it goes away with
+GROUP_COLUMNS = (
+    "group",
+    "size",
+    "widths",
+    "criterion",  # what ranked its units
+    "blocks",  # rows of blocks.csv, from 0, that it goes away with
+)
 BLOCK_COLUMNS = ("block", "parent", "searched", "leaves")
 PIN_COLUMNS = ("axis", "reason")
 CURVE_COLUMNS = ("variant", "epoch", "train_loss", "search_loss", "search_error", "best")

@@ -87,7 +87,7 @@ def open_parts(config: Config, hold: int | None = None) -> Opened:
     source = open_source(config.data, config.data_dir or None, wanted, None if config.task == AUTO else config.task)
     metric = pick_metric(config.metric, TASKS[source.task])
     config = replace(config, task=source.task, metric=metric.name)
-    if config.criterion == "selectivity" and source.task != CLASSIFICATION.name:
+    if "selectivity" in (config.criterion, *config.criteria) and source.task != CLASSIFICATION.name:
         raise RunError(f"--criterion selectivity is about classes, and these labels are for {source.task}: use another")
     split = next((name for name, size in source.splits.items() if size), None)
     if split is None:

@@ -14,8 +14,10 @@ import difflib
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -82,6 +84,10 @@ class Space:
             units |= {g: m for g, m, whole in zip(self.ties.names, merged, held, strict=True) if not whole}
         return {"units": units, "blocks": dict(zip(self.blocks, kept, strict=True))}
 
+    def stacked(self, genomes: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
+        """The masks of many genomes, `int[K, G]`, as arrays of the host with a leading axis."""
+        return jax.tree.map(np.asarray, _decoded(self, genomes))
+
     def to_plan(self, genome: ArrayLike) -> Any:
         """The `engine.Plan` of one genome, on the host; groups that keep everything are not named."""
         masks = self._masks(genome)
@@ -109,6 +115,11 @@ class Space:
         return {
             kind: {name: np.asarray(mask) for name, mask in masks.items()} for kind, masks in self.decode(genes).items()
         }
+
+
+@partial(jax.jit, static_argnums=0)
+def _decoded(space: Space, genomes: ArrayLike) -> Any:
+    return jax.vmap(space.decode)(genomes)
 
 
 def build(

@@ -87,8 +87,7 @@ class Sweep:
             gated = engine.gate(subject.infer, subject.graph, gradients=False, finite=True)
             return gated(with_leaves(variables, stats), {**masks, "maps": maps}, x)
 
-        self._decode = jax.jit(jax.vmap(space.decode))
-        one = jax.tree.map(lambda leaf: leaf[0], self._decode(space.dense_genome()[None]))
+        one = jax.tree.map(lambda leaf: leaf[0], space.stacked(space.dense_genome()[None]))
         whole = engine.split(answer, self._variables.shapes, self._data, one)
         touched = touches(space, one)
         reach = whole.reach()
@@ -119,10 +118,17 @@ class Sweep:
         differs = changed != start
         if not (differs.sum(1) == 1).all():
             raise ValueError("expected genomes that differ from the start in one gene each")
-        gene = differs.argmax(1)
-        tree = self._decode(np.concatenate([start[None], changed]))
-        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
-        out = np.full(len(changed), np.nan)
+        return self.tried(self.space.stacked(np.concatenate([start[None], changed])), differs.argmax(1))
+
+    def tried(self, masks: Any, gene: np.ndarray) -> np.ndarray:
+        """The same for masks, whatever ranked their units.
+
+        Args:
+            masks: stacked; the first row is what the others are changes of.
+            gene: of each of the others the gene that is changed, `int[K]`.
+        """
+        leaves = jax.tree.leaves(masks)
+        out = np.full(len(gene), np.nan)
         for part in self.parts:
             mine = np.flatnonzero([g in part.genes for g in gene])
             if not len(mine):

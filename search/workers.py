@@ -115,9 +115,9 @@ class Worker:
         rows = np.arange(1, len(leaves[0]))
         return self._sweep.answers(self._sweep.parts[part], leaves, [rows])[0]
 
-    def appraise(self, plan: engine.Plan) -> float:
-        """A candidate for the finalists; see `finalists.appraise`."""
-        return appraise(self._setting, plan)[0]
+    def appraise(self, plan: engine.Plan, epochs: int) -> float:
+        """The loss of a candidate for the finalists; see `finalists.appraise`."""
+        return appraise(self._setting, plan, epochs)[0]
 
     def refine(self, name: str, plan: engine.Plan, measured: Mapping[str, float]) -> Refined:
         """A finalist; see `finalists.refine`."""

@@ -1,11 +1,13 @@
 """With a budget, more candidates than finalists are refitted, and the best of them on `search` go on."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
-from orbax.checkpoint import v1 as ocp
+from smallrun import small_config
 
-from treesurgeon import engine, models
+from treesurgeon import engine
 from treesurgeon.search import pipeline
 from treesurgeon.search.config import Config
 from treesurgeon.search.finalists import appraise, chosen, prepared, shortlisted
@@ -14,18 +16,7 @@ from treesurgeon.search.setting import prepare
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """A zoo model with random weights on images of four kinds."""
-    home, rng = tmp_path_factory.mktemp("shortlist"), np.random.default_rng(0)
-    variables = models.resolve("mlp").init(jax.random.key(3), np.zeros((1, 8, 8, 1), np.float32))
-    ocp.save(str(home / "checkpoint"), jax.tree.map(np.asarray, variables))
-    y = np.arange(240) % 4
-    x = (rng.random((4, 8, 8, 1))[y] + 0.15 * rng.normal(size=(240, 8, 8, 1))).astype(np.float32)
-    np.savez(home / "data.npz", x_train=x[:80], y_train=y[:80], x_test=x[80:], y_test=y[80:])
-    return Config(
-        "mlp", str(home / "checkpoint"), f"npz:{home / 'data.npz'}", out=str(home / "run"), fitted_split=("train",),
-        head="keep", macs=0.5, population=8, generations=2, search_images=32, calibration_images=16, refit_images=64,
-        finalists=2, shortlist=4, epochs=0, certify=False, formats=False, pictures=False, protect=("none",),
-    )  # fmt: skip
+    return small_config(tmp_path_factory.mktemp("shortlist"), macs=0.5, shortlist=4)
 
 
 def test_appraisal_is_the_loss_of_the_refitted_model_at_its_best_temperature(config):
@@ -51,7 +42,7 @@ def test_appraisal_is_the_loss_of_the_refitted_model_at_its_best_temperature(con
 
 def test_the_best_go_on_and_what_is_not_a_number_goes_last():
     said = []
-    assert chosen(np.array([0.7, np.nan, 0.5, 0.6]), 3, said.append) == [2, 3, 0]
+    assert chosen(np.array([0.7, np.nan, 0.5, 0.6]), 3, "refitted", said.append) == [2, 3, 0]
     assert said == ["4 candidates refitted, loss on search 0.5000 to nan: 3 go on (--shortlist)"]
 
 
@@ -60,18 +51,35 @@ def test_its_length(given, count):
     assert shortlisted(Config("mlp", "x", "digits", finalists=2, shortlist=given)) == count
 
 
-def test_a_run_refits_them_and_fine_tunes_the_best(config, monkeypatch):
+def test_appraisal_after_fine_tuning_leaves_the_candidate_as_it_starts(config):
+    setting = prepare(config)
+    plan = engine.Plan({name: np.arange(8) for name in setting.subject.graph.groups})
+    before, start = appraise(setting, plan)
+    after, same = appraise(setting, plan, 2, start)
+    assert same is start
+    assert after < before
+    assert appraise(setting, plan, 2)[0] == after
+
+
+@pytest.mark.parametrize(("epochs", "rounds"), [(0, [0]), (2, [0, 1])])
+def test_a_run_halves_the_shortlist(config, monkeypatch, tmp_path, epochs, rounds):
+    """The last are the best when they are refitted, the first of these when they are fine-tuned."""
+    config = replace(config, out=str(tmp_path / "run"), epochs=epochs, baselines=False, finalists=1)
     said, seen = [], []
 
-    def appraised(setting, plans, crew, made):
-        seen.extend(plans)
-        return [float(-i) for i in range(len(plans))]  # the last is the best
+    def appraised(setting, plans, which, epochs, crew, made):
+        seen.append((epochs, [plans[i] for i in which]))
+        return [float(k if epochs else -i) for k, i in enumerate(which)]
 
     monkeypatch.setattr(pipeline, "appraised", appraised)
     outcome = pipeline.run(config, said.append)
-    (line,) = [line for line in said if "candidates refitted" in line]
-    assert line.startswith(f"{len(seen)} candidates refitted")
-    assert line.endswith("2 go on (--shortlist)")
-    assert 2 < len(seen) <= 4
-    costs = {engine.cost(prepare(config).subject.graph, plan).params for plan in seen[-2:]}
-    assert {row.params for row in outcome.lines if row.variant != "dense"} == costs
+    assert [epochs for epochs, _ in seen] == rounds
+    plans = seen[0][1]
+    assert 3 <= len(plans) <= 4
+    lines = [line for line in said if line.endswith("go on (--shortlist)")]
+    assert lines[0].startswith(f"{len(plans)} candidates refitted")
+    if epochs:
+        assert lines[1].startswith("2 candidates fine-tuned for an epoch")
+        assert seen[1][1] == plans[-1:-3:-1]
+    cost = engine.cost(prepare(config).subject.graph, plans[-1]).params
+    assert {row.params for row in outcome.lines if row.variant != "dense"} == {cost}
