@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from treesurgeon import engine
-from treesurgeon.search import baselines, pipeline
+from treesurgeon.search import baselines, ranking
 from treesurgeon.search.config import Config
 from treesurgeon.search.evaluate import batches
 from treesurgeon.search.finalists import prepared
@@ -48,7 +48,7 @@ def pool(config: Config, kept: Path | None = None) -> Pool:
             return Pool(tuple(found["names"].tolist()), tuple(found["params"].tolist()), found["wrong"])
     setting = prepare(config)
     subject, graph = setting.subject, setting.subject.graph
-    scores = engine.normalise(pipeline.rank(setting))
+    scores = engine.normalise(ranking.rank(setting))
     splits = [getattr(setting.roles, role) for role in CLEAN]
 
     def wrong(infer: Any, variables: Any) -> np.ndarray:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from harness import publish, wilson
 
 from treesurgeon import engine
-from treesurgeon.search import baselines, pipeline
+from treesurgeon.search import baselines, ranking
 from treesurgeon.search.config import Config
 from treesurgeon.search.data import Split
 from treesurgeon.search.evaluate import batches, calibrate, measurer, with_leaves
@@ -88,7 +88,7 @@ def plans_of(setting: Setting, options: Options) -> dict[str, engine.Plan]:
     inner = [g for g in graph.groups if sum(len(graph.leaves[m.path].shape) > 1 for m in graph.groups[g].members) == 2]
     limit = options.macs
     for criterion in options.criteria:
-        scores = pipeline.rank(setting, criterion)
+        scores = ranking.rank(setting, criterion)
         every = partial(baselines.uniform_plan, graph, scores)
         within = partial(baselines.uniform_plan, graph, scores, groups=inner)
         out[f"{criterion}, uniform"] = baselines.to_budget(every, graph, "macs", limit)

@@ -110,14 +110,6 @@ def appraise(setting: Setting, plan: engine.Plan, epochs: int = 0, start: Tuned 
     return float(task.losses(logits * factor, jnp.asarray(answers.labels)).mean()), start
 
 
-def chosen(losses: np.ndarray, count: int, what: str, say: Callable[[str], None]) -> list[int]:
-    """Of a shortlist, the numbers of those with the lowest loss, best first; `what` was done with them."""
-    order = np.argsort(losses, kind="stable")  # what is not a number comes last
-    low, high = losses[order[[0, -1]]]
-    say(f"{len(losses)} candidates {what}, loss on search {low:.4f} to {high:.4f}: {count} go on (--shortlist)")
-    return order[:count].tolist()
-
-
 def prepared(setting: Setting, subject: Subject, plan: engine.Plan) -> Any:
     """The variables of a variant of a model, cut, with all that can be had without a gradient step.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -21,20 +21,21 @@ import numpy as np
 from jax import Array
 
 from treesurgeon import engine
-from treesurgeon.search import crossval, evolve, hosts, ordering, racing, report, sensitivity, shift
+from treesurgeon.search import crossval, evolve, hosts, racing, ranking, report, sensitivity, shift
 from treesurgeon.search.budget import Budget, make_budget, refuse
 from treesurgeon.search.conclusion import Outcome, conclude, recall, save
 from treesurgeon.search.config import Config, RunError, claim, identity
-from treesurgeon.search.evaluate import Batches, batches, in_precision
-from treesurgeon.search.finalists import appraise, chosen, finish, pick, received, refine
+from treesurgeon.search.evaluate import Batches, in_precision
+from treesurgeon.search.finalists import finish, pick, received, refine
 from treesurgeon.search.live import Generation
 from treesurgeon.search.lock import alone
 from treesurgeon.search.page import write_page
 from treesurgeon.search.pool import Pool
 from treesurgeon.search.room import roomy
 from treesurgeon.search.scoring import describe, hire, lay_out, make_scorer, make_sweep
-from treesurgeon.search.setting import CALIBRATION, Setting, prepare
+from treesurgeon.search.setting import Setting, prepare
 from treesurgeon.search.sharding import Layout, one_device
+from treesurgeon.search.shortlist import halved
 from treesurgeon.search.space import Space, build, first_stage
 from treesurgeon.search.start import energies, starting_points, walk
 from treesurgeon.search.state import States
@@ -46,8 +47,6 @@ from treesurgeon.search.tuning import Tuned
 from treesurgeon.search.workers import Crew, Job
 
 Say = Callable[[str], None]
-
-FISHER_IMAGES = 64  # each takes a backward pass of its own
 
 
 def run(config: Config, say: Say = print, pool: Pool | None = None) -> Outcome:
@@ -165,66 +164,22 @@ def go_on(setting: Setting, say: Say, pool: Pool, layout: Layout | None, timings
     return found.outcome
 
 
-def halved(
-    setting: Setting, plans: Sequence[engine.Plan], states: States, crew: Crew | None, say: Say
-) -> tuple[list[int], dict[int, Tuned]]:
-    """Which candidates of a shortlist become finalists, and those that were refitted in this process.
-
-    All are refitted. The better half of them, if that is more than there are to be finalists, is fine-tuned for an
-    epoch, and the best of these go on: K. Jamieson, A. Talwalkar: "Non-stochastic best arm identification and
-    hyperparameter optimization", AISTATS 2016.
-    """
-    count, half = setting.config.finalists, -(-len(plans) // 2)
-    short = setting.recipe.epochs > 1 and half > count
-    made: dict[int, Tuned] = {}
-
-    def losses(name: str, which: Sequence[int], epochs: int) -> np.ndarray:
-        def measure() -> dict[str, np.ndarray]:
-            return {"losses": np.array(appraised(setting, plans, which, epochs, crew, made))}
-
-        return states.arrays(name, measure)["losses"]
-
-    best = chosen(losses("shortlist", range(len(plans)), 0), half if short else count, "refitted", say)
-    if short:
-        found = chosen(losses("shortlist_tuned", best, 1), count, "fine-tuned for an epoch", say)
-        best = [best[i] for i in found]
-    return best, made
-
-
-def appraised(
-    setting: Setting,
-    plans: Sequence[engine.Plan],
-    which: Sequence[int],
-    epochs: int,
-    crew: Crew | None,
-    made: dict[int, Tuned],
-) -> list[float]:
-    """The losses of these candidates, each computed by one of the pool; what is refitted in this process is noted."""
-    if crew:
-        return list(crew.done([Job("appraise", (plans[i], epochs)) for i in which]))
-
-    def one(k: int) -> float:
-        i = which[k]
-        loss, made[i] = appraise(setting, plans[i], epochs, made.get(i))
-        return loss
-
-    return hosts.shared(len(which), one)
-
-
 def ranked(setting: Setting, states: States, say: Say, pool: Pool, layout: Layout | None) -> tuple[Space, Crew | None]:
     """The space that is searched, and with Ray the workers."""
     config = setting.config
     names = config.criteria or (config.criterion,)
-    scores = {name: states.arrays(f"scores_{name}", lambda name=name: rank(setting, name, layout)) for name in names}
+    scores = {
+        name: states.arrays(f"scores_{name}", lambda name=name: ranking.rank(setting, name, layout)) for name in names
+    }
     spaces = {name: build_space(setting, found) for name, found in scores.items()}
     space = spaces[names[0]]
     chosen = dict.fromkeys(space.groups, names[0])
     crew = hire(setting, space, pool, say) if pool.ray else None
     if len(names) > 1 and space.groups:
-        moved = states.arrays("criteria", lambda: ordering.moves(spaces, make_sweep(setting, space, layout, crew)))
-        chosen |= ordering.choose(moved, names, space)
+        moved = states.arrays("criteria", lambda: ranking.moves(spaces, make_sweep(setting, space, layout, crew)))
+        chosen |= ranking.choose(moved, names, space)
         space = build_space(setting, {g: scores[chosen.get(g, names[0])][g] for g in setting.subject.graph.groups})
-        say(ordering.sentence(chosen))
+        say(ranking.sentence(chosen))
     hosts.together(lambda: record(setting, space, chosen))
     return space, crew
 
@@ -258,40 +213,6 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "device": f"{device.device_kind} ({device.platform}), {jax.device_count()} of them",
     }
-
-
-def rank(setting: Setting, criterion: str | None = None, layout: Layout | None = None) -> dict[str, np.ndarray]:
-    """Score the units of every group, on calibration images where that needs data.
-
-    Args:
-        setting: the run's.
-        criterion: a name in `engine.CRITERIA`; if None, the configured one.
-        layout: how the model lies on the devices; what takes gradients is computed on one all the same.
-    """
-    over = (layout or one_device()).over
-    subject, config = setting.subject, setting.config
-    graph, variables = subject.graph, subject.variables
-    data = batches(setting.roles.train, CALIBRATION, CALIBRATION)
-    x, y = data.images[0], data.labels[0]
-
-    def loss(variables: Any, x: Array, y: Array) -> Array:
-        return data.task.losses(subject.infer(variables, x), y).mean()
-
-    select = engine.class_selectivity(subject.infer, graph, subject.num_classes)
-    measures: dict[str, Callable[[], Any]] = {
-        "grads": lambda: jax.jit(jax.grad(loss, allow_int=True))(variables, x, y),
-        "fisher": lambda: jax.jit(engine.fisher_energy(loss, graph))(variables, x[:FISHER_IMAGES], y[:FISHER_IMAGES]),
-        "energy": lambda: over(engine.activation_energy(subject.infer, graph), variables, x)(x),
-        "zeros": lambda: over(engine.zero_share(subject.infer, graph), variables, x)(x),
-        "grams": lambda: over(engine.gram_matrices(subject.infer, graph), variables, x)(x),
-        "selectivity": lambda: over(lambda v, shown: select(v, *shown), variables, (x, y))((x, y)),
-        "key": lambda: jax.random.key(config.seed),
-    }
-    name = criterion or config.criterion
-    needs = engine.CRITERIA[name].needs if name in engine.CRITERIA else ""  # `importance` refuses other names
-    measured = {needs: measures[needs]()} if needs else {}
-    scores = engine.importance(name, graph, variables, **measured)
-    return {group: np.asarray(score) for group, score in scores.items()}
 
 
 def build_space(setting: Setting, scores: Mapping[str, np.ndarray]) -> Space:

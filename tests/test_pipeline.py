@@ -33,7 +33,7 @@ from treesurgeon.search.config import Criterion
 from treesurgeon.search.data import SHARES
 from treesurgeon.search.latency import profile_plan
 from treesurgeon.search.openings import claim_opening
-from treesurgeon.search.pipeline import rank
+from treesurgeon.search.ranking import rank
 from treesurgeon.search.records import images_again, numbers, open_run
 from treesurgeon.search.selection import Finalist, Verdict
 from treesurgeon.search.setting import fingerprint, prepare

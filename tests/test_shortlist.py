@@ -8,10 +8,11 @@ import pytest
 from smallrun import small_config
 
 from treesurgeon import engine
-from treesurgeon.search import pipeline
+from treesurgeon.search import pipeline, shortlist
 from treesurgeon.search.config import Config
-from treesurgeon.search.finalists import appraise, chosen, prepared, shortlisted
+from treesurgeon.search.finalists import appraise, prepared, shortlisted
 from treesurgeon.search.setting import prepare
+from treesurgeon.search.shortlist import chosen
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def test_a_run_halves_the_shortlist(config, monkeypatch, tmp_path, epochs, round
         seen.append((epochs, [plans[i] for i in which]))
         return [float(k if epochs else -i) for k, i in enumerate(which)]
 
-    monkeypatch.setattr(pipeline, "appraised", appraised)
+    monkeypatch.setattr(shortlist, "appraised", appraised)
     outcome = pipeline.run(config, said.append)
     assert [epochs for epochs, _ in seen] == rounds
     plans = seen[0][1]

@@ -10,7 +10,7 @@ import pytest
 from smallrun import small_config
 
 from treesurgeon import engine
-from treesurgeon.search import ordering, pipeline
+from treesurgeon.search import pipeline, ranking
 from treesurgeon.search.config import Config, RunError
 from treesurgeon.search.data import Split
 from treesurgeon.search.evaluate import batches
@@ -21,7 +21,7 @@ from treesurgeon.search.state import States
 from treesurgeon.search.subject import random_subject
 from treesurgeon.search.sweep import Sweep, moved
 from treesurgeon.search.tasks import CLASSIFICATION
-from treesurgeon.search.ties import ranking
+from treesurgeon.search.ties import ranking as places
 
 RNG = np.random.default_rng(0)
 
@@ -39,7 +39,7 @@ def test_the_better_half_is_the_one_that_moves_the_answers_less():
     labels = np.array(subject.infer(subject.variables, images).argmax(-1), np.int32)
     data = batches(Split(images, labels, np.arange(40), ("x",), ""), 32)
     sweep = Sweep(subject, spaces["worst"], None, data, reconstruct="none")
-    found = ordering.moves(spaces, sweep)
+    found = ranking.moves(spaces, sweep)
     assert list(found) == list(spaces["worst"].groups)
     dense = subject.infer(subject.variables, data.images[0])
     for name, space in spaces.items():
@@ -50,7 +50,7 @@ def test_the_better_half_is_the_one_that_moves_the_answers_less():
             logits = engine.narrow(subject.infer, graph, plan)(small, data.images[0])
             wanted = moved(CLASSIFICATION, dense, logits, data.labels[0], data.weights[0])
             np.testing.assert_allclose(found[group][column], wanted, rtol=1e-3, atol=1e-6)
-    assert set(ordering.choose(found, tuple(spaces), spaces["best"]).values()) == {"best"}
+    assert set(ranking.choose(found, tuple(spaces), spaces["best"]).values()) == {"best"}
 
 
 def test_groups_that_are_ranked_jointly_share_a_criterion():
@@ -61,10 +61,10 @@ def test_groups_that_are_ranked_jointly_share_a_criterion():
         "d": np.array([np.nan, 2.0]),
     }
     space = SimpleNamespace(ties=SimpleNamespace(names=("a", "b")))
-    assert ordering.choose(found, ("l1", "l2"), space) == {"a": "l2", "b": "l2", "c": "l1", "d": "l2"}
-    free = ordering.choose(found, ("l1", "l2"), SimpleNamespace(ties=None))
+    assert ranking.choose(found, ("l1", "l2"), space) == {"a": "l2", "b": "l2", "c": "l1", "d": "l2"}
+    free = ranking.choose(found, ("l1", "l2"), SimpleNamespace(ties=None))
     assert free == {"a": "l1", "b": "l2", "c": "l1", "d": "l2"}
-    assert ordering.sentence(free) == "units are ranked by what moves the answers least: 2 by l1, 2 by l2"
+    assert ranking.sentence(free) == "units are ranked by what moves the answers least: 2 by l1, 2 by l2"
 
 
 def test_a_run_ranks_each_group_by_its_own(tmp_path):
@@ -83,7 +83,7 @@ def test_a_run_ranks_each_group_by_its_own(tmp_path):
         criterion = written[name]
         assert setting.config.criteria.index(criterion) == tried[name].argmin()
         for space in spaces:
-            np.testing.assert_array_equal(space.ranks[name], ranking(pipeline.rank(setting, criterion)[name]))
+            np.testing.assert_array_equal(space.ranks[name], places(ranking.rank(setting, criterion)[name]))
     assert said[0] == said[1]
     assert said[0].startswith("units are ranked by what moves the answers least: ")
 
