@@ -20,6 +20,7 @@ from scipy.stats import rankdata
 from treesurgeon import engine
 from treesurgeon.search import latency
 from treesurgeon.search.budget import PLANS
+from treesurgeon.search.space import build
 from treesurgeon.search.subject import random_subject
 
 BATCH = {"resnet56": 32, "mobilenet_v3_small": 4, "vit_tiny": 4}
@@ -49,8 +50,9 @@ def compared(name: str, count: int) -> Iterator[list[str]]:
     subject = random_subject(name)
     graph, images = subject.graph, BATCH.get(name, 1)
     x = np.asarray(jax.random.normal(jax.random.key(0), (images, *subject.spec.input_shape)))
-    fits = latency.calibrate(subject.infer, graph, subject.variables, latency.random_plans(graph, PLANS, 0), x)
-    plans = latency.random_plans(graph, count + 1, 1)[1:]
+    space = build(graph, {group: np.arange(found.size) for group, found in graph.groups.items()})
+    fits = latency.calibrate(subject.infer, graph, subject.variables, latency.random_plans(space, PLANS, 0), x)
+    plans = latency.random_plans(space, count + 1, 1)[1:]
     rows = np.stack([np.asarray(latency.features(graph, plan)) for plan in plans])
     twice = [
         [latency.profile_plan(subject.infer, graph, subject.variables, plan, x) for plan in plans] for _ in range(2)

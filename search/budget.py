@@ -99,7 +99,7 @@ def measure(setting: Setting, space: Space, say: Callable[[str], None]) -> dict[
     """The weights of each prediction, and `dense NAME`, what was measured of the dense model."""
     subject, config = setting.subject, setting.config
     say(f"measuring {PLANS} variants on {config.latency_batch} images at a time")
-    plans = latency.random_plans(subject.graph, PLANS, config.seed, space.groups, space.blocks)
+    plans = latency.random_plans(space, PLANS, config.seed)
     x = example(setting)
     fits = latency.calibrate(subject.infer, subject.graph, subject.variables, plans, x)
     out: dict[str, np.ndarray] = {}

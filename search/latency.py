@@ -21,6 +21,7 @@ from scipy.optimize import nnls
 
 from treesurgeon import engine
 from treesurgeon.engine import Graph, Plan
+from treesurgeon.search.space import Space
 
 REPEATS = 20
 WARM_UP = 3
@@ -171,33 +172,21 @@ def calibrate(
     return {name: fit(name, rows, values) for name, values in found.items() if min(values) > 0}
 
 
-def random_plans(
-    graph: Graph, count: int, seed: int, groups: Iterable[str] | None = None, blocks: Iterable[str] | None = None
-) -> list[Plan]:
-    """The dense plan and random ones: a share of units around a common one, and as much of the blocks dropped.
+def random_plans(space: Space, count: int, seed: int) -> list[Plan]:
+    """The dense plan and random ones of a space: widths around a common share, and as much of the blocks dropped.
 
     Args:
-        graph: the traced graph.
+        space: decides what is left where dropped blocks tie groups.
         count: how many.
         seed: of the draws.
-        groups: those that shrink; if None, all.
-        blocks: those that may go; if None, those that no other encloses.
     """
     rng = np.random.default_rng(seed)
-    groups = list(graph.groups if groups is None else groups)
-    blocks = [b for b in graph.blocks if graph.blocks[b].parent is None] if blocks is None else list(blocks)
     plans = [Plan()]
     while len(plans) < count:
         common, chance = rng.uniform(0.15, 1), rng.uniform(0, 0.6)
-        drop = frozenset(b for b in blocks if rng.random() < chance)
-        order: dict[int, np.ndarray] = {}
-        keep = {}
-        for g in groups:
-            size = graph.groups[g].size
-            order.setdefault(size, rng.permutation(size))  # groups of one size keep alike units: drops tie them
-            share = np.clip(common + rng.normal(0, 0.15), 0.1, 1)
-            keep[g] = np.sort(order[size][: max(1, round(share * size))])
-        plans.append(Plan(keep, drop))
+        drop = [b for b in space.blocks if rng.random() < chance]
+        shares = {g: np.clip(common + rng.normal(0, 0.15), 0.1, 1) for g in space.groups}
+        plans.append(space.to_plan(space.encode({g: round(s * space.sizes[g]) for g, s in shares.items()}, drop)))
     return plans
 
 

@@ -12,6 +12,8 @@ from treesurgeon import engine
 from treesurgeon.engine import Plan
 from treesurgeon.search import latency
 from treesurgeon.search.latency import Profile, calibrate, features, fit, pick_measured, random_plans
+from treesurgeon.search.space import build, first_stage
+from treesurgeon.search.subject import random_subject
 
 RNG = np.random.default_rng(0)
 GRAPH = Bench({**zoo.ZOO, **zoo.ODD}["nested_residuals"].subject).graph
@@ -81,16 +83,29 @@ def test_the_error_is_of_plans_that_the_fit_has_not_seen():
     assert f"{found.errors.max():.1%} (worst)" in text
 
 
-def test_random_plans_differ_and_can_be_cut():
-    plans = random_plans(GRAPH, 20, 0)
+def space_of(graph, **given):
+    return build(graph, {name: np.arange(group.size) for name, group in graph.groups.items()}, **given)
+
+
+def test_random_plans_differ_and_stay_in_the_space():
+    graph = random_subject("resnet20").graph
+    space = space_of(graph, protected=first_stage(graph))
+    plans = random_plans(space, 20, 0)
     assert plans[0] == Plan()
-    costs = [engine.cost(GRAPH, plan) for plan in plans]
+    costs = [engine.cost(graph, plan) for plan in plans]  # those that leave a group nothing would be refused
     assert len({cost.params for cost in costs}) > 10
     assert len({plan.drop for plan in plans}) > 2
-    again = random_plans(GRAPH, 20, 0)
-    assert costs == [engine.cost(GRAPH, plan) for plan in again]
-    only = random_plans(GRAPH, 5, 0, groups=list(GRAPH.groups)[:1], blocks=[])
-    assert all(plan.keep.keys() <= {next(iter(GRAPH.groups))} and not plan.drop for plan in only)
+    assert all(plan.keep.keys() <= {*space.groups, *(space.ties.names if space.ties else ())} for plan in plans)
+    assert not first_stage(graph) & {name for plan in plans for name in (*plan.keep, *plan.drop)}
+    assert costs == [engine.cost(graph, plan) for plan in random_plans(space, 20, 0)]
+
+
+@pytest.mark.parametrize("model", ["resnet20", "digits_cnn"])
+def test_no_random_plan_empties_a_tied_group(model):
+    graph = random_subject(model).graph
+    for seed in range(4):
+        for plan in random_plans(space_of(graph), 16, seed):
+            assert all(mask.any() for mask in graph.masks(plan)["units"].values())
 
 
 def test_calibration_predicts_memory_of_plans_it_has_not_seen():
@@ -99,7 +114,7 @@ def test_calibration_predicts_memory_of_plans_it_has_not_seen():
     fn = lambda p, x: jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"]
     x = np.ones((512, 64), "f")
     graph = engine.trace(fn, params, x)
-    found = calibrate(fn, graph, params, random_plans(graph, 8, 0), x, 1)
+    found = calibrate(fn, graph, params, random_plans(space_of(graph), 8, 0), x, 1)
     assert found.keys() == {"latency", "memory"}
     assert np.median(found["memory"].errors) < 0.1
     plan = Plan({"a": np.arange(100), "b": np.arange(60)})
