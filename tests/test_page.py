@@ -319,7 +319,7 @@ def damage(made, how):
         ("selected", "one level up"),
         ("unfinished", "is not finished: run the same search again"),
         ("older", r"curves.csv is missing"),
-        ("columns", r"groups.csv: expected the columns group, size, widths, blocks, got group, size"),
+        ("columns", r"groups.csv: expected the columns group, size, widths, criterion, blocks, got group, size"),
         ("short", r"pinned.csv, line 5: expected 2 fields"),
         ("no dense", "exactly one row of the dense model"),
         ("number", "expected a number in a table of the run, got 'o.947'"),
