@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 from ownmodel import own_model
+from smallrun import small_config
 
-from treesurgeon.search import RunError
+from treesurgeon.search import RunError, pipeline
 from treesurgeon.search.evaluate import race
 from treesurgeon.search.mesh import choose_shape, groups, make_mesh, parse_shape
 from treesurgeon.search.pool import Pool
@@ -295,12 +296,13 @@ def test_what_does_not_go_together(given, message):
 @pytest.fixture
 def cluster():
     """A Ray cluster of two nodes on this machine."""
-    pytest.importorskip("ray")
+    ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     made.add_node(num_cpus=1)
     yield made
+    ray.shutdown()  # a test may have joined it itself
     made.shutdown()
 
 
@@ -337,6 +339,20 @@ def test_workers_that_die_change_nothing(place, serial, cluster):
     assert "2 Ray workers\n" in lines
     assert lines.count("a Ray worker died; it is replaced, and its work done again\n") >= killed == 3
     assert contents(place / "rayed") == serial
+
+
+@pytest.mark.slow
+def test_workers_choose_criteria_and_halve_a_shortlist_alike(tmp_path, cluster):
+    found = {}
+    for name, pool in {"here": Pool(), "there": Pool(ray=cluster.address, workers=2)}.items():
+        (tmp_path / name).mkdir()
+        given = {"criteria": ("l2", "activation"), "shortlist": 6, "finalists": 1, "epochs": 2, "baselines": False}
+        said = []
+        outcome = pipeline.run(small_config(tmp_path / name, macs=0.5, **given), said.append, pool)
+        halves = [line for line in said if "go on (--shortlist)" in line]
+        assert len(halves) == 2
+        found[name] = halves, [line for line in said if "are ranked by" in line], outcome.lines
+    assert found["here"] == found["there"]
 
 
 @pytest.mark.slow
