@@ -191,8 +191,9 @@ def record(setting: Setting, space: Space, criteria: Mapping[str, str]) -> None:
     for name, group in graph.groups.items():
         made = {member.path for member in group.members if member.makes}
         inside = [i for i, block in enumerate(graph.blocks.values()) if made and made <= set(block.leaves)]
-        found = {"widths": space.widths.get(name), "criterion": criteria.get(name)}
-        groups.append({"group": name, "size": group.size, **found, "blocks": inside})
+        widths, criterion = space.widths.get(name), criteria.get(name)
+        row = {"group": name, "size": group.size, "widths": widths, "criterion": criterion, "blocks": inside}
+        groups.append(row)
     blocks = [
         {"block": name, "parent": block.parent, "searched": name in space.blocks, "leaves": block.leaves}
         for name, block in graph.blocks.items()

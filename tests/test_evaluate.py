@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from treesurgeon import engine
+from treesurgeon.search import chunking
 from treesurgeon.search.chunking import fitting_chunk
 from treesurgeon.search.data import Split
 from treesurgeon.search.evaluate import Evaluator, batches, calibrate, with_leaves
@@ -108,6 +109,13 @@ def test_chunks_waste_little():
         waste = [-(-population // each) * each for each in range(1, most + 1)]
         assert -(-population // size) * size == min(waste)
         assert size == max(each for each in range(1, most + 1) if waste[each - 1] == min(waste))
+
+
+@pytest.mark.parametrize(("backend", "size"), [("cpu", 1), ("gpu", 8)])
+def test_on_a_cpu_chunks_stay_in_the_cache(monkeypatch, backend, size):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(chunking, "memory", lambda: 2**35)
+    assert fitting_chunk(random_subject("resnet20"), 128) == size
 
 
 def test_half_precision_is_near():

@@ -13,6 +13,7 @@ from treesurgeon.search.config import Config
 from treesurgeon.search.finalists import appraise, prepared, shortlisted
 from treesurgeon.search.setting import prepare
 from treesurgeon.search.shortlist import chosen
+from treesurgeon.search.state import States
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,19 @@ def test_appraisal_after_fine_tuning_leaves_the_candidate_as_it_starts(config):
     assert same is start
     assert after < before
     assert appraise(setting, plan, 2)[0] == after
+
+
+def test_the_better_half_is_fine_tuned_and_the_best_of_it_goes_on(config, tmp_path):
+    """And the same again where it was measured before."""
+    setting = prepare(replace(config, epochs=2, finalists=1))
+    plans = [engine.Plan({name: np.arange(kept) for name in setting.subject.graph.groups}) for kept in (4, 8, 12, 16)]
+    refitted = [appraise(setting, plan)[0] for plan in plans]
+    half = np.argsort(refitted)[:2]
+    wanted = min(half, key=lambda i: appraise(setting, plans[i], 1)[0])
+    for again in (False, True):
+        best, made = shortlist.halved(setting, plans, States(tmp_path / "state"), None, lambda line: None)
+        assert best == [wanted]
+        assert made.keys() == (set() if again else set(range(4)))
 
 
 @pytest.mark.parametrize(("epochs", "rounds"), [(0, [0]), (2, [0, 1])])
