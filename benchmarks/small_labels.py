@@ -1,12 +1,16 @@
 """Few labels: a big pretrained net, fine-tuned, beside what the search selects of it, on the same images.
 
     python benchmarks/small_labels.py --checkpoint resnet56.safetensors
-    python benchmarks/small_labels.py --checkpoint resnet56.safetensors --data tfds-dir:cifar10/1.0.0 --fitted train
+    python benchmarks/small_labels.py --checkpoint resnet56.safetensors --data tfds-dir:cifar10/1.0.0 --fitted train \
+        --unlabelled tfds-dir:cifar10/1.0.0 --augment flip
 
 For every number of labels a class and every seed one run of the search, with at most half of the parameters: two thirds
 of the labels are `train`, one third is `search`. `certify` and `test` share the other images. Of each run: the selected
 variant and the dense model fine-tuned for as many steps, their accuracy on `test`, and their gap, from `train` to
 `test`. The targets: no lower an accuracy, and a narrower gap, with at most half of the parameters.
+
+With `--unlabelled` the run has more images of the same kind without labels; then a third model is reported, the dense
+one fine-tuned on these as well. The targets stay those against plain fine-tuning, to the labels.
 
 Without `--data`, scikit-learn's digits enlarged to 32×32 and three channels: other labels than the checkpoint's.
 """
@@ -26,8 +30,9 @@ from harness import publish
 from sklearn.datasets import load_digits
 
 from treesurgeon.search import Config, open_source, run
+from treesurgeon.search.config import AugmentName
 
-BASELINE = "dense fine-tuned"
+BASELINE, BOTH = "dense fine-tuned", "dense, unlabelled too"
 
 
 @dataclass
@@ -38,6 +43,9 @@ class Options:
     checkpoint: str
     data: str
     fitted: str
+    unlabelled: str
+    augment: AugmentName
+    learning_rate: float
     labels: list[int]
     seeds: int
     params: float
@@ -56,6 +64,7 @@ class Trial:
         params: its share of the dense model's parameters.
         test, gap: of the selected variant.
         plain, plain_gap: of the dense model, fine-tuned.
+        both: accuracy of the dense model, fine-tuned on unlabelled images as well, if there are any.
         verdict: the certificate in a word.
     """
 
@@ -67,6 +76,7 @@ class Trial:
     gap: float
     plain: float
     plain_gap: float
+    both: float | None
     verdict: str
 
     @property
@@ -82,6 +92,9 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--data", default="", help="default: digits, enlarged")
     parser.add_argument("--fitted", default="none", help="split that the checkpoint was trained on, if of this data")
+    parser.add_argument("--unlabelled", default="", help="more images, whose labels are not looked at")
+    parser.add_argument("--augment", default="none", help="what is done to the images of a batch")
+    parser.add_argument("--learning-rate", type=float, default=0.01, help="its peak")
     parser.add_argument("--labels", type=int, nargs="+", default=[20], help="labels a class, for train and search")
     parser.add_argument("--seeds", type=int, default=5, help="runs for each")
     parser.add_argument("--params", type=float, default=0.5, help="budget, a share of the dense model's")
@@ -91,7 +104,7 @@ def main() -> None:
     options.keep.mkdir(parents=True, exist_ok=True)
     data = options.data or f"npz:{enlarged(options.keep / 'digits32.npz')}"
     trials = [trial(options, data, labels, seed) for labels in options.labels for seed in range(options.seeds)]
-    report(options.model, name_of(data), trials)
+    report(options, name_of(data), trials)
 
 
 def name_of(data: str) -> str:
@@ -129,6 +142,9 @@ def trial(options: Options, data: str, labels: int, seed: int) -> Trial:
         fitted_split=(options.fitted,),
         shares=(shares[0], shares[1], shares[2], shares[3]),
         max_train=train,
+        unlabelled=options.unlabelled,
+        augment=options.augment,
+        learning_rate=options.learning_rate,
         generations=options.generations,
         formats=False,
         pictures=False,
@@ -150,10 +166,11 @@ def read(manifest: Mapping[str, Any], labels: int, seed: int) -> Trial:
     params = metrics[name]["params"] / metrics["dense"]["params"]
     certified = manifest["certificate"]["valid"]
     verdict = ("passed" if manifest["certificate"]["passed"] else "failed") if certified else "not certified"
-    return Trial(labels, seed, name, params, *measured(name), *measured(BASELINE), verdict)
+    both = measured(BOTH)[0] if BOTH in metrics else None
+    return Trial(labels, seed, name, params, *measured(name), *measured(BASELINE), both, verdict)
 
 
-def report(model: str, name: str, trials: Sequence[Trial]) -> None:
+def report(options: Options, name: str, trials: Sequence[Trial]) -> None:
     """A row for each run, and what they have in common."""
     rows = [
         [
@@ -172,15 +189,22 @@ def report(model: str, name: str, trials: Sequence[Trial]) -> None:
     for labels in dict.fromkeys(t.labels for t in trials):
         mine = [t for t in trials if t.labels == labels]
         mean = {key: np.mean([getattr(t, key) for t in mine]) for key in ("test", "plain", "gap", "plain_gap")}
+        both = [t.both for t in mine if t.both is not None]
+        also = f" ({np.mean(both):.1f} % with the unlabelled images)" if both else ""
         notes.append(
             f"{labels} labels a class, means of {len(mine)}: selected {mean['test']:.1f} % on test and a gap of "
-            f"{mean['gap']:.1f}, dense fine-tuned {mean['plain']:.1f} % and {mean['plain_gap']:.1f}; all targets met "
-            f"in {sum(t.met for t in mine)} of {len(mine)}."
+            f"{mean['gap']:.1f}, dense fine-tuned {mean['plain']:.1f} % and {mean['plain_gap']:.1f}{also}; all targets "
+            f"met in {sum(t.met for t in mine)} of {len(mine)}."
         )
     head = ("labels a class", "selected, parameters", "test %", "dense", "gap, points", "dense", "certificate", "met")
+    if options.unlabelled:
+        notes.append(
+            f"All but plain fine-tuning had up to 5,000 images of {name_of(options.unlabelled)} without labels; "
+            f"augmentation {options.augment}, peak rate {options.learning_rate}, for all alike."
+        )
     publish(
-        f"small-labels-{model}-{name}",
-        f"{model} on {name}, few labels: the selected variant beside the dense model fine-tuned",
+        f"small-labels-{options.model}-{name}",
+        f"{options.model} on {name}, few labels: the selected variant beside the dense model fine-tuned",
         head,
         rows,
         "\n".join(notes)

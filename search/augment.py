@@ -15,6 +15,11 @@ Augmentation = Callable[[Array, Array], Array]
 SHARE = 8  # an image moves by up to one part in so many of its size: 4 pixels of 32
 
 
+def flip(key: Array, x: Array) -> Array:
+    """Each image mirrored left to right with chance 1/2; arguments as for `flip_crop`."""
+    return jnp.where(jax.random.bernoulli(key, shape=(len(x), 1, 1, 1)), x[:, :, ::-1], x)
+
+
 def flip_crop(key: Array, x: Array) -> Array:
     """Each image mirrored left to right with chance 1/2, and moved by up to an eighth of its size.
 
@@ -26,9 +31,8 @@ def flip_crop(key: Array, x: Array) -> Array:
     """
     count, height, width, channels = x.shape
     by_height, by_width = max(height // SHARE, 1), max(width // SHARE, 1)
-    flip, down, across = jax.random.split(key, 3)
-    mirrored = jax.random.bernoulli(flip, shape=(count, 1, 1, 1))
-    x = jnp.where(mirrored, x[:, :, ::-1], x)
+    mirrored, down, across = jax.random.split(key, 3)
+    x = flip(mirrored, x)
     padded = jnp.pad(x, ((0, 0), (by_height, by_height), (by_width, by_width), (0, 0)), mode="reflect")
     tops = jax.random.randint(down, (count,), 0, 2 * by_height + 1)
     lefts = jax.random.randint(across, (count,), 0, 2 * by_width + 1)
@@ -39,7 +43,9 @@ def flip_crop(key: Array, x: Array) -> Array:
     return jax.vmap(crop)(padded, tops, lefts)
 
 
-AUGMENTATIONS: Mapping[AugmentName, Augmentation | None] = MappingProxyType({"none": None, "flip-crop": flip_crop})
+AUGMENTATIONS: Mapping[AugmentName, Augmentation | None] = MappingProxyType(
+    {"none": None, "flip": flip, "flip-crop": flip_crop}
+)
 
 
 def check_augment(name: AugmentName, input_shape: Sequence[int]) -> None:

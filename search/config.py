@@ -30,7 +30,7 @@ Criterion = Literal[
     "selectivity",
     "random",
 ]
-AugmentName = Literal["none", "flip-crop"]
+AugmentName = Literal["none", "flip", "flip-crop"]
 AUTO = "auto"
 
 
@@ -109,6 +109,13 @@ class Config:
     source_data: str = ""
     """Images like those that the checkpoint was trained on, if possible not the very same, as for --data: a two-sample
     test then says whether the inputs are shifted. By default the checkpoint's norm statistics are compared."""
+    unlabelled: str = ""
+    """More images like those that the model is meant for, as for --data: labels are not looked at. Norm statistics and
+    kernels are fitted to them as to those of `train`, fine-tuning learns the dense model's answers to them, and where
+    `search` has fewer images than --search-images, candidates are scored by these answers as well. Images that have a
+    role already are left out."""
+    unlabelled_images: int = 5000
+    """Of these, how many are used at most."""
     shares: tuple[float, float, float, float] = SHARES
     """How the images are dealt out to `train`, `search`, `certify` and `test`. Where --fitted-split gives `train` its
     own, the others share the rest likewise."""
@@ -175,7 +182,7 @@ class Config:
     """What fine-tuning leaves as it is, running statistics included: the first so many levels, or prefixes of
     parameter paths, such as `layer1_0`."""
     augment: AugmentName = "none"
-    """What is done to the images of a batch: `flip-crop` mirrors and moves them at random."""
+    """What is done to the images of a batch: `flip` mirrors them at random, `flip-crop` moves them as well."""
     distill: float = 0.0
     """Weight of the dense model's answers in the fine-tuning loss, 0 to 1."""
     baselines: bool = True
@@ -236,7 +243,7 @@ class Config:
         least = {
             "population": 2, "generations": 1, "search_images": 1, "calibration_images": 0, "chunk": 1,
             "finalists": 1, "refit_images": 1, "epochs": 0, "batch_size": 1, "max_train": 1, "seed": 0,
-            "latency_batch": 1, "cv_folds": 2, "cv_repeats": 1,
+            "unlabelled_images": 1, "latency_batch": 1, "cv_folds": 2, "cv_repeats": 1,
             "epsilon": 0, "eta": 0, "weight_decay": 0, "clip": 0, "scratch_epochs": 1, "truncations": 0,
         }  # fmt: skip
         for name, bound in least.items():

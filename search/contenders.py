@@ -2,7 +2,8 @@
 
 | baseline | starts from | is fitted |
 |---|---|---|
-| dense fine-tuned | the checkpoint | as the finalists are, without distillation |
+| dense fine-tuned | the checkpoint | as the finalists are, to the labels alone |
+| dense, unlabelled too | the checkpoint | likewise, and to its own answers to the images of `--unlabelled` |
 | dense from scratch | random weights | for as many epochs, or `--scratch-epochs` |
 | *selected* from scratch | random weights at its small shapes | likewise |
 | linear probe | the checkpoint | a linear head on its features, without a learning rate; nothing else |
@@ -83,6 +84,9 @@ def train(setting: Setting, selected: Tuned, whole: Tuned, say: Callable[[str], 
         out[name] = tune(setting, start, say, **how), what
 
     add("dense fine-tuned", "the dense model, fine-tuned", whole, whole.variables, policy=setting.policy)
+    if setting.unlabelled:
+        words = "the dense model, fine-tuned on the unlabelled images as well"
+        add("dense, unlabelled too", words, whole, whole.variables, policy=setting.policy, unlabelled=True)
     how = {"epochs": epochs, "learning_rate": config.scratch_learning_rate}
     words = f"from random weights, {_epochs(epochs)}"
     add(

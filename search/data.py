@@ -153,8 +153,9 @@ def sample_images(
     mean: Sequence[float] = (0.0,),
     std: Sequence[float] = (1.0,),
     seed: int = 0,
-) -> np.ndarray:
-    """Up to `count` images of a dataset, from all its splits alike: `[N, H, W, C]` float32, normalised, in any order.
+    roles: Roles | None = None,
+) -> Split:
+    """Up to `count` images of a dataset, from all its splits alike; their labels are not read, and are 0.
 
     Args:
         source: an open dataset.
@@ -162,17 +163,27 @@ def sample_images(
         input_shape: `(H, W, C)`.
         mean, std: as `split_roles` takes them.
         seed: of the choice.
+        roles: images that have a role here, in whatever dataset, are left out.
 
     Raises:
-        DataError: the dataset is empty, or its images do not fit.
+        DataError: no image is left, or they do not fit.
     """
     total = sum(source.splits.values())
     if not total:
         raise DataError(f"data {source.spec!r}: it has no images (splits: {dict(source.splits) or 'none'})")
-    chosen = np.argsort(np.random.PCG64([seed, 2]).random_raw(total), kind="stable")[:count]
-    labels = np.zeros(len(chosen), np.int32)
-    found = _read_split(source, tuple(source.splits), chosen, labels, input_shape, mean, std, None)
-    return np.asarray(found.images)
+    order = np.argsort(np.random.PCG64([seed, 2]).random_raw(total), kind="stable")
+    taken = np.concatenate([getattr(roles, role).digests for role in ROLES]) if roles else np.zeros(0, np.uint64)
+    chosen, start = np.zeros(0, order.dtype), 0
+    while True:
+        chosen, start = np.append(chosen, order[start : start + count - len(chosen)]), start + count - len(chosen)
+        labels = np.zeros(len(chosen), np.int32)
+        found = _read_split(source, tuple(source.splits), chosen, labels, input_shape, mean, std, None)
+        free = ~np.isin(found.digests, taken)
+        if free.all() and len(chosen):
+            return found
+        chosen = chosen[free]
+        if start >= total and not len(chosen):
+            raise DataError(f"data {source.spec!r}: all of its {total:,} images are in train, search, certify or test")
 
 
 def _check_arguments(source: Source, shares: Sequence[float], caps: Mapping[str, int], seed: int) -> None:

@@ -88,7 +88,7 @@ def depth(options: Depth, say: Callable[[str], None]) -> list[Cut]:
     )
     if options.head == "logistic" and roles.task.name == "regression":
         raise RunError("--head logistic: labels that are numbers take --head ridge")
-    subject = adapted(subject, roles.train, config.statistics_images)
+    subject = adapted(subject, roles.train.images[: config.statistics_images])
     cuts = survey(subject, roles, classes, options.head)
     if not cuts:
         raise RunError(f"--model {options.model}: it has no boundary of blocks at which it could be truncated")

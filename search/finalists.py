@@ -100,9 +100,7 @@ def appraise(setting: Setting, plan: engine.Plan, epochs: int = 0, start: Tuned 
     """
     start = found = start or variant(setting, setting.subject, "", plan)
     if epochs:
-        found = tune(
-            setting, start, lambda line: None, policy=setting.policy, epochs=epochs, distill=setting.config.distill
-        )
+        found = tune(setting, start, lambda line: None, epochs=epochs, **taught(setting))
     answers = answering(found.infer, setting.roles.search)(found.variables)
     task, logits = answers.task, jnp.asarray(answers.logits)
     wanted = task.wanted(jnp.asarray(answers.labels), logits.shape[-1])
@@ -119,7 +117,7 @@ def prepared(setting: Setting, subject: Subject, plan: engine.Plan) -> Any:
     small = engine.cut(subject.variables, graph, plan)
     if not config.calibration_images:
         return small
-    x = jnp.asarray(setting.roles.train.images[: config.refit_images])
+    x = jnp.asarray(setting.calibration(config.refit_images))
     train = subject.train if subject.momenta else subject.still
     fit = engine.refit(train, graph, plan, teacher=subject.still, heads=False)
     narrow = engine.narrow(train, graph, plan)
@@ -169,11 +167,15 @@ def fine_tuned(setting: Setting, start: Tuned, say: Callable[[str], None]) -> Tu
     Where a cross-validation has to take the certificate's place, what it answers to the pool is noted after each epoch;
     fine-tuning does not look at that.
     """
-    config = setting.config
     note = answering(start.infer, crossval.pool(setting.roles)) if crossval.needed(setting) else None
     if not setting.recipe.epochs:
         return replace(start, trail=(note(start.variables),)) if note else start
-    return tune(setting, start, say, policy=setting.policy, distill=config.distill, note=note)
+    return tune(setting, start, say, note=note, **taught(setting))
+
+
+def taught(setting: Setting) -> dict[str, Any]:
+    """How `tune` treats every finalist: what is held, and what it learns of the dense model."""
+    return {"policy": setting.policy, "distill": setting.config.distill, "unlabelled": True}
 
 
 class Refined(NamedTuple):

@@ -14,6 +14,7 @@ arXiv:1503.02531; the schedule I. Loshchilov, F. Hutter: "SGDR", arXiv:1608.0398
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, Literal
 
 import jax
@@ -45,6 +46,8 @@ class Recipe:
     Attributes:
         epochs: passes over `train`, at most.
         batch_size: images a step; all of them where there are fewer.
+        steps: of an epoch; None takes as many as see every image. More of them go over `train` again.
+        beside: images a step of those that come beside `train`.
         optimizer: `sgd` has Nesterov momentum; in both, weight decay leaves norm scales and biases alone.
         learning_rate: its peak; a linear warm-up leads to it and a cosine to 0.
         weight_decay: for `sgd` added to the gradient, for `adamw` decoupled.
@@ -58,6 +61,8 @@ class Recipe:
 
     epochs: int = 10
     batch_size: int = 128
+    steps: int | None = None
+    beside: int = 128
     optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: float = 0.01
     weight_decay: float = 5e-4
@@ -98,6 +103,7 @@ def fit(
     *,
     rates: Params | None = None,
     given: Mapping[str, Any] | None = None,
+    beside: Mapping[str, Any] | None = None,
 ) -> FitResult:
     """Minimise a loss on `data`; return the parameters that were best on `search`, the initial ones included.
 
@@ -112,10 +118,12 @@ def fit(
         evaluate: `params -> (loss, error)` on `search`, in inference mode.
         rates: the same pytree with a number at each leaf, by which its learning rate is multiplied; 1 if None.
         given: what every batch holds besides, as it is: pytrees that have no row for an image.
+        beside: other arrays like `data`, with rows of their own; every batch holds `recipe.beside` of these as well.
     """
-    rows = _rows(data)
-    size = min(recipe.batch_size, rows)
-    steps = -(-rows // size)
+    parts = [(data, recipe.batch_size), (beside, recipe.beside)] if beside else [(data, recipe.batch_size)]
+    rows = [_rows(part) for part, _ in parts]
+    sizes = [min(size, count) for (_, size), count in zip(parts, rows, strict=True)]
+    steps = recipe.steps or max(-(-count // size) for count, size in zip(rows, sizes, strict=True))
     trained, frozen, join = _divide(jax.tree.map(jnp.asarray, params), trainable)
     factors = None if rates is None else _divide(rates, trainable)[0]
     optimizer = transformation(recipe, recipe.epochs * steps, _decayed(params, trainable), factors)
@@ -142,24 +150,35 @@ def fit(
     take = jax.jit(lambda arrays, index: {name: array[index] for name, array in arrays.items()})
 
     @jax.jit
-    def schedule(key: Array) -> tuple[Array, Array]:
+    def schedule(key: Array) -> tuple[list[Array], Array]:
         shuffle, noise = jax.random.split(key)
-        order = jnp.resize(jax.random.permutation(shuffle, rows), (steps, size))
-        return order, jax.random.split(noise, steps)
+        keys = [shuffle, jax.random.fold_in(shuffle, 1)]
+        orders = [
+            jnp.resize(jax.random.permutation(key, count), (steps, size))
+            for key, count, size in zip(keys, rows, sizes, strict=False)
+        ]
+        return orders, jax.random.split(noise, steps)
 
     def epoch(state: Any, key: Array) -> Any:
-        order, noises = schedule(key)
-        feeds = {name: Feed(array, np.asarray(order)) for name, array in streamed.items()}
+        orders, noises = schedule(key)
+        feeds = {
+            name: Feed(array, np.asarray(order))
+            for order, (streamed, _) in zip(orders, held, strict=True)
+            for name, array in streamed.items()
+        }
+        reads = zip(*feeds.values(), strict=True) if feeds else repeat((), steps)
         losses: list[Array] = []
-        for index, noise, *read in zip(order, noises, *feeds.values(), strict=True):
+        for *indices, noise, read in zip(*orders, noises, reads, strict=True):
             if feeds and len(losses) > 1:
                 losses[-2].block_until_ready()  # no more than two batches are on the device
-            state, loss = update(state, take(arrays, index) | dict(zip(feeds, read, strict=True)), given, noise)
+            batch = dict(zip(feeds, read, strict=True))
+            for index, (_, arrays) in zip(indices, held, strict=True):
+                batch |= take(arrays, index)
+            state, loss = update(state, batch, given, noise)
             losses.append(loss)
         return state, jnp.stack(losses).mean()
 
-    streamed = {name: array for name, array in data.items() if isinstance(array, Streamed)}
-    arrays = {name: jnp.asarray(array) for name, array in data.items() if name not in streamed}
+    held = [_held(part) for part, _ in parts]  # what is on disk, and what is in memory
     state = trained, frozen, optimizer.init(trained)
     history = [Epoch(0, None, *map(float, evaluate(params)))]
     best, best_epoch = params, 0
@@ -195,24 +214,34 @@ def objective(
         teacher: `(dense, x) -> logits`, where the teacher has to see the augmented images as well; a batch then needs
             `dense`, its parameters, instead of `teacher`. L. Beyer et al.: "Knowledge distillation: a good teacher is
             patient and consistent", CVPR 2022.
+
+    Where a batch has `unlabelled` images, and `taught`, the teacher's logits for each of them, they go through the
+    model beside the others, and the divergence on them is added, whatever the weight.
     """
 
+    def apart(teacher: Array, logits: Array) -> Array:
+        return temperature**2 * task.divergence(teacher / temperature, logits / temperature).mean()
+
     def loss_and_updates(params: Params, batch: Batch, key: Array) -> tuple[Array, Any]:
-        x = batch["x"]
+        count, x = len(batch["x"]), batch["x"]
+        if "unlabelled" in batch:
+            x = jnp.concatenate([x, batch["unlabelled"]])
         if augment is not None:
             key, own = jax.random.split(key)
             x = augment(own, x)
-        logits, updates = train_apply(params, x, key)
+        every, updates = train_apply(params, x, key)
+        logits = every[:count]
         loss = task.losses(logits, batch["y"]).mean()
         if distill:
             if teacher is not None:
-                batch = {**batch, "teacher": teacher(batch["dense"], x)}
+                batch = {**batch, "teacher": teacher(batch["dense"], x[:count])}
             if "teacher" not in batch:
                 raise FinetuneError(
                     f"distill = {distill} needs the teacher's logits: pass data['teacher'], [images, classes]"
                 )
-            divergence = task.divergence(batch["teacher"] / temperature, logits / temperature).mean()
-            loss = (1 - distill) * loss + distill * temperature**2 * divergence
+            loss = (1 - distill) * loss + distill * apart(batch["teacher"], logits)
+        if "unlabelled" in batch:
+            loss += apart(batch["taught"], every[count:])
         return loss, updates
 
     return loss_and_updates
@@ -300,6 +329,11 @@ def _merit(epoch: Epoch, recipe: Recipe) -> tuple[float, float]:
     pair = (epoch.search_error, epoch.search_loss)
     first, second = pair if recipe.monitor == "error" else pair[::-1]
     return (np.inf, np.inf) if np.isnan(first) or np.isnan(second) else (first, second)
+
+
+def _held(data: Mapping[str, Any]) -> tuple[dict[str, Streamed], dict[str, Array]]:
+    streamed = {name: array for name, array in data.items() if isinstance(array, Streamed)}
+    return streamed, {name: jnp.asarray(array) for name, array in data.items() if name not in streamed}
 
 
 def _rows(data: Mapping[str, Any]) -> int:

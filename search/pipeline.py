@@ -89,6 +89,11 @@ def _found(setting: Setting, say: Say, pool: Pool, layout: Layout | None, took: 
     say(
         f"{config.data}: {counts} images" + ("" if roles.clean else "; it is unknown what the checkpoint was fitted on")
     )
+    if setting.unlabelled:
+        say(
+            f"{config.unlabelled}: {len(setting.unlabelled):,} images without labels, for norm statistics, kernels and "
+            f"the dense model's answers, which score candidates too where search is small (--unlabelled)"
+        )
     if config.task != CLASSIFICATION.name:
         names = ", ".join(roles.label_names[:12]) + (", …" if len(roles.label_names) > 12 else "")
         say(f"{config.task}: each image has {names}; judged by {config.metric} (--task, --metric)")
@@ -96,7 +101,7 @@ def _found(setting: Setting, say: Say, pool: Pool, layout: Layout | None, took: 
         say(config.judged_by.resolution(roles.certify.labels, config.epsilon, config.delta))
     if crossval.needed(setting):
         say("which is too few for yours: cross-validation on search and certify will take the certificate's place")
-    content = identity(config, {"data": roles.fingerprints, "checkpoint": setting.checkpoint})
+    content = identity(config, {"data": setting.fingerprints, "checkpoint": setting.checkpoint})
     # Options first: what they differ in says more than what comes of it.
     ordered = dict(sorted(content.items(), key=lambda item: item[0] in ("data", "checkpoint")))
     hosts.agree("options, data or checkpoint", {**ordered, "out": config.directory})

@@ -30,7 +30,7 @@ SCORED_AT_ONCE = 128  # images of a batch
 def chunk_size(setting: Setting) -> int:
     """Candidates that are evaluated as one batch; it does not depend on how many devices there are."""
     config = setting.config
-    size = min(SCORED_AT_ONCE, config.search_images, len(setting.roles.search))
+    size = min(SCORED_AT_ONCE, config.search_images, len(setting.scoring))
     return config.chunk or (
         1 if config.reconstruct == "kernels" else fitting_chunk(setting.subject, size, config.population)
     )
@@ -40,7 +40,7 @@ def pick_mesh(setting: Setting, pool: Pool) -> Mesh:
     """The devices of a search: as asked for, else all of them, in the shape that is fastest."""
     if pool.mesh:
         return make_mesh(parse_shape(pool.mesh))
-    count = min(setting.config.search_images, len(setting.roles.search))
+    count = min(setting.config.search_images, len(setting.scoring))
     pieces, shown = -(-setting.config.population // chunk_size(setting)), -(-count // min(SCORED_AT_ONCE, count))
     return make_mesh(choose_shape(jax.device_count(), pieces, shown))
 
@@ -64,7 +64,7 @@ def hire(setting: Setting, space: Space, pool: Pool, say: Callable[[str], None])
 
 def scored(setting: Setting) -> Batches:
     """The images that candidates are scored on."""
-    return batches(setting.roles.search, SCORED_AT_ONCE, setting.config.search_images)
+    return batches(setting.scoring, SCORED_AT_ONCE, setting.config.search_images)
 
 
 def make_scorer(
@@ -78,9 +78,10 @@ def make_scorer(
 
 def make_evaluator(setting: Setting, space: Space, layout: Layout | None = None, chunk: int | None = None) -> Evaluator:
     """What scores the candidates of a space, on devices of this process."""
-    config, roles = setting.config, setting.roles
+    config = setting.config
     one = jax.jit(space.decode)(space.dense_genome())
-    calibration = jnp.asarray(roles.train.images[: config.calibration_images]) if config.calibration_images else None
+    count = config.calibration_images
+    calibration = jnp.asarray(setting.calibration(count)) if count else None
     return Evaluator(
         setting.subject,
         one,
@@ -96,10 +97,10 @@ def make_evaluator(setting: Setting, space: Space, layout: Layout | None = None,
 
 def make_sweep(setting: Setting, space: Space, layout: Layout | None = None, crew: Crew | None = None) -> Sweep:
     """What tries single changes."""
-    config, roles = setting.config, setting.roles
+    config = setting.config
     count = min(config.calibration_images, SWEEP_CALIBRATION)
-    calibration = jnp.asarray(roles.train.images[:count]) if count else None
-    data = batches(roles.search, SWEEP_IMAGES, SWEEP_IMAGES)
+    calibration = jnp.asarray(setting.calibration(count)) if count else None
+    data = batches(setting.scoring, SWEEP_IMAGES, SWEEP_IMAGES)
     given = setting.subject, space, calibration, data
     options: Any = {"chunk": config.chunk, "reconstruct": config.reconstruct, "layout": layout}
     return RemoteSweep(crew, *given, **options) if crew else Sweep(*given, **options)

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 from treesurgeon import engine, models
 from treesurgeon.search.augment import check_augment
 from treesurgeon.search.config import AUTO, Config, RunError
-from treesurgeon.search.data import ROLES, Roles, open_source, sample_images, split_roles
+from treesurgeon.search.data import ROLES, Roles, Split, open_source, sample_images, split_roles
 from treesurgeon.search.finetune import Recipe
 from treesurgeon.search.metrics import pick_metric
 from treesurgeon.search.policy import EVERYTHING, Policy, make_policy
@@ -22,6 +23,7 @@ from treesurgeon.search.room import roomy
 from treesurgeon.search.selection import limits
 from treesurgeon.search.subject import Subject, on_device, open_subject
 from treesurgeon.search.tasks import CLASSIFICATION, TASKS, Units
+from treesurgeon.search.teacher import answers
 from treesurgeon.search.transfer import Labels, NewHead, adapted, match_labels, rescaled, with_new_head
 
 SOURCE_IMAGES = 1000  # at most
@@ -48,6 +50,7 @@ class Setting:
         source_images: `[N, H, W, C]`, normalised, like those that the checkpoint was trained on; None where not given.
         units: of labels that are numbers, and of what the saved model returns.
         original: the model as the checkpoint has it, where its head and its statistics were replaced.
+        unlabelled: images without a role, like those of `train`; their labels mean nothing.
     """
 
     config: Config
@@ -64,6 +67,48 @@ class Setting:
     source_images: np.ndarray | None = None
     units: Units | None = None
     original: Subject | None = None
+    unlabelled: Split | None = None
+
+    def calibration(self, count: int) -> np.ndarray:
+        """Up to so many images for what needs no labels: those of `train`, then unlabelled ones, `[N, H, W, C]`."""
+        return calibration(self.roles, self.unlabelled, count)
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """SHA-256 of the images of each role, and of those without one."""
+        unlabelled = {"unlabelled": self.unlabelled.fingerprint} if self.unlabelled else {}
+        return self.roles.fingerprints | unlabelled
+
+    @cached_property
+    def taught(self) -> np.ndarray:
+        """What the dense model answers to the unlabelled images; see teacher.py."""
+        assert self.unlabelled
+        mirrored = self.config.augment != "none"
+        return answers(self.subject, self.unlabelled, self.calibration(self.config.statistics_images), mirrored)
+
+    @cached_property
+    def scoring(self) -> Split:
+        """What scores candidates: `search`, and where that has too few images unlabelled ones, with what `taught` says.
+
+        Agreement with the dense model on many images tells candidates apart better than the labels of few.
+        """
+        search = self.roles.search
+        more = self.config.search_images - len(search)
+        if not self.unlabelled or more <= 0:
+            return search
+        order = np.random.default_rng(self.config.seed).permutation(len(search) + min(more, len(self.unlabelled)))
+
+        def joined(ours: Any, theirs: Any) -> np.ndarray:
+            return np.concatenate([ours[:], theirs[:more]])[order]  # any prefix is a random sample
+
+        return replace(
+            search,
+            images=joined(search.images, self.unlabelled.images),
+            labels=joined(search.labels, search.task.decided(self.taught)),
+            indices=joined(search.indices, self.unlabelled.indices),
+            digests=joined(search.digests, self.unlabelled.digests),
+            fingerprint="",
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,12 +181,21 @@ def prepare(config: Config, hold: int | None = None) -> Setting:
 def _fitted_together(opened: Opened) -> Setting:
     """Model and data, with a head for the data's labels."""
     config, subject, roles, head, units = opened.config, opened.subject, opened.roles, None, None
+    like = {"input_shape": subject.spec.input_shape, "mean": opened.mean, "std": opened.std, "seed": config.seed}
+    theirs = unlabelled = None
+    if config.source_data:
+        source = open_source(config.source_data, config.data_dir or None)
+        theirs = np.asarray(sample_images(source, SOURCE_IMAGES, **like).images)
+    if config.unlabelled:
+        source = open_source(config.unlabelled, config.data_dir or None)
+        unlabelled = sample_images(source, config.unlabelled_images, **like, roles=roles)
+        unlabelled = replace(unlabelled, task=roles.task)
     checkpoint = fingerprint(subject.variables)
     if config.task == "regression":
         units = Units.of(roles.train.labels)
         roles = roles.map(lambda split: replace(split, labels=units.standardised(split.labels)))
     if opened.labels.replaced:  # first the statistics, as every variant will have them: the head is fitted to these
-        subject = adapted(subject, roles.train, config.statistics_images)
+        subject = adapted(subject, calibration(roles, unlabelled, config.statistics_images))
         subject, head = with_new_head(subject, opened.labels, roles)
     elif units:
         subject = rescaled(subject, units.inverse())
@@ -149,21 +203,31 @@ def _fitted_together(opened: Opened) -> Setting:
     policy = make_policy(subject, config.freeze, config.layer_decay)
     dense = engine.cost(subject.graph, engine.Plan())._asdict()
     budget = limits(config.budget, dense)
-    like = {"input_shape": subject.spec.input_shape, "mean": opened.mean, "std": opened.std, "seed": config.seed}
-    theirs = None
-    if config.source_data:
-        theirs = sample_images(open_source(config.source_data, config.data_dir or None), SOURCE_IMAGES, **like)
-    recipe = make_recipe(config, len(roles.train))
+    recipe = make_recipe(config, len(roles.train), len(unlabelled or ()))
     config = replace(config, epochs=recipe.epochs, batch_size=recipe.batch_size)
     parts = roles, opened.mean, opened.std, budget, checkpoint, opened.fitted, recipe
-    return Setting(config, subject, *parts, head, policy, theirs, units, opened.subject if head else None)
+    original = opened.subject if head else None
+    return Setting(config, subject, *parts, head, policy, theirs, units, original, unlabelled)
 
 
-def make_recipe(config: Config, images: int) -> Recipe:
-    """How finalists are fine-tuned on so many images: few of them take smaller batches and more epochs."""
+def calibration(roles: Roles, unlabelled: Split | None, count: int) -> np.ndarray:
+    """See `Setting.calibration`."""
+    images = np.asarray(roles.train.images[:count])
+    more = count - len(images)
+    return np.concatenate([images, unlabelled.images[:more]]) if unlabelled and more else images
+
+
+def make_recipe(config: Config, images: int, unlabelled: int = 0) -> Recipe:
+    """How finalists are fine-tuned on so many images: few of them take smaller batches and more epochs.
+
+    Every step takes a batch of unlabelled images besides; an epoch goes once over the larger part of both.
+    """
     size = config.batch_size or min(BATCH, max(SMALLEST_BATCH, 1 << (images // STEPS_AN_EPOCH).bit_length() >> 1))
-    epochs = min(MOST_EPOCHS, max(2, math.ceil(STEPS / math.ceil(images / size))))
+    steps = max(math.ceil(images / size), math.ceil(unlabelled / BATCH))
+    epochs = min(MOST_EPOCHS, max(2, math.ceil(STEPS / steps)))
     return Recipe(
+        steps=steps,
+        beside=BATCH,
         epochs=epochs if config.epochs is None else config.epochs,
         batch_size=size,
         learning_rate=config.learning_rate,

@@ -28,7 +28,7 @@ def energies(setting: Setting, space: Space, layout: Layout | None = None) -> di
     The mean over the kernels that read the units; groups that none reads are left out.
     """
     subject, graph = setting.subject, setting.subject.graph
-    x = jnp.asarray(setting.roles.train.images[:CALIBRATION])
+    x = jnp.asarray(setting.calibration(CALIBRATION))
     found: dict[str, list[Array]] = {}
     residual = jax.jit(engine.residual_energy)
     layout = layout or one_device()

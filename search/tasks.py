@@ -67,6 +67,10 @@ class Task(ABC):
         """How far the answers are from the dense model's, for each image, in nats."""
 
     @abstractmethod
+    def decided(self, outputs: np.ndarray) -> np.ndarray:
+        """The targets that these outputs amount to, one for each image."""
+
+    @abstractmethod
     def expected(self, outputs: Array) -> Array:
         """The targets that these outputs expect, `float[N, K]`: probabilities, or numbers."""
 
@@ -134,6 +138,10 @@ class Classification(Task):
         theirs = jax.nn.log_softmax(dense.astype(jnp.float32))
         return (jnp.exp(theirs) * (theirs - ours)).sum(-1)
 
+    def decided(self, outputs: np.ndarray) -> np.ndarray:
+        """The class with the largest logit."""
+        return outputs.argmax(-1).astype(np.int32)
+
     def expected(self, outputs: Array) -> Array:
         """Softmax."""
         return jax.nn.softmax(outputs)
@@ -174,6 +182,10 @@ class Multilabel(Task):
         yes = jax.nn.log_sigmoid(theirs) - jax.nn.log_sigmoid(ours)
         no = jax.nn.log_sigmoid(-theirs) - jax.nn.log_sigmoid(-ours)
         return (p * yes + (1 - p) * no).mean(-1)
+
+    def decided(self, outputs: np.ndarray) -> np.ndarray:
+        """Labels that are likelier than not."""
+        return (outputs > 0).astype(np.float32)
 
     def expected(self, outputs: Array) -> Array:
         """The logistic function."""
@@ -217,6 +229,10 @@ class Regression(Task):
     def divergence(self, dense: Array, outputs: Array) -> Array:
         """Half the mean squared difference."""
         return self.losses(outputs, dense.astype(jnp.float32))
+
+    def decided(self, outputs: np.ndarray) -> np.ndarray:
+        """As they are."""
+        return outputs.astype(np.float32)
 
     def expected(self, outputs: Array) -> Array:
         """As they are."""

@@ -118,14 +118,12 @@ class NewHead:
         return text + f"{self.train_accuracy:.2%} {self.answered} on train"
 
 
-def adapted(subject: Subject, train: Split, images: int) -> Subject:
-    """The model with its running statistics estimated anew, from the first so many images of `train`; 0 leaves it."""
-    if not images or not subject.momenta:
+def adapted(subject: Subject, images: np.ndarray) -> Subject:
+    """The model with its running statistics estimated anew from images `[N, H, W, C]`; none of them leave it."""
+    if not len(images) or not subject.momenta:
         return subject
     estimate = jax.jit(engine.reestimate(subject.train, subject.momenta))
-    return replace(
-        subject, variables=estimate(subject.variables, jnp.asarray(train.images[:images]), jax.random.key(0))
-    )
+    return replace(subject, variables=estimate(subject.variables, jnp.asarray(images), jax.random.key(0)))
 
 
 def with_new_head(subject: Subject, labels: Labels, roles: Roles) -> tuple[Subject, NewHead]:

@@ -115,7 +115,7 @@ def headed(setting: Setting, at: str, budget: Budget, say: Callable[[str], None]
     features = jax.eval_shape(engine.truncate(subject.infer, subject.graph, at, x), subject.variables, x)
     blank = LinearHead(jnp.zeros((features.shape[-1], classes)), jnp.zeros(classes), jnp.float32(0))
     short = truncated(subject, at, blank)
-    short = adapted(short, train, config.statistics_images)
+    short = adapted(short, setting.calibration(config.statistics_images))
     features_of = feature_finder(short.infer, short.graph, short.variables)
     z = features_of(train)
     linear = best_head(train.task, z, train.labels, classes)

@@ -52,6 +52,7 @@ def tune(
     epochs: int | None = None,
     learning_rate: float | None = None,
     distill: float = 0.0,
+    unlabelled: bool = False,
     note: Callable[[Any], Answers] | None = None,
 ) -> Tuned:
     """Fit a model to `train`; the epoch that is best on `search` is kept.
@@ -64,6 +65,7 @@ def tune(
         epochs: if None, the configured ones.
         learning_rate: likewise.
         distill: weight of the dense model's answers.
+        unlabelled: whether its answers to the unlabelled images, if there are any, are learnt as well.
         note: what to note after each epoch, for the trail; fine-tuning does not look at it.
     """
     config, subject, roles, dense = setting.config, start.subject, setting.roles, setting.subject
@@ -81,6 +83,9 @@ def tune(
         given["dense"], teacher = dense.variables, dense.infer
     elif distill:
         data["teacher"] = answering(dense.infer, roles.train)(dense.variables).logits
+    beside = (
+        {"unlabelled": setting.unlabelled.images, "taught": setting.taught} if unlabelled and setting.unlabelled else {}
+    )
     trainable, rates = policy.leaves(subject.graph, start.variables)
     loss = objective(held(train, policy.frozen), task=roles.task, distill=distill, augment=augment, teacher=teacher)
     measure, trail = measurer(start.infer, roles.search, metric=metric), []
@@ -91,7 +96,7 @@ def tune(
         return measure(variables)
 
     key = jax.random.key(config.seed)
-    result = fit(loss, start.variables, trainable, data, recipe, key, evaluate, rates=rates, given=given)
+    result = fit(loss, start.variables, trainable, data, recipe, key, evaluate, rates=rates, given=given, beside=beside)
     errors = ", ".join(metric.show(epoch.search_error) for epoch in result.history)
     say(
         f"fine-tuned {start.name} ({start.cost['params']:,} parameters): {metric.noun} on search {errors}; "

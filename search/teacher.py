@@ -1,0 +1,41 @@
+"""What the dense model answers to images without labels, for smaller models to learn from.
+
+Where inputs are shifted, its answers under the checkpoint's norm statistics and under those of the data at hand err on
+different images, and both err less on an image and its mirror image together than on one of them. The teacher is the
+mean of all of these: B. Lakshminarayanan et al.: "Simple and scalable predictive uncertainty estimation using deep
+ensembles", NeurIPS 2017; that a student learns an ensemble's answers from unlabelled images: C. Bucila et al.: "Model
+compression", KDD 2006.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from jax import Array
+
+from treesurgeon.search.data import Split
+from treesurgeon.search.evaluate import answering
+from treesurgeon.search.subject import Subject
+from treesurgeon.search.transfer import adapted
+
+
+def answers(dense: Subject, split: Split, calibration: np.ndarray, mirrored: bool) -> np.ndarray:
+    """Logits `[N, classes]` for each image of a split.
+
+    Args:
+        dense: the model.
+        split: the images; labels are not looked at.
+        calibration: images `[N, H, W, C]` from which norm statistics are estimated; none keep the checkpoint's alone.
+        mirrored: whether mirror images mean the same.
+    """
+    models = [dense.variables]
+    if dense.momenta and len(calibration):
+        models.append(adapted(dense, calibration).variables)
+
+    def infer(variables: Any, x: Array) -> Array:
+        logits = dense.infer(variables, x)
+        return (logits + dense.infer(variables, x[:, :, ::-1])) / 2 if mirrored else logits
+
+    answer = answering(infer, split)
+    return np.mean([answer(variables).logits for variables in models], 0)

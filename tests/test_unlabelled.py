@@ -1,0 +1,186 @@
+"""Images without labels: which they are, what is fitted to them, and what is learnt from them."""
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from smallrun import small_config
+
+from treesurgeon import engine
+from treesurgeon.search import DataError, run
+from treesurgeon.search.data import open_source, sample_images, split_roles
+from treesurgeon.search.finetune import Recipe, fit, objective
+from treesurgeon.search.setting import make_recipe, prepare
+from treesurgeon.search.subject import random_subject
+from treesurgeon.search.tasks import TASKS
+from treesurgeon.search.teacher import answers
+
+RNG = np.random.default_rng(0)
+
+
+def images_of(split):
+    return {image.tobytes() for image in np.asarray(split.images)}
+
+
+@pytest.fixture
+def source(tmp_path):
+    x = RNG.random((60, 4, 4, 1)).astype(np.float32)
+    np.savez(tmp_path / "data.npz", x_train=x[:40], y_train=np.arange(40) % 2, x_test=x[40:], y_test=np.arange(20) % 2)
+    return open_source(f"npz:{tmp_path / 'data.npz'}")
+
+
+@pytest.mark.parametrize(("count", "found"), [(1, 1), (7, 7), (30, 30), (60, 30)])
+def test_images_that_have_a_role_are_left_out(source, count, found):
+    roles = split_roles(source, ("train",), input_shape=(4, 4, 1), caps={"train": 10})
+    split = sample_images(source, count, input_shape=(4, 4, 1), roles=roles)
+    assert len(split) == found  # 60, less 10 of train and the 20 of the other split
+    assert len(images_of(split)) == found
+    for role in ("train", "search", "certify", "test"):
+        assert not images_of(split) & images_of(getattr(roles, role))
+
+
+def test_the_choice_is_the_seeds_and_labels_do_not_matter(source):
+    first, again, other = (sample_images(source, 20, input_shape=(4, 4, 1), seed=seed) for seed in (0, 0, 1))
+    assert np.array_equal(first.images, again.images)
+    assert images_of(first) != images_of(other)
+    assert not first.labels.any()
+
+
+def test_where_all_have_a_role_there_is_an_error(source):
+    roles = split_roles(source, (), input_shape=(4, 4, 1))
+    with pytest.raises(DataError, match="all of its 60 images are in train, search, certify or test"):
+        sample_images(source, 5, input_shape=(4, 4, 1), roles=roles)
+
+
+@pytest.mark.parametrize(("rows", "beside", "steps"), [(10, 25, 4), (10, 3, 3), (3, 50, 7)])
+def test_an_epoch_goes_over_the_larger_part_and_over_the_other_again(rows, beside, steps):
+    seen = []
+
+    def loss(p, batch, key):
+        parts = batch["x"], batch["u"]
+        jax.debug.callback(lambda *x: seen.append([part.tolist() for part in x]), *parts, ordered=True)
+        return jnp.sum(p["w"] ** 2), None
+
+    recipe = Recipe(epochs=2, batch_size=4, beside=8)
+    given = {"x": np.arange(rows)}, recipe, jax.random.key(0), lambda p: (0.0, 0.0)
+    fit(loss, {"w": jnp.ones(2)}, {"w": True}, *given, beside={"u": np.arange(beside)})
+    jax.effects_barrier()
+    assert len(seen) == 2 * steps
+    for part, count, size in ((0, rows, 4), (1, beside, 8)):
+        taken = [row for batch in seen[:steps] for row in batch[part]]
+        assert len(taken) == steps * min(size, count)
+        assert set(taken) == set(range(count))
+        times = np.bincount(taken)
+        assert times.max() - times.min() <= 1
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_the_loss_is_that_of_the_labels_and_the_divergence_of_the_rest(name):
+    task, kernel = TASKS[name], RNG.normal(size=(4, 3)).astype(np.float32)
+    x, more = RNG.normal(size=(2, 5, 4)).astype(np.float32)
+    taught = RNG.normal(size=(5, 3)).astype(np.float32)
+    y = {"classification": np.arange(5) % 3, "multilabel": np.eye(3)[np.arange(5) % 3], "regression": x[:, :3]}[name]
+    calls = []
+
+    def train(p, x, key):
+        calls.append(x.shape)
+        return x @ p, None
+
+    loss = objective(train, task=task, temperature=2.0)
+    batch = {"x": x, "y": jnp.asarray(y), "unlabelled": more}
+    both, _ = loss(kernel, batch | {"taught": taught}, jax.random.key(0))
+    labels = task.losses(jnp.asarray(x @ kernel), jnp.asarray(y)).mean()
+    rest = 4 * task.divergence(jnp.asarray(taught / 2), jnp.asarray(more @ kernel / 2)).mean()
+    assert both == pytest.approx(float(labels + rest), rel=1e-5)
+    agreed, _ = loss(kernel, batch | {"taught": more @ kernel}, jax.random.key(0))
+    assert agreed == pytest.approx(float(labels), rel=1e-5)
+    assert calls == [(10, 4), (10, 4)]  # one pass, so that norms see all of a batch
+
+
+def test_the_teacher_is_the_mean_of_both_statistics_and_of_mirror_images(source):
+    subject = random_subject("resnet20")
+    x = RNG.normal(size=(6, 32, 32, 3)).astype(np.float32)
+    split = replace(sample_images(source, 6, input_shape=(4, 4, 1)), images=x)
+    mirror = replace(split, images=x[:, :, ::-1])
+    fresh = engine.reestimate(subject.train, subject.momenta)(subject.variables, x, jax.random.key(0))
+    logits = [np.asarray(subject.infer(v, x)) for v in (subject.variables, fresh)]
+    plain = answers(subject, split, x, mirrored=False)
+    np.testing.assert_allclose(plain, np.mean(logits, 0), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(answers(subject, split, x[:0], mirrored=False), logits[0], rtol=1e-3, atol=1e-4)
+    both = answers(subject, split, x, mirrored=True)
+    np.testing.assert_allclose(both, answers(subject, mirror, x, mirrored=True), rtol=1e-3, atol=1e-4)
+    assert np.abs(both - plain).max() > 1e-3
+
+
+def with_more(home, **changes):
+    config = small_config(home, **changes)
+    np.savez(home / "more.npz", x=RNG.random((300, 8, 8, 1)).astype(np.float32), y=np.zeros(300, np.int32))
+    return replace(config, unlabelled=f"npz:{home / 'more.npz'}")
+
+
+def test_what_needs_no_labels_is_fitted_to_them(tmp_path):
+    config = with_more(tmp_path)
+    setting = prepare(config)
+    train = np.asarray(setting.roles.train.images)
+    assert len(setting.unlabelled) == 300
+    assert np.array_equal(setting.calibration(10), train[:10])
+    assert np.array_equal(setting.calibration(100), np.concatenate([train, setting.unlabelled.images[:20]]))
+    assert len(setting.calibration(1000)) == 380
+    assert setting.recipe.steps == 5  # 80 images, 16 a batch
+    assert setting.recipe.epochs == 0
+
+
+def test_candidates_are_scored_on_them_where_search_is_small(tmp_path):
+    setting = prepare(with_more(tmp_path, search_images=150))
+    search, split = setting.roles.search, setting.scoring
+    rest = setting.unlabelled
+    assert len(search) < 150
+    assert len(split) == 150
+    known = {image.tobytes(): label for image, label in zip(search.images, search.labels, strict=True)}
+    taught = dict(zip([image.tobytes() for image in rest.images], setting.taught.argmax(1), strict=True))
+    for image, label in zip(split.images, split.labels, strict=True):
+        assert (known | taught)[image.tobytes()] == label
+    assert sum(image.tobytes() in known for image in split.images) == len(search)
+    assert 0 < sum(image.tobytes() in known for image in split.images[:75]) < len(search)
+    assert prepare(replace(setting.config, search_images=32)).scoring.images.shape == search.images.shape
+
+
+@pytest.mark.parametrize(("name", "wanted"), [
+    ("classification", [1, 0]), ("multilabel", [[0, 1], [1, 0]]), ("regression", [[-1, 2], [3, -4]]),
+])  # fmt: skip
+def test_what_outputs_amount_to(name, wanted):
+    found = TASKS[name].decided(np.array([[-1.0, 2.0], [3.0, -4.0]]))
+    assert found.tolist() == wanted
+    assert found.dtype == (np.int32 if name == "classification" else np.float32)
+
+
+def test_the_recipe_counts_the_steps_of_both():
+    config = type("C", (), dict.fromkeys(("batch_size", "epochs", "clip")) | {"learning_rate": 0.1, "weight_decay": 0})
+    assert (make_recipe(config, 133).steps, make_recipe(config, 133).epochs) == (9, 9)
+    assert (make_recipe(config, 133, 5000).steps, make_recipe(config, 133, 5000).epochs) == (40, 2)
+
+
+def test_a_run_learns_from_them_and_says_so(tmp_path):
+    config, said = with_more(tmp_path, epochs=2, augment="flip", truncations=1), []
+    outcome = run(config, said.append)
+    assert any("300 images without labels" in line for line in said)
+    assert "unlabelled" in json.loads((config.directory / "config.json").read_text())["data"]
+    metrics = json.loads((outcome.path / "manifest.json").read_text())["metrics"]
+    assert {"dense fine-tuned", "dense, unlabelled too"} <= set(metrics)
+    plain = run(replace(config, unlabelled="", out=str(tmp_path / "plain")), lambda line: None)
+    found = json.loads((plain.path / "manifest.json").read_text())["metrics"]
+    assert "dense, unlabelled too" not in found
+    assert found["v1"] != metrics["v1"]
+
+
+@pytest.mark.parametrize(
+    ("unlabelled", "message"), [("npz:absent.npz", "absent.npz"), ("npz:{home}/data.npz", "train, search, certify")]
+)
+def test_bad_input(tmp_path, unlabelled, message):
+    config = replace(small_config(tmp_path), unlabelled=unlabelled.format(home=tmp_path))
+    with pytest.raises(DataError, match=message):
+        run(config, lambda line: None)
+    assert not config.directory.exists()
