@@ -46,6 +46,8 @@ class Options:
     unlabelled: str
     augment: AugmentName
     learning_rate: float
+    epochs: int | None
+    finalists: int
     labels: list[int]
     seeds: int
     params: float
@@ -95,6 +97,8 @@ def main() -> None:
     parser.add_argument("--unlabelled", default="", help="more images, whose labels are not looked at")
     parser.add_argument("--augment", default="none", help="what is done to the images of a batch")
     parser.add_argument("--learning-rate", type=float, default=0.01, help="its peak")
+    parser.add_argument("--epochs", type=int, help="of fine-tuning; default: as the search sees fit")
+    parser.add_argument("--finalists", type=int, default=3, help="variants that are fine-tuned")
     parser.add_argument("--labels", type=int, nargs="+", default=[20], help="labels a class, for train and search")
     parser.add_argument("--seeds", type=int, default=5, help="runs for each")
     parser.add_argument("--params", type=float, default=0.5, help="budget, a share of the dense model's")
@@ -145,6 +149,8 @@ def trial(options: Options, data: str, labels: int, seed: int) -> Trial:
         unlabelled=options.unlabelled,
         augment=options.augment,
         learning_rate=options.learning_rate,
+        epochs=options.epochs,
+        finalists=options.finalists,
         generations=options.generations,
         formats=False,
         pictures=False,
@@ -200,7 +206,7 @@ def report(options: Options, name: str, trials: Sequence[Trial]) -> None:
     if options.unlabelled:
         notes.append(
             f"All but plain fine-tuning had up to 5,000 images of {name_of(options.unlabelled)} without labels; "
-            f"augmentation {options.augment}, peak rate {options.learning_rate}, for all alike."
+            f"augmentation {options.augment}, peak rate {options.learning_rate}, epochs: {options.epochs or 'default'}."
         )
     publish(
         f"small-labels-{options.model}-{name}",
