@@ -116,6 +116,9 @@ class Config:
     role already are left out."""
     unlabelled_images: int = 5000
     """Of these, how many are used at most."""
+    unlabelled_weight: float | None = None
+    """Weight in the fine-tuning loss of the dense model's answers to them, 0 to 1. Default: their share of the images,
+    so that every image counts alike."""
     shares: tuple[float, float, float, float] = SHARES
     """How the images are dealt out to `train`, `search`, `certify` and `test`. Where --fitted-split gives `train` its
     own, the others share the rest likewise."""
@@ -251,8 +254,8 @@ class Config:
                 raise RunError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least {bound}")
         if len(self.image_size) > 2 or any(side < 1 for side in self.image_size):
             raise RunError("--image-size takes a side, or a height and a width, of at least 1")
-        if not self.learning_rate > 0 or not 0 <= self.distill <= 1:
-            raise RunError("--learning-rate must be above 0, and --distill from 0 to 1")
+        if not self.learning_rate > 0 or not 0 <= self.distill <= 1 or not 0 <= (self.unlabelled_weight or 0) <= 1:
+            raise RunError("--learning-rate must be above 0, --distill and --unlabelled-weight from 0 to 1")
         if min(self.head_widths, default=0) < 0:
             raise RunError("--head-widths takes numbers of units, or 0 for a linear head")
         if not self.scratch_learning_rate > 0 or not 0 < self.layer_decay <= 1:

@@ -173,17 +173,23 @@ def sample_images(
         raise DataError(f"data {source.spec!r}: it has no images (splits: {dict(source.splits) or 'none'})")
     order = np.argsort(np.random.PCG64([seed, 2]).random_raw(total), kind="stable")
     taken = np.concatenate([getattr(roles, role).digests for role in ROLES]) if roles else np.zeros(0, np.uint64)
-    chosen, start = np.zeros(0, order.dtype), 0
-    while True:
-        chosen, start = np.append(chosen, order[start : start + count - len(chosen)]), start + count - len(chosen)
+
+    def read(chosen: np.ndarray) -> Split:
         labels = np.zeros(len(chosen), np.int32)
-        found = _read_split(source, tuple(source.splits), chosen, labels, input_shape, mean, std, None)
-        free = ~np.isin(found.digests, taken)
-        if free.all() and len(chosen):
-            return found
-        chosen = chosen[free]
-        if start >= total and not len(chosen):
-            raise DataError(f"data {source.spec!r}: all of its {total:,} images are in train, search, certify or test")
+        return _read_split(source, tuple(source.splits), chosen, labels, input_shape, mean, std, None)
+
+    found, start = read(order[:count]), count
+    free = ~np.isin(found.digests, taken)
+    if free.all():
+        return found
+    chosen = found.indices[free]
+    while len(chosen) < count and start < total:
+        more = order[start : start + count - len(chosen)]
+        start += len(more)
+        chosen = np.append(chosen, more[~np.isin(read(more).digests, taken)])
+    if not len(chosen):
+        raise DataError(f"data {source.spec!r}: all of its {total:,} images are in train, search, certify or test")
+    return read(chosen)
 
 
 def _check_arguments(source: Source, shares: Sequence[float], caps: Mapping[str, int], seed: int) -> None:

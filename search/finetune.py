@@ -202,6 +202,7 @@ def objective(
     temperature: float = 4.0,
     augment: Callable[[Array, Array], Array] | None = None,
     teacher: Callable[[Any, Array], Array] | None = None,
+    unlabelled: float = 0.5,
 ) -> LossAndUpdates:
     """The task's loss with the labels `y`, mixed with the divergence from the teacher's softened answers.
 
@@ -214,9 +215,8 @@ def objective(
         teacher: `(dense, x) -> logits`, where the teacher has to see the augmented images as well; a batch then needs
             `dense`, its parameters, instead of `teacher`. L. Beyer et al.: "Knowledge distillation: a good teacher is
             patient and consistent", CVPR 2022.
-
-    Where a batch has `unlabelled` images, and `taught`, the teacher's logits for each of them, they go through the
-    model beside the others, and the divergence on them is added, whatever the weight.
+        unlabelled: where a batch has `unlabelled` images, and `taught`, the teacher's logits for each of them, they go
+            through the model beside the others, and the divergence on them has this weight, 0 to 1.
     """
 
     def apart(teacher: Array, logits: Array) -> Array:
@@ -241,7 +241,7 @@ def objective(
                 )
             loss = (1 - distill) * loss + distill * apart(batch["teacher"], logits)
         if "unlabelled" in batch:
-            loss += apart(batch["taught"], every[count:])
+            loss = (1 - unlabelled) * loss + unlabelled * apart(batch["taught"], every[count:])
         return loss, updates
 
     return loss_and_updates

@@ -108,7 +108,8 @@ def make_sweep(setting: Setting, space: Space, layout: Layout | None = None, cre
 
 def describe(setting: Setting, evaluator: Evaluator | RemoteEvaluator, say: Callable[[str], None]) -> None:
     """Say how candidates are scored, and where devices will have nothing to do."""
-    text = f"{evaluator.count} images score a candidate, {evaluator.chunk} candidates at a time"
+    together = "one candidate" if evaluator.chunk == 1 else f"{evaluator.chunk} candidates"
+    text = f"{evaluator.count} images score a candidate, {together} at a time"
     pieces, places = -(-setting.config.population // evaluator.chunk), 1
     if isinstance(evaluator, RemoteEvaluator):
         places = evaluator.crew.count

@@ -86,6 +86,18 @@ class Setting:
         mirrored = self.config.augment != "none"
         return answers(self.subject, self.unlabelled, self.calibration(self.config.statistics_images), mirrored)
 
+    @property
+    def beside(self) -> dict[str, Any]:
+        """What fine-tuning takes beside `train`: see `finetune.objective`."""
+        return {"unlabelled": self.unlabelled.images, "taught": self.taught} if self.unlabelled else {}
+
+    @property
+    def unlabelled_weight(self) -> float:
+        """Of that, in the loss."""
+        more = len(self.unlabelled or ())
+        given = self.config.unlabelled_weight
+        return more / (more + len(self.roles.train)) if given is None else given
+
     @cached_property
     def scoring(self) -> Split:
         """What scores candidates: `search`, and where that has too few images unlabelled ones, with what `taught` says.

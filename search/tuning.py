@@ -83,11 +83,16 @@ def tune(
         given["dense"], teacher = dense.variables, dense.infer
     elif distill:
         data["teacher"] = answering(dense.infer, roles.train)(dense.variables).logits
-    beside = (
-        {"unlabelled": setting.unlabelled.images, "taught": setting.taught} if unlabelled and setting.unlabelled else {}
-    )
+    beside = setting.beside if unlabelled else {}
     trainable, rates = policy.leaves(subject.graph, start.variables)
-    loss = objective(held(train, policy.frozen), task=roles.task, distill=distill, augment=augment, teacher=teacher)
+    loss = objective(
+        held(train, policy.frozen),
+        task=roles.task,
+        distill=distill,
+        augment=augment,
+        teacher=teacher,
+        unlabelled=setting.unlabelled_weight,
+    )
     measure, trail = measurer(start.infer, roles.search, metric=metric), []
 
     def evaluate(variables: Any) -> tuple[float, float]:

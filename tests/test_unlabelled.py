@@ -10,6 +10,7 @@ import pytest
 from smallrun import small_config
 
 from treesurgeon import engine
+from treesurgeon.engine import TreesurgeonError
 from treesurgeon.search import DataError, run
 from treesurgeon.search.data import open_source, sample_images, split_roles
 from treesurgeon.search.finetune import Recipe, fit, objective
@@ -89,14 +90,14 @@ def test_the_loss_is_that_of_the_labels_and_the_divergence_of_the_rest(name):
         calls.append(x.shape)
         return x @ p, None
 
-    loss = objective(train, task=task, temperature=2.0)
+    loss = objective(train, task=task, temperature=2.0, unlabelled=0.75)
     batch = {"x": x, "y": jnp.asarray(y), "unlabelled": more}
     both, _ = loss(kernel, batch | {"taught": taught}, jax.random.key(0))
     labels = task.losses(jnp.asarray(x @ kernel), jnp.asarray(y)).mean()
     rest = 4 * task.divergence(jnp.asarray(taught / 2), jnp.asarray(more @ kernel / 2)).mean()
-    assert both == pytest.approx(float(labels + rest), rel=1e-5)
+    assert both == pytest.approx(float(0.25 * labels + 0.75 * rest), rel=1e-5)
     agreed, _ = loss(kernel, batch | {"taught": more @ kernel}, jax.random.key(0))
-    assert agreed == pytest.approx(float(labels), rel=1e-5)
+    assert agreed == pytest.approx(float(labels) / 4, rel=1e-5)
     assert calls == [(10, 4), (10, 4)]  # one pass, so that norms see all of a batch
 
 
@@ -131,6 +132,8 @@ def test_what_needs_no_labels_is_fitted_to_them(tmp_path):
     assert len(setting.calibration(1000)) == 380
     assert setting.recipe.steps == 5  # 80 images, 16 a batch
     assert setting.recipe.epochs == 0
+    assert setting.unlabelled_weight == 300 / 380
+    assert prepare(replace(config, unlabelled_weight=0.25)).unlabelled_weight == 0.25
 
 
 def test_candidates_are_scored_on_them_where_search_is_small(tmp_path):
@@ -176,11 +179,14 @@ def test_a_run_learns_from_them_and_says_so(tmp_path):
     assert found["v1"] != metrics["v1"]
 
 
-@pytest.mark.parametrize(
-    ("unlabelled", "message"), [("npz:absent.npz", "absent.npz"), ("npz:{home}/data.npz", "train, search, certify")]
-)
-def test_bad_input(tmp_path, unlabelled, message):
-    config = replace(small_config(tmp_path), unlabelled=unlabelled.format(home=tmp_path))
-    with pytest.raises(DataError, match=message):
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"unlabelled": "npz:absent.npz"}, "absent.npz"), ({"unlabelled": "npz:{home}/data.npz"}, "train, search, certify"),
+    ({"unlabelled_images": 0}, "--unlabelled-images 0: expected at least 1"),
+    ({"unlabelled_weight": 1.5}, "--unlabelled-weight from 0 to 1"),
+])  # fmt: skip
+def test_bad_input(tmp_path, changes, message):
+    changes = {k: v.format(home=tmp_path) if isinstance(v, str) else v for k, v in changes.items()}
+    config = replace(small_config(tmp_path), **changes)
+    with pytest.raises(TreesurgeonError, match=message):
         run(config, lambda line: None)
     assert not config.directory.exists()
