@@ -30,7 +30,7 @@ SCORED_AT_ONCE = 128  # images of a batch
 def chunk_size(setting: Setting) -> int:
     """Candidates that are evaluated as one batch; it does not depend on how many devices there are."""
     config = setting.config
-    size = min(SCORED_AT_ONCE, config.search_images, len(setting.scoring))
+    size = min(SCORED_AT_ONCE, setting.scored)
     return config.chunk or (
         1 if config.reconstruct == "kernels" else fitting_chunk(setting.subject, size, config.population)
     )
@@ -40,8 +40,8 @@ def pick_mesh(setting: Setting, pool: Pool) -> Mesh:
     """The devices of a search: as asked for, else all of them, in the shape that is fastest."""
     if pool.mesh:
         return make_mesh(parse_shape(pool.mesh))
-    count = min(setting.config.search_images, len(setting.scoring))
-    pieces, shown = -(-setting.config.population // chunk_size(setting)), -(-count // min(SCORED_AT_ONCE, count))
+    size = min(SCORED_AT_ONCE, setting.scored)
+    pieces, shown = -(-setting.config.population // chunk_size(setting)), -(-setting.scored // size)
     return make_mesh(choose_shape(jax.device_count(), pieces, shown))
 
 
@@ -64,7 +64,7 @@ def hire(setting: Setting, space: Space, pool: Pool, say: Callable[[str], None])
 
 def scored(setting: Setting) -> Batches:
     """The images that candidates are scored on."""
-    return batches(setting.scoring, SCORED_AT_ONCE, setting.config.search_images)
+    return batches(setting.scoring, SCORED_AT_ONCE, setting.scored)
 
 
 def make_scorer(

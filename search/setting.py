@@ -98,6 +98,11 @@ class Setting:
         given = self.config.unlabelled_weight
         return more / (more + len(self.roles.train)) if given is None else given
 
+    @property
+    def scored(self) -> int:
+        """How many images score a candidate."""
+        return min(self.config.search_images, len(self.roles.search) + len(self.unlabelled or ()))
+
     @cached_property
     def scoring(self) -> Split:
         """What scores candidates: `search`, and where that has too few images unlabelled ones, with what `taught` says.
@@ -105,10 +110,10 @@ class Setting:
         Agreement with the dense model on many images tells candidates apart better than the labels of few.
         """
         search = self.roles.search
-        more = self.config.search_images - len(search)
+        more = self.scored - len(search)
         if not self.unlabelled or more <= 0:
             return search
-        order = np.random.default_rng(self.config.seed).permutation(len(search) + min(more, len(self.unlabelled)))
+        order = np.random.default_rng(self.config.seed).permutation(self.scored)
 
         def joined(ours: Any, theirs: Any) -> np.ndarray:
             return np.concatenate([ours[:], theirs[:more]])[order]  # any prefix is a random sample
