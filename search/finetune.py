@@ -62,7 +62,7 @@ class Recipe:
     epochs: int = 10
     batch_size: int = 128
     steps: int | None = None
-    beside: int = 128
+    beside: int = 64
     optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: float = 0.01
     weight_decay: float = 5e-4

@@ -30,6 +30,7 @@ SOURCE_IMAGES = 1000  # at most
 CALIBRATION = 256  # images of train that units are ranked on
 BATCH, SMALLEST_BATCH, STEPS_AN_EPOCH = 128, 16, 16  # of fine-tuning, where nothing else is said
 STEPS, MOST_EPOCHS = 80, 30
+BESIDE = 64  # unlabelled images a step: with 64 a ResNet-56 learnt more of 5,000 images in an epoch than with 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,11 +241,11 @@ def make_recipe(config: Config, images: int, unlabelled: int = 0) -> Recipe:
     Every step takes a batch of unlabelled images besides; an epoch goes once over the larger part of both.
     """
     size = config.batch_size or min(BATCH, max(SMALLEST_BATCH, 1 << (images // STEPS_AN_EPOCH).bit_length() >> 1))
-    steps = max(math.ceil(images / size), math.ceil(unlabelled / BATCH))
+    steps = max(math.ceil(images / size), math.ceil(unlabelled / BESIDE))
     epochs = min(MOST_EPOCHS, max(2, math.ceil(STEPS / steps)))
     return Recipe(
         steps=steps,
-        beside=BATCH,
+        beside=BESIDE,
         epochs=epochs if config.epochs is None else config.epochs,
         batch_size=size,
         learning_rate=config.learning_rate,
