@@ -54,6 +54,11 @@ class Options:
     generations: int
     keep: Path
 
+    @property
+    def tag(self) -> str:
+        """What tells apart runs, and tables, with images without labels."""
+        return "-unlabelled" if self.unlabelled else ""
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -141,7 +146,7 @@ def trial(options: Options, data: str, labels: int, seed: int) -> Trial:
         options.model,
         options.checkpoint,
         data,
-        out=str(options.keep / f"{name_of(data)}-{labels}-{seed}"),
+        out=str(options.keep / f"{name_of(data)}{options.tag}-{labels}-{seed}"),
         params=options.params,
         fitted_split=(options.fitted,),
         shares=(shares[0], shares[1], shares[2], shares[3]),
@@ -204,12 +209,13 @@ def report(options: Options, name: str, trials: Sequence[Trial]) -> None:
         )
     head = ("labels a class", "selected, parameters", "test %", "dense", "gap, points", "dense", "certificate", "met")
     if options.unlabelled:
+        epochs = "default" if options.epochs is None else options.epochs
         notes.append(
             f"All but plain fine-tuning had up to 5,000 images of {name_of(options.unlabelled)} without labels; "
-            f"augmentation {options.augment}, peak rate {options.learning_rate}, epochs: {options.epochs or 'default'}."
+            f"augmentation {options.augment}, peak rate {options.learning_rate}, epochs: {epochs}."
         )
     publish(
-        f"small-labels-{options.model}-{name}",
+        f"small-labels-{options.model}-{name}{options.tag}",
         f"{options.model} on {name}, few labels: the selected variant beside the dense model fine-tuned",
         head,
         rows,

@@ -58,6 +58,6 @@ def check_augment(name: AugmentName, input_shape: Sequence[int]) -> None:
         raise RunError(f"--augment {name}: expected one of {', '.join(AUGMENTATIONS)}")
     if name != "none" and (len(input_shape) != 3 or min(input_shape[:2]) < 2):
         raise RunError(
-            f"--augment {name} mirrors and moves images [H, W, C] of at least 2 rows and columns, and the model takes "
+            f"--augment {name} changes images [H, W, C] of at least 2 rows and columns, and the model takes "
             f"inputs {list(input_shape)}: leave it out"
         )

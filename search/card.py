@@ -22,6 +22,8 @@ def card(
     shape = ", ".join(map(str, setting.subject.spec.input_shape))
     told = f"{baselines}\n\n" if baselines else ""
     told += f"Before the search: {setting.head.sentence}.\n\n" if setting.head else ""
+    if setting.unlabelled:
+        told += f"It also learnt from {len(setting.unlabelled):,} images of `{config.unlabelled}`, without labels.\n\n"
     return f"""# {config.model}, pruned
 
 {outcome["sentence"]}

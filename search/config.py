@@ -113,7 +113,8 @@ class Config:
     """More images like those that the model is meant for, as for --data: labels are not looked at. Norm statistics and
     kernels are fitted to them as to those of `train`, fine-tuning learns the dense model's answers to them, and where
     `search` has fewer images than --search-images, candidates are scored by these answers as well. Images that have a
-    role already are left out."""
+    role already are left out, if they are the same pixel for pixel. An npz may hold `x` alone, a folder images at any
+    depth."""
     unlabelled_images: int = 5000
     """Of these, how many are used at most."""
     unlabelled_weight: float | None = None
@@ -132,14 +133,17 @@ class Config:
     generations: int = 12
     """Generations."""
     search_images: int = 512
-    """Images of `search` that score a candidate; the finalists are measured on all of them."""
+    """Images of `search`, and of --unlabelled where these are fewer, that score a candidate; the finalists are measured
+    on all of `search` and nothing else."""
     calibration_images: int = 128
-    """Images of `train` to which each candidate's norm statistics and kernels are fitted; 0 keeps the checkpoint's."""
+    """Images of `train`, then of --unlabelled, to which each candidate's norm statistics and kernels are fitted; 0
+    keeps the checkpoint's."""
     reconstruct: Literal["kernels", "maps", "none"] = "maps"
     """How candidates make up for removed units, by least squares: with kept units in their place, so that a population
     shares its kernels, or each with kernels of its own, as finalists do (slower, and nearer to what they will be)."""
     refit_images: int = 2048
-    """Images of `train` to which the finalists' kernels and norm statistics are fitted before any fine-tuning."""
+    """Images of `train`, then of --unlabelled, to which the finalists' kernels and norm statistics are fitted before
+    any fine-tuning."""
     chunk: int | None = None
     """Candidates that are evaluated as one batch. Default: by the memory there is, 1 for `kernels`."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -169,7 +173,8 @@ class Config:
     on `search`, beyond what chance explains, is taken. 0: always a linear head."""
     epochs: int | None = None
     """Epochs of fine-tuning for each finalist; the one that is best on `search` is kept. 0 only re-estimates
-    statistics. Default: 2, and where `train` is small as many as make 80 steps, but no more than 30."""
+    statistics. Default: 2, and where `train` is small as many as make 80 steps, but no more than 30. With --unlabelled
+    an epoch goes over the larger of both, and baselines that have labels alone take as many steps."""
     learning_rate: float = 0.01
     """Peak learning rate of fine-tuning (SGD with Nesterov momentum, cosine schedule)."""
     batch_size: int | None = None
@@ -190,8 +195,8 @@ class Config:
     """Weight of the dense model's answers in the fine-tuning loss, 0 to 1."""
     baselines: bool = True
     """Whether to train what the selected variant has to beat, on the same data for as many steps: the dense model
-    fine-tuned, dense and selected from scratch, and a linear head on the dense model's features. They are reported
-    beside it, and no choice goes by them. Without epochs there are none."""
+    fine-tuned (with --unlabelled once more, on these as well), dense and selected from scratch, and a linear head on
+    the dense model's features. They are reported beside it, and no choice goes by them. Without epochs none are."""
     pictures: bool = True
     """Whether the report shows images of `search` that the selected model's most selective units answer to."""
     formats: bool = True
@@ -238,7 +243,7 @@ class Config:
 
     @property
     def statistics_images(self) -> int:
-        """Images of `train` that norm statistics are estimated anew from; 0 where the checkpoint's are kept."""
+        """Images of `train`, then unlabelled, that norm statistics are estimated from; 0 keeps the checkpoint's."""
         return self.refit_images if self.calibration_images else 0
 
     def check(self) -> None:
@@ -265,6 +270,8 @@ class Config:
                 raise RunError(f"--{option} {unknown[0]}: expected one of {', '.join(CRITERIA)}")
         if len(set(self.criteria)) < len(self.criteria):
             raise RunError(f"--criteria {' '.join(self.criteria)}: one of them is named twice")
+        if self.unlabelled_weight is not None and not self.unlabelled:
+            raise RunError("--unlabelled-weight is about the images of --unlabelled, which is not given")
         if self.metric not in (AUTO, *METRICS):
             raise RunError(f"--metric {self.metric}: expected one of {', '.join(METRICS)}")
         if not 0 < self.delta < 1:

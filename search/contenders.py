@@ -72,9 +72,10 @@ def train(setting: Setting, selected: Tuned, whole: Tuned, say: Callable[[str], 
     if not setting.recipe.epochs:
         say("no baselines are trained, as no finalist is (--epochs 0)")
         return {}
-    epochs = config.scratch_epochs or setting.recipe.epochs
+    plain = setting.labelled.epochs
+    epochs = config.scratch_epochs or plain
     say(
-        f"training baselines to compare {selected.name} with: {_epochs(setting.recipe.epochs)} of the dense model, "
+        f"training baselines to compare {selected.name} with: {_epochs(plain)} of the dense model, "
         f"{epochs} from scratch, a linear probe (--no-baselines leaves them out)"
     )
     out = {}

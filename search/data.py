@@ -24,6 +24,7 @@ __all__ = ["DataError", "Roles", "Source", "Split", "default_data_dir", "open_so
 
 ROLES = ("train", "search", "certify", "test")
 SHARES = (0.5, 0.2, 0.1, 0.2)
+LEVEL = 0.02  # of 1/255: as near to one of 256 levels float16 images of bytes are
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Split:
         origin: those splits.
         fingerprint: SHA-256 over the images as stored and their labels, in the dataset's order. It does not
             depend on the normalisation: the same images are the same evidence.
-        digests: `[N]` uint64, of each image as stored, whatever its label: 8 bytes of BLAKE2b. Empty if unknown.
+        digests: `[N]` uint64, of each image as stored, whatever its label: 8 bytes of BLAKE2b, alike for bytes and for
+            their 255th parts. Empty if unknown.
         task: what the labels are for.
     """
 
@@ -154,6 +156,7 @@ def sample_images(
     std: Sequence[float] = (1.0,),
     seed: int = 0,
     roles: Roles | None = None,
+    hold: int | None = None,
 ) -> Split:
     """Up to `count` images of a dataset, from all its splits alike; their labels are not read, and are 0.
 
@@ -163,7 +166,8 @@ def sample_images(
         input_shape: `(H, W, C)`.
         mean, std: as `split_roles` takes them.
         seed: of the choice.
-        roles: images that have a role here, in whatever dataset, are left out.
+        roles: images that have a role here, in whatever dataset, are left out, where they are the same pixel for pixel.
+        hold: as for `split_roles`.
 
     Raises:
         DataError: no image is left, or they do not fit.
@@ -176,7 +180,7 @@ def sample_images(
 
     def read(chosen: np.ndarray) -> Split:
         labels = np.zeros(len(chosen), np.int32)
-        return _read_split(source, tuple(source.splits), chosen, labels, input_shape, mean, std, None)
+        return _read_split(source, tuple(source.splits), chosen, labels, input_shape, mean, std, hold)
 
     found, start = read(order[:count]), count
     free = ~np.isin(found.digests, taken)
@@ -365,6 +369,11 @@ def _read_split(
 
 
 def _image_digest(image: np.ndarray) -> int:
+    """Of an image as stored; 256 levels from 0 to 1 count as the bytes that they are."""
+    if image.dtype != np.uint8:
+        levels = np.round(image * 255.0)
+        if image.min() >= 0 and image.max() <= 1 and np.abs(levels - image * 255.0).max() < LEVEL:
+            image = levels.astype(np.uint8)
     head = f"{image.dtype} {image.shape}".encode()
     return int.from_bytes(hashlib.blake2b(head + image.tobytes(), digest_size=8).digest(), "little")
 

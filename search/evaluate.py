@@ -3,7 +3,7 @@
 A candidate is scored in two steps, each compiled once and vmapped over a chunk of candidates. Unless kernels are fitted
 for each, a chunk is one large batch through shared kernels:
 
-1. *calibrate*: on a few training images, what makes up for removed units (fitted kernels, `engine.refit_masked`, or
+1. *calibrate*: on a few images, what makes up for removed units (fitted kernels, `engine.refit_masked`, or
    maps, `engine.reconstruct`) and the norms' running averages are found in one forward pass in training mode;
 2. *score*: the loss and the error on each image of `search`, at the temperature that suits the candidate best on the
    first batch.
@@ -124,7 +124,7 @@ def calibrate(subject: Subject, masks: Any, variables: Any, x: Array, reconstruc
         subject: the dense model.
         masks: the candidate's.
         variables: the dense ones.
-        x: images of `train`, `[N, H, W, C]`.
+        x: images that it is fitted to, `[N, H, W, C]`.
         reconstruct: how removed units are made up for.
     """
     key = jax.random.key(0)

@@ -100,7 +100,7 @@ def appraise(setting: Setting, plan: engine.Plan, epochs: int = 0, start: Tuned 
     """
     start = found = start or variant(setting, setting.subject, "", plan)
     if epochs:
-        found = tune(setting, start, lambda line: None, epochs=epochs, **taught(setting))
+        found = tune(setting, start, lambda line: None, epochs=epochs, **as_finalists(setting))
     answers = answering(found.infer, setting.roles.search)(found.variables)
     task, logits = answers.task, jnp.asarray(answers.logits)
     wanted = task.wanted(jnp.asarray(answers.labels), logits.shape[-1])
@@ -170,10 +170,10 @@ def fine_tuned(setting: Setting, start: Tuned, say: Callable[[str], None]) -> Tu
     note = answering(start.infer, crossval.pool(setting.roles)) if crossval.needed(setting) else None
     if not setting.recipe.epochs:
         return replace(start, trail=(note(start.variables),)) if note else start
-    return tune(setting, start, say, note=note, **taught(setting))
+    return tune(setting, start, say, note=note, **as_finalists(setting))
 
 
-def taught(setting: Setting) -> dict[str, Any]:
+def as_finalists(setting: Setting) -> dict[str, Any]:
     """How `tune` treats every finalist: what is held, and what it learns of the dense model."""
     return {"policy": setting.policy, "distill": setting.config.distill, "unlabelled": True}
 

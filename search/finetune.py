@@ -5,7 +5,8 @@
 
 An epoch goes over the batches of a fresh permutation, one compiled step each. All batches have one size: the last
 one is filled up with the first images of the same permutation, so that an epoch sees every image at least
-once and at most `batch_size - 1` of them twice. Leaves that are not trainable (batch statistics) have no
+once and at most `batch_size - 1` of them twice; where `recipe.steps`, or more images that come beside, ask for more
+steps, the same permutation starts again. Leaves that are not trainable (batch statistics) have no
 gradient and no optimiser state; the values that the forward pass returns for them take their place.
 
 Distillation follows G. Hinton, O. Vinyals, J. Dean: "Distilling the knowledge in a neural network",
@@ -25,6 +26,7 @@ from jax import Array
 from jax.tree_util import keystr
 
 from treesurgeon.engine.errors import TreesurgeonError
+from treesurgeon.search.augment import flip
 from treesurgeon.search.streaming import Feed, Streamed
 from treesurgeon.search.tasks import CLASSIFICATION, Task
 
@@ -44,7 +46,7 @@ class Recipe:
     """How to fine-tune.
 
     Attributes:
-        epochs: passes over `train`, at most.
+        epochs: passes over `train`, at most; over what comes beside it, if that takes more steps.
         batch_size: images a step; all of them where there are fewer.
         steps: of an epoch; None takes as many as see every image. More of them go over `train` again.
         beside: images a step of those that come beside `train`.
@@ -203,6 +205,7 @@ def objective(
     augment: Callable[[Array, Array], Array] | None = None,
     teacher: Callable[[Any, Array], Array] | None = None,
     unlabelled: float = 0.5,
+    mirror: bool = False,
 ) -> LossAndUpdates:
     """The task's loss with the labels `y`, mixed with the divergence from the teacher's softened answers.
 
@@ -217,30 +220,33 @@ def objective(
             patient and consistent", CVPR 2022.
         unlabelled: where a batch has `unlabelled` images, and `taught`, the teacher's logits for each of them, they go
             through the model beside the others, and the divergence on them has this weight, 0 to 1.
+        mirror: whether they are mirrored at random, which leaves the teacher's answers as they are; `augment` may not.
     """
 
     def apart(teacher: Array, logits: Array) -> Array:
         return temperature**2 * task.divergence(teacher / temperature, logits / temperature).mean()
 
     def loss_and_updates(params: Params, batch: Batch, key: Array) -> tuple[Array, Any]:
-        count, x = len(batch["x"]), batch["x"]
-        if "unlabelled" in batch:
-            x = jnp.concatenate([x, batch["unlabelled"]])
+        x, count = batch["x"], len(batch["x"])
         if augment is not None:
             key, own = jax.random.split(key)
             x = augment(own, x)
-        every, updates = train_apply(params, x, key)
+        more = batch.get("unlabelled")
+        if more is not None and mirror:
+            key, own = jax.random.split(key)
+            more = flip(own, more)
+        every, updates = train_apply(params, x if more is None else jnp.concatenate([x, more]), key)
         logits = every[:count]
         loss = task.losses(logits, batch["y"]).mean()
         if distill:
             if teacher is not None:
-                batch = {**batch, "teacher": teacher(batch["dense"], x[:count])}
+                batch = {**batch, "teacher": teacher(batch["dense"], x)}
             if "teacher" not in batch:
                 raise FinetuneError(
                     f"distill = {distill} needs the teacher's logits: pass data['teacher'], [images, classes]"
                 )
             loss = (1 - distill) * loss + distill * apart(batch["teacher"], logits)
-        if "unlabelled" in batch:
+        if more is not None:
             loss = (1 - unlabelled) * loss + unlabelled * apart(batch["taught"], every[count:])
         return loss, updates
 

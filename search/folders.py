@@ -24,17 +24,24 @@ class Folder:
         files: for each split, its images in order, each with its label.
     """
 
-    def __init__(self, root: Path, fail: Fail, shape: Sequence[int] | None = None):
+    def __init__(self, root: Path, fail: Fail, shape: Sequence[int] | None = None, labelled: bool = True):
         """List the images; nothing is decoded yet.
 
         Args:
             root: the directory.
             fail: makes the error of a message.
             shape: `(H, W)` or `(H, W, C)` to which images are scaled and cropped; by default they stay as they are.
+            labelled: whether folders are classes; otherwise all images below are one split, of no class.
         """
         self.fail, self.shape, self.modes = fail, None if shape is None else tuple(shape), {}
         if not root.is_dir():
             raise fail(f"expected a directory, got {'a file' if root.exists() else 'nothing'} at {root}")
+        if not labelled:
+            self.names, found = (), (file for folder in (root, *_below(root)) for file in _images(folder))
+            self.files = {"all": [(path, 0) for path in found]}
+            if not self.files["all"]:
+                raise fail(f"expected images below {root}, got none ({_readable()} are read)")
+            return
         folders = _folders(root)
         if any(_images(folder) for folder in folders):
             splits = {"all": folders}
@@ -48,8 +55,7 @@ class Folder:
         self.files = {split: files for split, files in self.files.items() if files}
         if not self.files:
             raise fail(
-                f"expected {root}/CLASS/*.png or {root}/SPLIT/CLASS/*.png, got no image there "
-                f"({', '.join(suffix[1:] for suffix in SUFFIXES)} are read)"
+                f"expected {root}/CLASS/*.png or {root}/SPLIT/CLASS/*.png, got no image there ({_readable()} are read)"
             )
 
     def labels(self, split: str) -> np.ndarray:
@@ -90,6 +96,15 @@ class Folder:
             with Image.open(path) as image:
                 self.modes["mode"] = "L" if image.mode in ("1", "L", "I", "I;16", "F") else "RGB"
         return self.modes["mode"]
+
+
+def _readable() -> str:
+    return ", ".join(suffix[1:] for suffix in SUFFIXES)
+
+
+def _below(root: Path) -> list[Path]:
+    """All folders below one, at any depth, in order."""
+    return [found for folder in _folders(root) for found in (folder, *_below(folder))]
 
 
 def _folders(root: Path) -> list[Path]:

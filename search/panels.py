@@ -91,11 +91,18 @@ def pareto(run: Run) -> Chart:
 
 def axis(run: Run, name: str) -> str:
     """An axis in words. Candidates' error is the task's own, whatever finished models are judged by."""
+    if name in ("error", "loss") and run.manifest["data"]["images"]["search"] < _taught(run):
+        return f"{name} on search and unlabelled images (finished models: on search)"
     if run.metric is ACCURACY:
         return AXES[name]
     wrong = "share of wrong answers" if run.task == CLASSIFICATION else f"1 - {run.task.score}"
     words = {"error": f"{wrong} on search", JUDGED: f"{run.metric.noun} on search (finished models)"}
     return words.get(name) or AXES[name]
+
+
+def _taught(run: Run) -> int:
+    """How many images scored candidates where unlabelled ones could be among them."""
+    return int(run.config["search_images"]) if run.config.get("unlabelled") else 0
 
 
 def finished(run: Run) -> list[Row]:

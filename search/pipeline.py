@@ -41,6 +41,7 @@ from treesurgeon.search.start import energies, starting_points, walk
 from treesurgeon.search.state import States
 from treesurgeon.search.subject import on_host
 from treesurgeon.search.tasks import CLASSIFICATION
+from treesurgeon.search.teacher import taught
 from treesurgeon.search.timings import Timings
 from treesurgeon.search.truncating import truncations
 from treesurgeon.search.tuning import Tuned
@@ -136,6 +137,9 @@ def go_on(setting: Setting, say: Say, pool: Pool, layout: Layout | None, timings
     text = json.dumps(asdict(shifted), indent=1) + "\n"
     hosts.together(lambda: (config.directory / "shift.json").write_text(text))
     states = States(config.directory / "state")
+    if setting.unlabelled:
+        with timings.part("the dense model's answers"):
+            setting = replace(setting, taught=states.arrays("taught", lambda: taught(setting))["logits"])
     with timings.part("ranking units"):
         space, crew = ranked(setting, states, say, pool, layout)
     variants = np.prod(space.cardinality.astype(float))

@@ -21,13 +21,13 @@ from treesurgeon.search.metrics import pick_metric
 from treesurgeon.search.policy import EVERYTHING, Policy, make_policy
 from treesurgeon.search.room import roomy
 from treesurgeon.search.selection import limits
+from treesurgeon.search.streaming import Streamed
 from treesurgeon.search.subject import Subject, on_device, open_subject
 from treesurgeon.search.tasks import CLASSIFICATION, TASKS, Units
-from treesurgeon.search.teacher import answers
 from treesurgeon.search.transfer import Labels, NewHead, adapted, match_labels, rescaled, with_new_head
 
 SOURCE_IMAGES = 1000  # at most
-CALIBRATION = 256  # images of train that units are ranked on
+CALIBRATION = 256  # images that units are ranked on
 BATCH, SMALLEST_BATCH, STEPS_AN_EPOCH = 128, 16, 16  # of fine-tuning, where nothing else is said
 STEPS, MOST_EPOCHS = 80, 30
 BESIDE = 64  # unlabelled images a step: with 64 a ResNet-56 learnt more of 5,000 images in an epoch than with 128
@@ -52,6 +52,7 @@ class Setting:
         units: of labels that are numbers, and of what the saved model returns.
         original: the model as the checkpoint has it, where its head and its statistics were replaced.
         unlabelled: images without a role, like those of `train`; their labels mean nothing.
+        taught: what the dense model answers to them, `[N, outputs]`, once that is known; see teacher.py.
     """
 
     config: Config
@@ -69,6 +70,7 @@ class Setting:
     units: Units | None = None
     original: Subject | None = None
     unlabelled: Split | None = None
+    taught: np.ndarray | None = None
 
     def calibration(self, count: int) -> np.ndarray:
         """Up to so many images for what needs no labels: those of `train`, then unlabelled ones, `[N, H, W, C]`."""
@@ -80,17 +82,25 @@ class Setting:
         unlabelled = {"unlabelled": self.unlabelled.fingerprint} if self.unlabelled else {}
         return self.roles.fingerprints | unlabelled
 
-    @cached_property
-    def taught(self) -> np.ndarray:
-        """What the dense model answers to the unlabelled images; see teacher.py."""
-        assert self.unlabelled
-        mirrored = self.config.augment != "none"
-        return answers(self.subject, self.unlabelled, self.calibration(self.config.statistics_images), mirrored)
+    @property
+    def labelled(self) -> Recipe:
+        """The recipe where no unlabelled images come beside `train`: as many steps, an epoch goes once over `train`."""
+        steps = math.ceil(len(self.roles.train) / min(self.recipe.batch_size, len(self.roles.train)))
+        epochs = math.ceil(self.recipe.epochs * (self.recipe.steps or steps) / steps)
+        return replace(self.recipe, steps=None, epochs=epochs)
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether mirror images mean the same."""
+        return self.config.augment != "none"
 
     @property
     def beside(self) -> dict[str, Any]:
         """What fine-tuning takes beside `train`: see `finetune.objective`."""
-        return {"unlabelled": self.unlabelled.images, "taught": self.taught} if self.unlabelled else {}
+        if not self.unlabelled:
+            return {}
+        assert self.taught is not None
+        return {"unlabelled": self.unlabelled.images, "taught": self.taught}
 
     @property
     def unlabelled_weight(self) -> float:
@@ -100,9 +110,17 @@ class Setting:
         return more / (more + len(self.roles.train)) if given is None else given
 
     @property
+    def images(self) -> dict[str, int]:
+        """How many images have each role, and how many none."""
+        unlabelled = {"unlabelled": len(self.unlabelled)} if self.unlabelled else {}
+        return {role: len(getattr(self.roles, role)) for role in ROLES} | unlabelled
+
+    @property
     def scored(self) -> int:
         """How many images score a candidate."""
-        return min(self.config.search_images, len(self.roles.search) + len(self.unlabelled or ()))
+        search = self.roles.search
+        more = 0 if isinstance(search.images, Streamed) else len(self.unlabelled or ())  # many images, then
+        return min(self.config.search_images, len(search) + more)
 
     @cached_property
     def scoring(self) -> Split:
@@ -114,6 +132,7 @@ class Setting:
         more = self.scored - len(search)
         if not self.unlabelled or more <= 0:
             return search
+        assert self.taught is not None
         order = np.random.default_rng(self.config.seed).permutation(self.scored)
 
         def joined(ours: Any, theirs: Any) -> np.ndarray:
@@ -123,8 +142,9 @@ class Setting:
             search,
             images=joined(search.images, self.unlabelled.images),
             labels=joined(search.labels, search.task.decided(self.taught)),
-            indices=joined(search.indices, self.unlabelled.indices),
-            digests=joined(search.digests, self.unlabelled.digests),
+            indices=np.arange(self.scored),
+            origin=(),
+            digests=np.zeros(0, np.uint64),
             fingerprint="",
         )
 
@@ -193,20 +213,20 @@ def prepare(config: Config, hold: int | None = None) -> Setting:
     config.check()
     opened = open_parts(config, hold)
     with roomy(opened.subject.variables):
-        return _fitted_together(replace(opened, subject=on_device(opened.subject)))
+        return _fitted_together(replace(opened, subject=on_device(opened.subject)), hold)
 
 
-def _fitted_together(opened: Opened) -> Setting:
+def _fitted_together(opened: Opened, hold: int | None) -> Setting:
     """Model and data, with a head for the data's labels."""
     config, subject, roles, head, units = opened.config, opened.subject, opened.roles, None, None
     like = {"input_shape": subject.spec.input_shape, "mean": opened.mean, "std": opened.std, "seed": config.seed}
     theirs = unlabelled = None
     if config.source_data:
-        source = open_source(config.source_data, config.data_dir or None)
+        source = open_source(config.source_data, config.data_dir or None, subject.spec.input_shape, labelled=False)
         theirs = np.asarray(sample_images(source, SOURCE_IMAGES, **like).images)
     if config.unlabelled:
-        source = open_source(config.unlabelled, config.data_dir or None)
-        unlabelled = sample_images(source, config.unlabelled_images, **like, roles=roles)
+        source = open_source(config.unlabelled, config.data_dir or None, subject.spec.input_shape, labelled=False)
+        unlabelled = sample_images(source, config.unlabelled_images, **like, roles=roles, hold=hold)
         unlabelled = replace(unlabelled, task=roles.task)
     checkpoint = fingerprint(subject.variables)
     if config.task == "regression":

@@ -37,10 +37,11 @@ class Address:
     data_dir: str | None
     shape: tuple[int, ...] | None
     task: TaskName | None = None
+    labelled: bool = True
 
     def open(self) -> "Source":
         """Open it."""
-        return open_source(self.spec, self.data_dir, self.shape, self.task)
+        return open_source(self.spec, self.data_dir, self.shape, self.task, self.labelled)
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ def open_source(
     data_dir: str | Path | None = None,
     shape: Sequence[int] | None = None,
     task: TaskName | None = None,
+    labelled: bool = True,
 ) -> Source:
     """Open a dataset that is on this machine.
 
@@ -102,20 +104,24 @@ def open_source(
         shape: `(H, W)` or `(H, W, C)` to which the images of a folder are scaled and cropped; those of other sources
             stay as they are.
         task: what the labels are for, if not what they look like.
+        labelled: False asks for images alone: labels may be missing, and none are read. Of an npz `x`, or every
+            `x_SPLIT`, is enough, and of a folder images at any depth.
 
     Raises:
         DataError: it is not there, or cannot be read; the message says what to run.
     """
     root = default_data_dir() if data_dir is None else Path(data_dir).expanduser()
-    found = _open(spec, root, shape)
-    if task is None:
+    found = _open(spec, root, shape, labelled)
+    if not labelled:
+        pass
+    elif task is None:
         _refuse_ambiguous(found)
     elif task != found.task:
         found = _recast(found, task)
     if spec.startswith("npz:"):
         return found
     where = None if data_dir is None else str(data_dir)
-    return replace(found, address=Address(spec, where, None if shape is None else tuple(shape), task))
+    return replace(found, address=Address(spec, where, None if shape is None else tuple(shape), task, labelled))
 
 
 def _every_label(source: Source) -> np.ndarray:
@@ -170,20 +176,21 @@ def _recast(source: Source, task: TaskName) -> Source:
     return replace(source, label_names=names, read_labels=numbers, task=task)
 
 
-def _open(spec: str, root: Path, shape: Sequence[int] | None) -> Source:
+def _open(spec: str, root: Path, shape: Sequence[int] | None, labelled: bool) -> Source:
     kind, _, rest = spec.partition(":")
     if spec == "digits":
         from treesurgeon.search import digits  # imports TFDS and scikit-learn: seconds, and only here
 
-        return _tfds_source(spec, digits.prepare(root))
+        return _tfds_source(spec, digits.prepare(root), labelled)
     if kind == "tfds" and rest:
-        return _tfds_source(spec, _find_prepared(spec, rest, root))
+        return _tfds_source(spec, _find_prepared(spec, rest, root), labelled)
     if kind == "tfds-dir" and rest:
-        return _tfds_source(spec, Path(rest).expanduser().absolute())
+        return _tfds_source(spec, Path(rest).expanduser().absolute(), labelled)
     if kind == "npz" and rest:
-        return _npz_source(spec, Path(rest).expanduser().absolute())
+        return _npz_source(spec, Path(rest).expanduser().absolute(), labelled)
     if kind == "folder" and rest:
-        found = Folder(Path(rest).expanduser().absolute(), lambda text: DataError(f"data {spec!r}: {text}"), shape)
+        path = Path(rest).expanduser().absolute()
+        found = Folder(path, lambda text: DataError(f"data {spec!r}: {text}"), shape, labelled)
         splits = {split: len(files) for split, files in found.files.items()}
         return Source(spec, splits, found.names, found.labels, found.images, named=True)
     raise DataError(f"data {spec!r}: expected {FORMS}")
@@ -213,7 +220,7 @@ def _find_prepared(spec: str, name: str, root: Path) -> Path:
     )
 
 
-def _tfds_source(spec: str, path: Path) -> Source:
+def _tfds_source(spec: str, path: Path, labelled: bool = True) -> Source:
     if not (path / "dataset_info.json").is_file():
         inside = sorted(p.parent for p in path.glob("**/dataset_info.json")) if path.is_dir() else []
         hint = f"; did you mean {inside[-1]}?" if inside else ""
@@ -236,12 +243,8 @@ def _tfds_source(spec: str, path: Path) -> Source:
             f"data {spec!r}: expected array_record files, which can be read by index, got {stored}; run\n"
             f"  tfds convert_format --dataset_dir={path} --out_file_format=array_record"
         )
-    image, label = _feature_keys(spec, builder.info)
-    several = isinstance(features[label], tfds.features.Sequence)  # of classes
-    names: Any = getattr(features[label].feature if several else features[label], "names", None)
-    if several and names is None:
-        raise DataError(f"data {spec!r}: expected labels {label!r} that are a class, or a sequence of named classes")
-    skip_images = {image: tfds.decode.SkipDecoding()}  # pyright: ignore[reportCallIssue]
+    splits = {name: int(info.num_examples) for name, info in builder.info.splits.items()}
+    image, *label = _feature_keys(spec, builder.info, 2 if labelled else 1)
 
     def read(split: str, indices: Sequence[int], key: str, decoders: Any) -> list[Any]:
         try:
@@ -254,15 +257,6 @@ def _tfds_source(spec: str, path: Path) -> Source:
                 f"({type(error).__name__}: {first_line(error)}); prepare the dataset again"
             ) from error
 
-    def read_labels(split: str) -> np.ndarray:
-        total = splits[split]
-        starts = range(0, total, BATCH)
-        batches = [range(start, min(start + BATCH, total)) for start in starts]
-        found = [value for batch in batches for value in read(split, batch, label, skip_images)]
-        if several:
-            return np.array([np.isin(np.arange(len(names)), value) for value in found], np.float32)
-        return np.array(found)
-
     def read_images(split: str, indices: np.ndarray) -> np.ndarray:
         images = read(split, indices.tolist(), image, None)
         shapes = sorted({np.shape(i) for i in images})
@@ -273,7 +267,23 @@ def _tfds_source(spec: str, path: Path) -> Source:
             )
         return np.stack(images)
 
-    splits = {name: int(info.num_examples) for name, info in builder.info.splits.items()}
+    if not labelled:
+        return Source(spec, splits, (), _no_labels(splits), read_images)
+    several = isinstance(features[label[0]], tfds.features.Sequence)  # of classes
+    names: Any = getattr(features[label[0]].feature if several else features[label[0]], "names", None)
+    if several and names is None:
+        raise DataError(f"data {spec!r}: expected labels {label[0]!r} that are a class, or a sequence of named classes")
+    skip_images = {image: tfds.decode.SkipDecoding()}  # pyright: ignore[reportCallIssue]
+
+    def read_labels(split: str) -> np.ndarray:
+        total = splits[split]
+        starts = range(0, total, BATCH)
+        batches = [range(start, min(start + BATCH, total)) for start in starts]
+        found = [value for batch in batches for value in read(split, batch, label[0], skip_images)]
+        if several:
+            return np.array([np.isin(np.arange(len(names)), value) for value in found], np.float32)
+        return np.array(found)
+
     named = names is not None
     if several:
         return Source(spec, splits, tuple(names), read_labels, read_images, named, task="multilabel")
@@ -302,15 +312,20 @@ def _of_rows(source: Source, every: np.ndarray, names: Sequence[str] = ()) -> So
     return replace(source, label_names=tuple(names) or counted, read_labels=rows, named=bool(names), task=task)
 
 
-def _feature_keys(spec: str, info: Any) -> tuple[str, str]:
-    """Names of the image and of the label: the supervised keys, else those called so."""
+def _no_labels(splits: Mapping[str, int]) -> Callable[[str], np.ndarray]:
+    return lambda split: np.zeros(splits[split], np.int32)
+
+
+def _feature_keys(spec: str, info: Any, count: int) -> Sequence[str]:
+    """Names of the image and of the label, or of the first alone: the supervised keys, else those called so."""
     keys = info.supervised_keys or ("image", "label")
-    if len(keys) != 2 or not all(isinstance(key, str) and key in info.features for key in keys):
+    if len(keys) != 2 or not all(isinstance(key, str) and key in info.features for key in keys[:count]):
+        wanted = "supervised keys (image, label), or features of these names"
         raise DataError(
-            f"data {spec!r}: expected supervised keys (image, label), or features of these names, got "
-            f"{keys} and features {list(info.features)}"
+            f"data {spec!r}: expected {wanted if count == 2 else 'a feature image'}, got {keys} and features "
+            f"{list(info.features)}"
         )
-    return keys
+    return keys[:count]
 
 
 @contextlib.contextmanager
@@ -325,7 +340,7 @@ def _quiet_absl() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _npz_source(spec: str, path: Path) -> Source:
+def _npz_source(spec: str, path: Path, labelled: bool = True) -> Source:
     if not path.is_file():
         raise DataError(f"data {spec!r}: expected a .npz file, got no such file: {path}")
     try:
@@ -342,6 +357,8 @@ def _npz_source(spec: str, path: Path) -> Source:
     pairs = {"all": ("x", "y")} if {"x", "y"} & arrays.keys() else {}
     names = dict.fromkeys(n[2:] for n in arrays if n.startswith(("x_", "y_")))
     pairs |= {name: (f"x_{name}", f"y_{name}") for name in names}
+    if not labelled:
+        arrays |= {y: np.zeros(len(arrays[x]), int) for x, y in pairs.values() if x in arrays and arrays[x].ndim}
     absent = [key for pair in pairs.values() for key in pair if key not in arrays]
     if absent or not pairs:
         raise DataError(

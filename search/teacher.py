@@ -4,11 +4,12 @@ Where inputs are shifted, its answers under the checkpoint's norm statistics and
 different images, and both err less on an image and its mirror image together than on one of them. The teacher is the
 mean of all of these: B. Lakshminarayanan et al.: "Simple and scalable predictive uncertainty estimation using deep
 ensembles", NeurIPS 2017; that a student learns an ensemble's answers from unlabelled images: C. Bucila et al.: "Model
-compression", KDD 2006.
+compression", KDD 2006. A new head stands on the data's statistics alone, and so does its teacher.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,20 @@ from jax import Array
 
 from treesurgeon.search.data import Split
 from treesurgeon.search.evaluate import answering
+from treesurgeon.search.setting import Setting
 from treesurgeon.search.subject import Subject
 from treesurgeon.search.transfer import adapted
 
 
+def taught(setting: Setting) -> Mapping[str, np.ndarray]:
+    """The logits for a setting's unlabelled images, as `States.arrays` keeps them."""
+    assert setting.unlabelled
+    images = setting.calibration(0 if setting.head else setting.config.statistics_images)
+    return {"logits": answers(setting.subject, setting.unlabelled, images, setting.mirrored)}
+
+
 def answers(dense: Subject, split: Split, calibration: np.ndarray, mirrored: bool) -> np.ndarray:
-    """Logits `[N, classes]` for each image of a split.
+    """Logits `[N, outputs]` for each image of a split.
 
     Args:
         dense: the model.

@@ -72,7 +72,8 @@ def tune(
     metric = config.judged_by
     whole = not start.plan.keep and not start.plan.drop
     train = subject.train if whole else engine.narrow(subject.train, subject.graph, start.plan)
-    recipe = setting.recipe
+    beside = setting.beside if unlabelled else {}
+    recipe = setting.recipe if beside else setting.labelled
     if epochs is not None:
         recipe = replace(recipe, epochs=epochs)
     if learning_rate is not None:
@@ -83,7 +84,6 @@ def tune(
         given["dense"], teacher = dense.variables, dense.infer
     elif distill:
         data["teacher"] = answering(dense.infer, roles.train)(dense.variables).logits
-    beside = setting.beside if unlabelled else {}
     trainable, rates = policy.leaves(subject.graph, start.variables)
     loss = objective(
         held(train, policy.frozen),
@@ -92,6 +92,7 @@ def tune(
         augment=augment,
         teacher=teacher,
         unlabelled=setting.unlabelled_weight,
+        mirror=setting.mirrored,
     )
     measure, trail = measurer(start.infer, roles.search, metric=metric), []
 

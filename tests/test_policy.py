@@ -171,9 +171,9 @@ def test_only_images_are_augmented():
     check_augment("none", (7,))
     check_augment("flip-crop", (2, 2, 1))
     for shape in ((7,), (1, 7, 1)):
-        with pytest.raises(RunError, match=r"--augment flip-crop mirrors .* the model takes inputs \["):
+        with pytest.raises(RunError, match=r"--augment flip-crop changes .* the model takes inputs \["):
             check_augment("flip-crop", shape)
-    with pytest.raises(RunError, match="--augment blur: expected one of none, flip-crop"):
+    with pytest.raises(RunError, match="--augment blur: expected one of none, flip, flip-crop"):
         check_augment("blur", (8, 8, 1))
 
 

@@ -7,19 +7,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from smallrun import small_config
 
 from treesurgeon import engine
 from treesurgeon.engine import TreesurgeonError
 from treesurgeon.search import DataError, run
 from treesurgeon.search.data import open_source, sample_images, split_roles
+from treesurgeon.search.finalists import fine_tuned, variant
 from treesurgeon.search.finetune import Recipe, fit, objective
 from treesurgeon.search.setting import make_recipe, prepare
+from treesurgeon.search.streaming import Streamed
 from treesurgeon.search.subject import random_subject
 from treesurgeon.search.tasks import TASKS
-from treesurgeon.search.teacher import answers
+from treesurgeon.search.teacher import answers, taught
+from treesurgeon.search.tuning import tune
 
 RNG = np.random.default_rng(0)
+
+
+def known(setting):
+    return replace(setting, taught=taught(setting)["logits"])
 
 
 def images_of(split):
@@ -41,6 +49,46 @@ def test_images_that_have_a_role_are_left_out(source, count, found):
     assert len(images_of(split)) == found
     for role in ("train", "search", "certify", "test"):
         assert not images_of(split) & images_of(getattr(roles, role))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64])
+def test_bytes_are_known_again_as_floats(tmp_path, dtype):
+    x = RNG.integers(0, 256, (60, 4, 4, 1)).astype(np.uint8)
+    np.savez(tmp_path / "bytes.npz", x=x, y=np.arange(60) % 2)
+    np.savez(tmp_path / "floats.npz", x=np.concatenate([(x / 255).astype(dtype), RNG.random(x.shape).astype(dtype)]))
+    roles = split_roles(open_source(f"npz:{tmp_path / 'bytes.npz'}"), (), input_shape=(4, 4, 1))
+    more = open_source(f"npz:{tmp_path / 'floats.npz'}", labelled=False)
+    found = sample_images(more, 120, input_shape=(4, 4, 1), roles=roles)
+    assert sorted(found.indices) == list(range(60, 120))
+
+
+def test_labels_may_be_missing(tmp_path):
+    x = RNG.integers(0, 256, (6, 5, 4, 3)).astype(np.uint8)
+    np.savez(tmp_path / "alone.npz", x_train=x, x_test=x[:2])
+    np.savez(tmp_path / "odd.npz", x=x, y=np.full((9, 2), np.nan))
+    for i, image in enumerate(x):
+        path = tmp_path / "files" / ("" if i < 2 else "deep/er") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    for spec, count in (
+        (f"npz:{tmp_path}/alone.npz", 8),
+        (f"npz:{tmp_path}/odd.npz", 6),
+        (f"folder:{tmp_path}/files", 6),
+    ):
+        assert len(sample_images(open_source(spec, labelled=False), 99, input_shape=(5, 4, 3))) == count
+        if spec.startswith("npz"):
+            with pytest.raises(DataError):
+                open_source(spec)
+    resized = sample_images(
+        open_source(f"folder:{tmp_path}/files", None, (3, 3, 1), labelled=False), 9, input_shape=(3, 3, 1)
+    )
+    assert resized.images.shape == (6, 3, 3, 1)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match="expected images below"):
+        open_source(f"folder:{tmp_path}/none", labelled=False)
+    np.savez(tmp_path / "labels.npz", y=np.zeros(3))
+    with pytest.raises(DataError, match="expected arrays"):
+        open_source(f"npz:{tmp_path}/labels.npz", labelled=False)
 
 
 def test_the_choice_is_the_seeds_and_labels_do_not_matter(source):
@@ -82,7 +130,7 @@ def test_an_epoch_goes_over_the_larger_part_and_over_the_other_again(rows, besid
 def test_the_loss_is_that_of_the_labels_and_the_divergence_of_the_rest(name):
     task, kernel = TASKS[name], RNG.normal(size=(4, 3)).astype(np.float32)
     x, more = RNG.normal(size=(2, 5, 4)).astype(np.float32)
-    taught = RNG.normal(size=(5, 3)).astype(np.float32)
+    answered = RNG.normal(size=(5, 3)).astype(np.float32)
     y = {"classification": np.arange(5) % 3, "multilabel": np.eye(3)[np.arange(5) % 3], "regression": x[:, :3]}[name]
     calls = []
 
@@ -92,9 +140,9 @@ def test_the_loss_is_that_of_the_labels_and_the_divergence_of_the_rest(name):
 
     loss = objective(train, task=task, temperature=2.0, unlabelled=0.75)
     batch = {"x": x, "y": jnp.asarray(y), "unlabelled": more}
-    both, _ = loss(kernel, batch | {"taught": taught}, jax.random.key(0))
+    both, _ = loss(kernel, batch | {"taught": answered}, jax.random.key(0))
     labels = task.losses(jnp.asarray(x @ kernel), jnp.asarray(y)).mean()
-    rest = 4 * task.divergence(jnp.asarray(taught / 2), jnp.asarray(more @ kernel / 2)).mean()
+    rest = 4 * task.divergence(jnp.asarray(answered / 2), jnp.asarray(more @ kernel / 2)).mean()
     assert both == pytest.approx(float(0.25 * labels + 0.75 * rest), rel=1e-5)
     agreed, _ = loss(kernel, batch | {"taught": more @ kernel}, jax.random.key(0))
     assert agreed == pytest.approx(float(labels) / 4, rel=1e-5)
@@ -136,18 +184,77 @@ def test_what_needs_no_labels_is_fitted_to_them(tmp_path):
     assert prepare(replace(config, unlabelled_weight=0.25)).unlabelled_weight == 0.25
 
 
+def test_finalists_learn_from_them_and_plain_baselines_do_not(tmp_path):
+    setting = known(prepare(with_more(tmp_path, epochs=1)))
+    start = variant(setting, setting.subject, "v1", engine.Plan())
+    said = []
+    both, plain = (tune(setting, start, said.append, unlabelled=each) for each in (True, False))
+    assert not same(both.variables, plain.variables)
+    assert same(fine_tuned(setting, start, said.append).variables, both.variables)
+    alone = replace(setting, unlabelled=None, taught=None)
+    assert same(tune(alone, start, said.append, unlabelled=True).variables, plain.variables)
+    weightless = replace(setting, config=replace(setting.config, unlabelled_weight=0.0))
+    assert not same(tune(weightless, start, said.append, unlabelled=True).variables, both.variables)
+
+
+def same(one, two):
+    return jax.tree.all(jax.tree.map(np.array_equal, one, two))
+
+
+def test_the_baselines_take_as_many_steps(tmp_path):
+    setting = prepare(with_more(tmp_path, epochs=3))
+    assert (len(setting.roles.train), setting.recipe.batch_size, setting.recipe.steps) == (80, 16, 5)
+    more = replace(setting, recipe=replace(setting.recipe, steps=12))
+    assert setting.labelled == replace(setting.recipe, steps=None)
+    assert more.labelled == replace(setting.recipe, steps=None, epochs=8)  # 36 steps, five an epoch
+
+
+@pytest.mark.parametrize("name", ["multilabel", "regression"])
+def test_other_tasks_and_a_new_head(tmp_path, name):
+    config = with_more(tmp_path, epochs=1, baselines=False)
+    with np.load(tmp_path / "data.npz") as found:
+        data = dict(found)
+    for split in ("train", "test"):
+        y = data[f"y_{split}"]
+        data[f"y_{split}"] = {
+            "multilabel": np.stack([y > 1, y % 2, y < 3], 1).astype(int), "regression": y + 0.5,
+        }[name]  # fmt: skip
+    np.savez(tmp_path / "other.npz", **data)
+    outcome = run(
+        replace(config, data=f"npz:{tmp_path / 'other.npz'}", head="auto", search_images=100), lambda line: None
+    )
+    manifest = json.loads((outcome.path / "manifest.json").read_text())
+    assert manifest["task"] == name
+    assert manifest["data"]["images"]["unlabelled"] == 300
+
+
+def test_images_on_disk_are_the_same(tmp_path):
+    config = with_more(tmp_path)
+    for i, image in enumerate(RNG.integers(0, 256, (20, 8, 8)).astype(np.uint8)):
+        (tmp_path / "files").mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "files" / f"{i}.png")
+    config = replace(config, unlabelled=f"folder:{tmp_path / 'files'}", epochs=1)
+    held, streamed = (known(prepare(config, hold)) for hold in (None, 0))
+    assert isinstance(streamed.unlabelled.images, Streamed)
+    assert np.array_equal(held.calibration(100), streamed.calibration(100))
+    assert np.array_equal(held.taught, streamed.taught)
+    start = variant(held, held.subject, "v1", engine.Plan())
+    one, two = (tune(each, start, lambda line: None, unlabelled=True).variables for each in (held, streamed))
+    assert same(one, two)
+
+
 def test_candidates_are_scored_on_them_where_search_is_small(tmp_path):
-    setting = prepare(with_more(tmp_path, search_images=150))
+    setting = known(prepare(with_more(tmp_path, search_images=150)))
     search, split = setting.roles.search, setting.scoring
     rest = setting.unlabelled
     assert len(search) < 150
     assert len(split) == 150
-    known = {image.tobytes(): label for image, label in zip(search.images, search.labels, strict=True)}
-    taught = dict(zip([image.tobytes() for image in rest.images], setting.taught.argmax(1), strict=True))
+    labels = {image.tobytes(): label for image, label in zip(search.images, search.labels, strict=True)}
+    decided = dict(zip([image.tobytes() for image in rest.images], setting.taught.argmax(1), strict=True))
     for image, label in zip(split.images, split.labels, strict=True):
-        assert (known | taught)[image.tobytes()] == label
-    assert sum(image.tobytes() in known for image in split.images) == len(search)
-    assert 0 < sum(image.tobytes() in known for image in split.images[:75]) < len(search)
+        assert (labels | decided)[image.tobytes()] == label
+    assert sum(image.tobytes() in labels for image in split.images) == len(search)
+    assert 0 < sum(image.tobytes() in labels for image in split.images[:75]) < len(search)
     assert prepare(replace(setting.config, search_images=32)).scoring.images.shape == search.images.shape
 
 
@@ -167,11 +274,13 @@ def test_the_recipe_counts_the_steps_of_both():
 
 
 def test_a_run_learns_from_them_and_says_so(tmp_path):
-    config, said = with_more(tmp_path, epochs=2, augment="flip", truncations=1), []
+    config, said = with_more(tmp_path, epochs=2, augment="flip", truncations=1, search_images=200), []
     outcome = run(config, said.append)
     assert any("300 images without labels" in line for line in said)
     assert "unlabelled" in json.loads((config.directory / "config.json").read_text())["data"]
     metrics = json.loads((outcome.path / "manifest.json").read_text())["metrics"]
+    assert "300 images of" in (outcome.path / "README.md").read_text()
+    assert "on search and unlabelled images" in (config.directory / "report.html").read_text()
     assert {"dense fine-tuned", "dense, unlabelled too"} <= set(metrics)
     plain = run(replace(config, unlabelled="", out=str(tmp_path / "plain")), lambda line: None)
     found = json.loads((plain.path / "manifest.json").read_text())["metrics"]
@@ -183,6 +292,7 @@ def test_a_run_learns_from_them_and_says_so(tmp_path):
     ({"unlabelled": "npz:absent.npz"}, "absent.npz"), ({"unlabelled": "npz:{home}/data.npz"}, "train, search, certify"),
     ({"unlabelled_images": 0}, "--unlabelled-images 0: expected at least 1"),
     ({"unlabelled_weight": 1.5}, "--unlabelled-weight from 0 to 1"),
+    ({"unlabelled_weight": 0.5}, "--unlabelled, which is not given"),
 ])  # fmt: skip
 def test_bad_input(tmp_path, changes, message):
     changes = {k: v.format(home=tmp_path) if isinstance(v, str) else v for k, v in changes.items()}
