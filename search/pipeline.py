@@ -41,10 +41,10 @@ from treesurgeon.search.start import energies, starting_points, walk
 from treesurgeon.search.state import States
 from treesurgeon.search.subject import on_host
 from treesurgeon.search.tasks import CLASSIFICATION
-from treesurgeon.search.teacher import taught
 from treesurgeon.search.timings import Timings
 from treesurgeon.search.truncating import truncations
 from treesurgeon.search.tuning import Tuned
+from treesurgeon.search.unlabelled import taught
 from treesurgeon.search.workers import Crew, Job
 
 Say = Callable[[str], None]

@@ -18,6 +18,7 @@ from treesurgeon.search.setting import Setting
 from treesurgeon.search.sharding import Layout, describe_layout, pick_layout
 from treesurgeon.search.space import Space
 from treesurgeon.search.sweep import Sweep
+from treesurgeon.search.unlabelled import scoring
 from treesurgeon.search.workers import Crew, RemoteEvaluator, RemoteSweep
 
 SWEEP_IMAGES = 128  # of search
@@ -64,7 +65,7 @@ def hire(setting: Setting, space: Space, pool: Pool, say: Callable[[str], None])
 
 def scored(setting: Setting) -> Batches:
     """The images that candidates are scored on."""
-    return batches(setting.scoring, SCORED_AT_ONCE, setting.scored)
+    return batches(scoring(setting), SCORED_AT_ONCE, setting.scored)
 
 
 def make_scorer(
@@ -100,7 +101,7 @@ def make_sweep(setting: Setting, space: Space, layout: Layout | None = None, cre
     config = setting.config
     count = min(config.calibration_images, SWEEP_CALIBRATION)
     calibration = jnp.asarray(setting.calibration(count)) if count else None
-    data = batches(setting.scoring, SWEEP_IMAGES, SWEEP_IMAGES)
+    data = batches(scoring(setting), SWEEP_IMAGES, SWEEP_IMAGES)
     given = setting.subject, space, calibration, data
     options: Any = {"chunk": config.chunk, "reconstruct": config.reconstruct, "layout": layout}
     return RemoteSweep(crew, *given, **options) if crew else Sweep(*given, **options)

@@ -6,7 +6,6 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import jax
@@ -52,7 +51,7 @@ class Setting:
         units: of labels that are numbers, and of what the saved model returns.
         original: the model as the checkpoint has it, where its head and its statistics were replaced.
         unlabelled: images without a role, like those of `train`; their labels mean nothing.
-        taught: what the dense model answers to them, `[N, outputs]`, once that is known; see teacher.py.
+        taught: what the dense model answers to them, `[N, outputs]`, once that is known; see unlabelled.py.
     """
 
     config: Config
@@ -95,21 +94,6 @@ class Setting:
         return self.config.augment != "none"
 
     @property
-    def beside(self) -> dict[str, Any]:
-        """What fine-tuning takes beside `train`: see `finetune.objective`."""
-        if not self.unlabelled:
-            return {}
-        assert self.taught is not None
-        return {"unlabelled": self.unlabelled.images, "taught": self.taught}
-
-    @property
-    def unlabelled_weight(self) -> float:
-        """Of that, in the loss."""
-        more = len(self.unlabelled or ())
-        given = self.config.unlabelled_weight
-        return more / (more + len(self.roles.train)) if given is None else given
-
-    @property
     def images(self) -> dict[str, int]:
         """How many images have each role, and how many none."""
         unlabelled = {"unlabelled": len(self.unlabelled)} if self.unlabelled else {}
@@ -121,32 +105,6 @@ class Setting:
         search = self.roles.search
         more = 0 if isinstance(search.images, Streamed) else len(self.unlabelled or ())  # many images, then
         return min(self.config.search_images, len(search) + more)
-
-    @cached_property
-    def scoring(self) -> Split:
-        """What scores candidates: `search`, and where that has too few images unlabelled ones, with what `taught` says.
-
-        Agreement with the dense model on many images tells candidates apart better than the labels of few.
-        """
-        search = self.roles.search
-        more = self.scored - len(search)
-        if not self.unlabelled or more <= 0:
-            return search
-        assert self.taught is not None
-        order = np.random.default_rng(self.config.seed).permutation(self.scored)
-
-        def joined(ours: Any, theirs: Any) -> np.ndarray:
-            return np.concatenate([ours[:], theirs[:more]])[order]  # any prefix is a random sample
-
-        return replace(
-            search,
-            images=joined(search.images, self.unlabelled.images),
-            labels=joined(search.labels, search.task.decided(self.taught)),
-            indices=np.arange(self.scored),
-            origin=(),
-            digests=np.zeros(0, np.uint64),
-            fingerprint="",
-        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,6 +16,7 @@ from treesurgeon.search.metrics import Answers
 from treesurgeon.search.policy import EVERYTHING, Policy, held
 from treesurgeon.search.setting import Setting
 from treesurgeon.search.subject import Subject
+from treesurgeon.search.unlabelled import beside, weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +73,8 @@ def tune(
     metric = config.judged_by
     whole = not start.plan.keep and not start.plan.drop
     train = subject.train if whole else engine.narrow(subject.train, subject.graph, start.plan)
-    beside = setting.beside if unlabelled else {}
-    recipe = setting.recipe if beside else setting.labelled
+    more = beside(setting) if unlabelled else {}
+    recipe = setting.recipe if more else setting.labelled
     if epochs is not None:
         recipe = replace(recipe, epochs=epochs)
     if learning_rate is not None:
@@ -91,7 +92,7 @@ def tune(
         distill=distill,
         augment=augment,
         teacher=teacher,
-        unlabelled=setting.unlabelled_weight,
+        unlabelled=weight(setting),
         mirror=setting.mirrored,
     )
     measure, trail = measurer(start.infer, roles.search, metric=metric), []
@@ -102,7 +103,7 @@ def tune(
         return measure(variables)
 
     key = jax.random.key(config.seed)
-    result = fit(loss, start.variables, trainable, data, recipe, key, evaluate, rates=rates, given=given, beside=beside)
+    result = fit(loss, start.variables, trainable, data, recipe, key, evaluate, rates=rates, given=given, beside=more)
     errors = ", ".join(metric.show(epoch.search_error) for epoch in result.history)
     say(
         f"fine-tuned {start.name} ({start.cost['params']:,} parameters): {metric.noun} on search {errors}; "

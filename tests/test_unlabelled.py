@@ -20,8 +20,8 @@ from treesurgeon.search.setting import make_recipe, prepare
 from treesurgeon.search.streaming import Streamed
 from treesurgeon.search.subject import random_subject
 from treesurgeon.search.tasks import TASKS
-from treesurgeon.search.teacher import answers, taught
 from treesurgeon.search.tuning import tune
+from treesurgeon.search.unlabelled import answers, scoring, taught, weight
 
 RNG = np.random.default_rng(0)
 
@@ -180,8 +180,8 @@ def test_what_needs_no_labels_is_fitted_to_them(tmp_path):
     assert len(setting.calibration(1000)) == 380
     assert setting.recipe.steps == 5  # 80 images, 16 a batch
     assert setting.recipe.epochs == 0
-    assert setting.unlabelled_weight == 300 / 380
-    assert prepare(replace(config, unlabelled_weight=0.25)).unlabelled_weight == 0.25
+    assert weight(setting) == 300 / 380
+    assert weight(prepare(replace(config, unlabelled_weight=0.25))) == 0.25
 
 
 def test_finalists_learn_from_them_and_plain_baselines_do_not(tmp_path):
@@ -245,7 +245,7 @@ def test_images_on_disk_are_the_same(tmp_path):
 
 def test_candidates_are_scored_on_them_where_search_is_small(tmp_path):
     setting = known(prepare(with_more(tmp_path, search_images=150)))
-    search, split = setting.roles.search, setting.scoring
+    search, split = setting.roles.search, scoring(setting)
     rest = setting.unlabelled
     assert len(search) < 150
     assert len(split) == 150
@@ -255,7 +255,7 @@ def test_candidates_are_scored_on_them_where_search_is_small(tmp_path):
         assert (labels | decided)[image.tobytes()] == label
     assert sum(image.tobytes() in labels for image in split.images) == len(search)
     assert 0 < sum(image.tobytes() in labels for image in split.images[:75]) < len(search)
-    assert prepare(replace(setting.config, search_images=32)).scoring.images.shape == search.images.shape
+    assert scoring(prepare(replace(setting.config, search_images=32))).images.shape == search.images.shape
 
 
 @pytest.mark.parametrize(("name", "wanted"), [

@@ -1,4 +1,4 @@
-"""What the dense model answers to images without labels, for smaller models to learn from.
+"""Images without labels: what the dense model answers to them, for smaller models to learn from and to be scored by.
 
 Where inputs are shifted, its answers under the checkpoint's norm statistics and under those of the data at hand err on
 different images, and both err less on an image and its mirror image together than on one of them. The teacher is the
@@ -10,6 +10,7 @@ compression", KDD 2006. A new head stands on the data's statistics alone, and so
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,46 @@ def taught(setting: Setting) -> Mapping[str, np.ndarray]:
     assert setting.unlabelled
     images = setting.calibration(0 if setting.head else setting.config.statistics_images)
     return {"logits": answers(setting.subject, setting.unlabelled, images, setting.mirrored)}
+
+
+def beside(setting: Setting) -> dict[str, Any]:
+    """What fine-tuning takes beside `train`; see `finetune.objective`."""
+    if not setting.unlabelled:
+        return {}
+    assert setting.taught is not None
+    return {"unlabelled": setting.unlabelled.images, "taught": setting.taught}
+
+
+def weight(setting: Setting) -> float:
+    """Of these in the loss: by default every image counts alike."""
+    more, given = len(setting.unlabelled or ()), setting.config.unlabelled_weight
+    return more / (more + len(setting.roles.train)) if given is None else given
+
+
+def scoring(setting: Setting) -> Split:
+    """What scores candidates: `search`, and where that has too few images unlabelled ones, with the dense answers.
+
+    Agreement with the dense model on many images tells candidates apart better than the labels of few.
+    """
+    search, unlabelled = setting.roles.search, setting.unlabelled
+    more = setting.scored - len(search)
+    if not unlabelled or more <= 0:
+        return search
+    assert setting.taught is not None
+    order = np.random.default_rng(setting.config.seed).permutation(setting.scored)
+
+    def joined(ours: Any, theirs: Any) -> np.ndarray:
+        return np.concatenate([ours, theirs[:more]])[order]  # any prefix is a random sample
+
+    return replace(
+        search,
+        images=joined(search.images, unlabelled.images),
+        labels=joined(search.labels, search.task.decided(setting.taught)),
+        indices=np.arange(setting.scored),
+        origin=(),
+        digests=np.zeros(0, np.uint64),
+        fingerprint="",
+    )
 
 
 def answers(dense: Subject, split: Split, calibration: np.ndarray, mirrored: bool) -> np.ndarray:
