@@ -211,7 +211,7 @@ def report(options: Options, name: str, trials: Sequence[Trial]) -> None:
     if options.unlabelled:
         epochs = "default" if options.epochs is None else options.epochs
         notes.append(
-            f"All but plain fine-tuning had up to 5,000 images of {name_of(options.unlabelled)} without labels; "
+            f"The selected variant also had 5,000 images of {name_of(options.unlabelled)} at most, without labels; "
             f"augmentation {options.augment}, peak rate {options.learning_rate}, epochs: {epochs}."
         )
     publish(
