@@ -129,7 +129,8 @@ def test_images_are_sampled_from_all_splits():
     source = Source(
         "plain", {"a": 30, "b": 20}, ("x",), lambda s: np.zeros(len(images[s]), int), lambda s, i: images[s][i]
     )
-    found = sample_images(source, 25, input_shape=(1, 1, 1), mean=(1.0,), std=(2.0,)).reshape(-1) * 2 + 1
+    sampled = sample_images(source, 25, input_shape=(1, 1, 1), mean=(1.0,), std=(2.0,))
+    found = np.asarray(sampled.images).reshape(-1) * 2 + 1
     assert len(set(found)) == len(found) == 25
     assert 5 < (found >= 100).sum() < 15
     assert set(found) <= set(np.concatenate([x.reshape(-1) for x in images.values()]))
