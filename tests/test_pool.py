@@ -342,13 +342,15 @@ def test_workers_that_die_change_nothing(place, serial, cluster):
 
 
 @pytest.mark.slow
-def test_workers_choose_criteria_and_halve_a_shortlist_alike(tmp_path, cluster):
+def test_workers_choose_criteria_halve_a_shortlist_and_learn_without_labels_alike(tmp_path, cluster):
+    np.savez(tmp_path / "more.npz", x=np.random.default_rng(1).random((200, 8, 8, 1)).astype(np.float32))
+    more = {"unlabelled": f"npz:{tmp_path / 'more.npz'}", "search_images": 150}
     found = {}
     for name, pool in {"here": Pool(), "there": Pool(ray=cluster.address, workers=2)}.items():
         (tmp_path / name).mkdir()
         given = {"criteria": ("l2", "activation"), "shortlist": 6, "finalists": 1, "epochs": 2, "baselines": False}
         said = []
-        outcome = pipeline.run(small_config(tmp_path / name, macs=0.5, **given), said.append, pool)
+        outcome = pipeline.run(small_config(tmp_path / name, macs=0.5, **given, **more), said.append, pool)
         halves = [line for line in said if "go on (--shortlist)" in line]
         assert len(halves) == 2
         found[name] = halves, [line for line in said if "are ranked by" in line], outcome.lines
