@@ -211,8 +211,9 @@ def report(options: Options, name: str, trials: Sequence[Trial]) -> None:
     if options.unlabelled:
         epochs = "default" if options.epochs is None else options.epochs
         notes.append(
-            f"The selected variant also had 5,000 images of {name_of(options.unlabelled)} at most, without labels; "
-            f"augmentation {options.augment}, peak rate {options.learning_rate}, epochs: {epochs}."
+            f"The selected variant also had {Config.unlabelled_images:,} images of {name_of(options.unlabelled)} at "
+            f"most, without labels; augmentation {options.augment}, peak rate {options.learning_rate}, epochs: {epochs}, "
+            f"finalists: {options.finalists}."
         )
     publish(
         f"small-labels-{options.model}-{name}{options.tag}",

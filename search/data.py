@@ -24,7 +24,7 @@ __all__ = ["DataError", "Roles", "Source", "Split", "default_data_dir", "open_so
 
 ROLES = ("train", "search", "certify", "test")
 SHARES = (0.5, 0.2, 0.1, 0.2)
-LEVEL = 0.02  # of 1/255: as near to one of 256 levels float16 images of bytes are
+LEVEL = 0.02  # by how much 255 times a number may differ from the byte that it stands for
 
 
 @dataclass(frozen=True)
@@ -370,9 +370,10 @@ def _read_split(
 
 def _image_digest(image: np.ndarray) -> int:
     """Of an image as stored; 256 levels from 0 to 1 count as the bytes that they are."""
-    if image.dtype != np.uint8:
-        levels = np.round(image * 255.0)
-        if image.min() >= 0 and image.max() <= 1 and np.abs(levels - image * 255.0).max() < LEVEL:
+    if image.dtype != np.uint8 and image.min() >= 0 and image.max() <= 1:
+        scaled = image * 255.0
+        levels = np.round(scaled)
+        if np.abs(levels - scaled).max() < LEVEL:
             image = levels.astype(np.uint8)
     head = f"{image.dtype} {image.shape}".encode()
     return int.from_bytes(hashlib.blake2b(head + image.tobytes(), digest_size=8).digest(), "little")

@@ -21,7 +21,7 @@ from treesurgeon.search.sweep import Sweep
 from treesurgeon.search.unlabelled import scoring
 from treesurgeon.search.workers import Crew, RemoteEvaluator, RemoteSweep
 
-SWEEP_IMAGES = 128  # of search
+SWEEP_IMAGES = 128  # of those that score candidates
 # Images that a single change is calibrated on. On ResNet-56 rises from 64 are as near to those from 256 calibration and
 # 512 scoring images as rises from 128 are: a standard deviation of the logarithms of 0.17, rank correlation 0.98.
 SWEEP_CALIBRATION = 64

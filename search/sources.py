@@ -112,11 +112,9 @@ def open_source(
     """
     root = default_data_dir() if data_dir is None else Path(data_dir).expanduser()
     found = _open(spec, root, shape, labelled)
-    if not labelled:
-        pass
-    elif task is None:
+    if labelled and task is None:
         _refuse_ambiguous(found)
-    elif task != found.task:
+    elif labelled and task != found.task:
         found = _recast(found, task)
     if spec.startswith("npz:"):
         return found
@@ -244,7 +242,8 @@ def _tfds_source(spec: str, path: Path, labelled: bool = True) -> Source:
             f"  tfds convert_format --dataset_dir={path} --out_file_format=array_record"
         )
     splits = {name: int(info.num_examples) for name, info in builder.info.splits.items()}
-    image, *label = _feature_keys(spec, builder.info, 2 if labelled else 1)
+    keys = _feature_keys(spec, builder.info, 2 if labelled else 1)
+    image, label = keys[0], keys[-1]
 
     def read(split: str, indices: Sequence[int], key: str, decoders: Any) -> list[Any]:
         try:
@@ -269,17 +268,17 @@ def _tfds_source(spec: str, path: Path, labelled: bool = True) -> Source:
 
     if not labelled:
         return Source(spec, splits, (), _no_labels(splits), read_images)
-    several = isinstance(features[label[0]], tfds.features.Sequence)  # of classes
-    names: Any = getattr(features[label[0]].feature if several else features[label[0]], "names", None)
+    several = isinstance(features[label], tfds.features.Sequence)  # of classes
+    names: Any = getattr(features[label].feature if several else features[label], "names", None)
     if several and names is None:
-        raise DataError(f"data {spec!r}: expected labels {label[0]!r} that are a class, or a sequence of named classes")
+        raise DataError(f"data {spec!r}: expected labels {label!r} that are a class, or a sequence of named classes")
     skip_images = {image: tfds.decode.SkipDecoding()}  # pyright: ignore[reportCallIssue]
 
     def read_labels(split: str) -> np.ndarray:
         total = splits[split]
         starts = range(0, total, BATCH)
         batches = [range(start, min(start + BATCH, total)) for start in starts]
-        found = [value for batch in batches for value in read(split, batch, label[0], skip_images)]
+        found = [value for batch in batches for value in read(split, batch, label, skip_images)]
         if several:
             return np.array([np.isin(np.arange(len(names)), value) for value in found], np.float32)
         return np.array(found)

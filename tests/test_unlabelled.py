@@ -13,10 +13,14 @@ from smallrun import small_config
 from treesurgeon import engine
 from treesurgeon.engine import TreesurgeonError
 from treesurgeon.search import DataError, run
+from treesurgeon.search.augment import flip_crop
 from treesurgeon.search.data import open_source, sample_images, split_roles
 from treesurgeon.search.finalists import fine_tuned, variant
 from treesurgeon.search.finetune import Recipe, fit, objective
+from treesurgeon.search.pipeline import build_space
+from treesurgeon.search.scoring import make_evaluator
 from treesurgeon.search.setting import make_recipe, prepare
+from treesurgeon.search.start import energies
 from treesurgeon.search.streaming import Streamed
 from treesurgeon.search.subject import random_subject
 from treesurgeon.search.tasks import TASKS
@@ -149,6 +153,24 @@ def test_the_loss_is_that_of_the_labels_and_the_divergence_of_the_rest(name):
     assert calls == [(10, 4), (10, 4)]  # one pass, so that norms see all of a batch
 
 
+def test_they_are_mirrored_and_nothing_else_is_done_to_them():
+    x = RNG.normal(size=(40, 8, 8, 1)).astype(np.float32)
+    seen = []
+
+    def train(p, x, key):
+        seen.append(np.asarray(x))
+        return x.reshape(len(x), -1)[:, :3] * p, None
+
+    batch = {"x": x[:4], "y": jnp.zeros(4, jnp.int32), "unlabelled": x[4:], "taught": jnp.zeros((36, 3))}
+    for mirror in (False, True):
+        objective(train, augment=flip_crop, mirror=mirror)(jnp.ones(3), batch, jax.random.key(0))
+    (_, plain), (_, moved) = (np.split(each, [4]) for each in seen)
+    assert np.array_equal(plain, x[4:])
+    turned = [np.array_equal(a, b[:, ::-1]) for a, b in zip(moved, x[4:], strict=True)]
+    assert 5 < sum(turned) < 31
+    assert all(np.array_equal(a, b) != t for a, b, t in zip(moved, x[4:], turned, strict=True))
+
+
 def test_the_teacher_is_the_mean_of_both_statistics_and_of_mirror_images(source):
     subject = random_subject("resnet20")
     x = RNG.normal(size=(6, 32, 32, 3)).astype(np.float32)
@@ -182,6 +204,21 @@ def test_what_needs_no_labels_is_fitted_to_them(tmp_path):
     assert setting.recipe.epochs == 0
     assert weight(setting) == 300 / 380
     assert weight(prepare(replace(config, unlabelled_weight=0.25))) == 0.25
+
+
+def test_kernels_and_rankings_and_scores_change_with_them(tmp_path):
+    setting = known(prepare(with_more(tmp_path, refit_images=300, calibration_images=200)))
+    alone = replace(setting, unlabelled=None, taught=None)
+    graph = setting.subject.graph
+    plan = engine.Plan({name: np.arange(group.size // 2) for name, group in graph.groups.items()})
+    assert not same(*(variant(each, each.subject, "v1", plan).variables for each in (setting, alone)))
+    scores = {name: np.arange(group.size) for name, group in graph.groups.items()}
+    space = build_space(setting, scores)
+    curves = [energies(each, space) for each in (setting, alone)]
+    assert not same(*curves)
+    masks = jax.tree.map(lambda mask: mask[None], graph.masks(plan))
+    losses = [make_evaluator(each, space)(masks)[0] for each in (setting, alone)]
+    assert not np.array_equal(*losses)
 
 
 def test_finalists_learn_from_them_and_plain_baselines_do_not(tmp_path):
