@@ -212,8 +212,8 @@ def report(options: Options, name: str, trials: Sequence[Trial]) -> None:
         epochs = "default" if options.epochs is None else options.epochs
         notes.append(
             f"The selected variant also had {Config.unlabelled_images:,} images of {name_of(options.unlabelled)} at "
-            f"most, without labels; augmentation {options.augment}, peak rate {options.learning_rate}, epochs: {epochs}, "
-            f"finalists: {options.finalists}."
+            f"most, without labels; augmentation {options.augment}, peak rate {options.learning_rate}, "
+            f"epochs: {epochs}, finalists: {options.finalists}."
         )
     publish(
         f"small-labels-{options.model}-{name}{options.tag}",

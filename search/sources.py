@@ -112,14 +112,19 @@ def open_source(
     """
     root = default_data_dir() if data_dir is None else Path(data_dir).expanduser()
     found = _open(spec, root, shape, labelled)
-    if labelled and task is None:
-        _refuse_ambiguous(found)
-    elif labelled and task != found.task:
-        found = _recast(found, task)
+    if labelled:
+        found = _settled(found, task)
     if spec.startswith("npz:"):
         return found
     where = None if data_dir is None else str(data_dir)
     return replace(found, address=Address(spec, where, None if shape is None else tuple(shape), task, labelled))
+
+
+def _settled(source: Source, task: TaskName | None) -> Source:
+    """The dataset with its labels taken for what they are for."""
+    if task is None:
+        _refuse_ambiguous(source)
+    return source if task in (None, source.task) else _recast(source, task)
 
 
 def _every_label(source: Source) -> np.ndarray:
