@@ -39,15 +39,16 @@ from treesurgeon import engine
 from treesurgeon.search import baselines, pipeline, racing, timings
 from treesurgeon.search.config import Config
 from treesurgeon.search.data import Split
-from treesurgeon.search.evaluate import Evaluator, batches, measurer
+from treesurgeon.search.evaluate import Evaluator, answering, batches, measurer
 from treesurgeon.search.finetune import Recipe, fit, objective
-from treesurgeon.search.setting import Setting, prepare
+from treesurgeon.search.setting import DISTILL, Setting, prepare
 from treesurgeon.search.space import build
 from treesurgeon.search.tasks import CLASSIFICATION
 
 BEST = 10
 SHOWN = 5000  # training images that a search is given
 LEARNING_RATE = 0.01
+TAUGHT = "the same, with the fine-tuned dense model as teacher"
 AFTER = ("measuring and selecting", "saving")  # parts of a run when the variant is there
 
 
@@ -133,8 +134,13 @@ def front(options: Options) -> None:
     factor = engine.cost(graph, engine.Plan()).macs / engine.cost(graph, plan).macs
     data = prepare(replace(config, max_train=options.train)).roles
     setting = replace(setting, roles=data)
-    rows = [row("treesurgeon", factor, took, tuned_here(setting, options, plan, model.variables), setting)]
-    dense = tuned_here(setting, options, engine.Plan(), setting.subject.variables)
+    subject = setting.subject
+    dense, variables = tuned_here(setting, options, engine.Plan(), subject.variables)
+    rows = [row("treesurgeon", factor, took, tuned_here(setting, options, plan, model.variables)[0], setting)]
+    if options.epochs:
+        answers = answering(subject.infer, data.train)(variables).logits
+        taught = tuned_here(setting, options, plan, model.variables, answers)[0]
+        rows.append(row(TAUGHT, factor, took, taught, setting))
     rows.append(row("dense, JAX", 1.0, 0.0, dense, setting))
     rows = [tuned_torch(name, setting, options, net, *found) for name, found in nets.items()] + rows
     picture(options, rows)
@@ -158,7 +164,8 @@ def picture(options: Options, rows: list[list[str]]) -> None:
     """The accuracies without a gradient step, as bars."""
     shown = []
     for name, factor, _, found, _ in rows:
-        shown.append((f"{name}, {factor}", *numbers(found)))
+        if name != TAUGHT:  # which is the same before any step
+            shown.append((f"{name}, {factor}", *numbers(found)))
     title = f"{options.model}, accuracy on test before any gradient step"
     bars(f"peers-{options.model}-{options.macs:.3f}", title, shown, "percent, 95 % interval", "treesurgeon")
 
@@ -264,8 +271,13 @@ def fine_tune_torch(net: torch.nn.Module, setting: Setting, options: Options) ->
     net.eval()
 
 
-def tuned_here(setting: Setting, options: Options, plan: engine.Plan, variables: Any) -> list[float]:
-    """The accuracy of a variant on `test`, before fine-tuning and after."""
+def tuned_here(
+    setting: Setting, options: Options, plan: engine.Plan, variables: Any, teacher: Any = None
+) -> tuple[list[float], Any]:
+    """The accuracy of a variant on `test`, before fine-tuning and after, and its variables then.
+
+    Where a teacher's logits for `train` are given, they are learnt as a run does by default.
+    """
     subject, graph, roles = setting.subject, setting.subject.graph, setting.roles
     infer, train = (engine.narrow(fn, graph, plan) for fn in (subject.infer, subject.train))
     measure = measurer(infer, roles.test)
@@ -275,6 +287,9 @@ def tuned_here(setting: Setting, options: Options, plan: engine.Plan, variables:
             lambda path, _: graph.leaves[engine.path_name(path)].trainable, variables
         )
         data = {"x": roles.train.images, "y": roles.train.labels}
+        if teacher is not None:
+            data["teacher"] = teacher
+        loss = objective(train, distill=0.0 if teacher is None else DISTILL)
         recipe = recipe_of(options, setting.recipe.batch_size)
         seen: list[Any] = []
 
@@ -282,9 +297,9 @@ def tuned_here(setting: Setting, options: Options, plan: engine.Plan, variables:
             seen.append(variables)
             return -float(len(seen)), -float(len(seen))
 
-        result = fit(objective(train), variables, trainable, data, recipe, jax.random.key(options.seed), last)
-        found.append(1 - measure(result.params)[1])
-    return found
+        variables = fit(loss, variables, trainable, data, recipe, jax.random.key(options.seed), last).params
+        found.append(1 - measure(variables)[1])
+    return found, variables
 
 
 # --- how long a ranking takes -----------------------------------------------------------------------------

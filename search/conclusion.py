@@ -29,7 +29,7 @@ from treesurgeon.search.space import Space
 from treesurgeon.search.tasks import CLASSIFICATION
 from treesurgeon.search.transfer import in_units
 from treesurgeon.search.truncating import depth_of
-from treesurgeon.search.tuning import Tuned
+from treesurgeon.search.tuning import Tuned, untouched
 
 LOOKED = 500  # images of `search` on which units are looked at
 ENDS = ("difference", "low", "high")  # of an estimate, as `front.csv` has them
@@ -179,13 +179,6 @@ def save(setting: Setting, tuned: Sequence[Tuned], found: Conclusion) -> None:
         card=found.card,
         module=chosen.subject.module,
     )
-
-
-def untouched(setting: Setting) -> Tuned:
-    """The dense model."""
-    subject, plan = setting.subject, engine.Plan()
-    cost = {name: int(value) for name, value in engine.cost(subject.graph, plan)._asdict().items()}
-    return Tuned("dense", plan, subject.variables, subject.infer, None, cost, subject)
 
 
 def looked_at(setting: Setting, model: Tuned) -> Looked:

@@ -191,8 +191,10 @@ class Config:
     parameter paths, such as `layer1_0`."""
     augment: AugmentName = "none"
     """What is done to the images of a batch: `flip` mirrors them at random, `flip-crop` moves them as well."""
-    distill: float = 0.0
-    """Weight of the dense model's answers in the fine-tuning loss, 0 to 1."""
+    distill: float | None = None
+    """Weight in the fine-tuning loss, 0 to 1, of what the dense model answers, once it is fine-tuned itself: the
+    baseline is trained before the finalists then, and teaches them. Default: 0.5 where `train` has at least 1,000
+    images and baselines are trained, else 0."""
     baselines: bool = True
     """Whether to train what the selected variant has to beat, on the same data for as many steps: the dense model
     fine-tuned (with --unlabelled once more, on these as well), dense and selected from scratch, and a linear head on
@@ -259,7 +261,8 @@ class Config:
                 raise RunError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least {bound}")
         if len(self.image_size) > 2 or any(side < 1 for side in self.image_size):
             raise RunError("--image-size takes a side, or a height and a width, of at least 1")
-        if not self.learning_rate > 0 or not 0 <= self.distill <= 1 or not 0 <= (self.unlabelled_weight or 0) <= 1:
+        shares = (self.distill or 0, self.unlabelled_weight or 0)
+        if not self.learning_rate > 0 or not all(0 <= share <= 1 for share in shares):
             raise RunError("--learning-rate must be above 0, --distill and --unlabelled-weight from 0 to 1")
         if min(self.head_widths, default=0) < 0:
             raise RunError("--head-widths takes numbers of units, or 0 for a linear head")

@@ -2,7 +2,7 @@
 
 | baseline | starts from | is fitted |
 |---|---|---|
-| dense fine-tuned | the checkpoint | as the finalists are, to the labels alone |
+| dense fine-tuned | the checkpoint | as the finalists are, to the labels alone; before them, where it teaches them |
 | dense, unlabelled too | the checkpoint | likewise, and to its own answers to the images of `--unlabelled` |
 | dense from scratch | random weights | for as many epochs, or `--scratch-epochs` |
 | *selected* from scratch | random weights at its small shapes | likewise |
@@ -32,6 +32,7 @@ from treesurgeon.search.metrics import Metric
 from treesurgeon.search.paired import interval
 from treesurgeon.search.setting import Setting
 from treesurgeon.search.subject import Subject, SubjectError
+from treesurgeon.search.teaching import PLAIN
 from treesurgeon.search.transfer import head_features, put_head, replaceable
 from treesurgeon.search.tuning import Tuned, tune
 
@@ -84,7 +85,11 @@ def train(setting: Setting, selected: Tuned, whole: Tuned, say: Callable[[str], 
         start = replace(like, name=name, variables=variables, fitted=None, trail=())
         out[name] = tune(setting, start, say, **how), what
 
-    add("dense fine-tuned", "the dense model, fine-tuned", whole, whole.variables, policy=setting.policy)
+    words = "the dense model, fine-tuned"
+    if teacher := setting.teacher:
+        out[PLAIN] = replace(whole, name=PLAIN, variables=teacher.params, fitted=teacher), words
+    else:
+        add(PLAIN, words, whole, whole.variables, policy=setting.policy)
     if setting.unlabelled:
         words = "the dense model, fine-tuned on the unlabelled images as well"
         add("dense, unlabelled too", words, whole, whole.variables, policy=setting.policy, unlabelled=True)

@@ -174,8 +174,8 @@ def fine_tuned(setting: Setting, start: Tuned, say: Callable[[str], None]) -> Tu
 
 
 def as_finalists(setting: Setting) -> dict[str, Any]:
-    """How `tune` treats every finalist: what is held, and what it learns of the dense model."""
-    return {"policy": setting.policy, "distill": setting.config.distill, "unlabelled": True}
+    """How `tune` treats every finalist: what is held, and what it learns of the dense model beside the labels."""
+    return {"policy": setting.policy, "distill": setting.distill, "unlabelled": True}
 
 
 class Refined(NamedTuple):

@@ -41,6 +41,7 @@ from treesurgeon.search.start import energies, starting_points, walk
 from treesurgeon.search.state import States
 from treesurgeon.search.subject import on_host
 from treesurgeon.search.tasks import CLASSIFICATION
+from treesurgeon.search.teaching import with_teacher
 from treesurgeon.search.timings import Timings
 from treesurgeon.search.truncating import truncations
 from treesurgeon.search.tuning import Tuned
@@ -140,6 +141,9 @@ def go_on(setting: Setting, say: Say, pool: Pool, layout: Layout | None, timings
     if setting.unlabelled:
         with timings.part("the dense model's answers"):
             setting = replace(setting, taught=states.arrays("taught", lambda: taught(setting))["logits"])
+    if setting.distill:
+        with timings.part("fine-tuning the dense model"):
+            setting = with_teacher(setting, states, say)
     with timings.part("ranking units"):
         space, crew = ranked(setting, states, say, pool, layout)
     variants = np.prod(space.cardinality.astype(float))

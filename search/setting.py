@@ -15,7 +15,7 @@ from treesurgeon import engine, models
 from treesurgeon.search.augment import check_augment
 from treesurgeon.search.config import AUTO, Config, RunError
 from treesurgeon.search.data import ROLES, Roles, Split, open_source, sample_images, split_roles
-from treesurgeon.search.finetune import Recipe
+from treesurgeon.search.finetune import FitResult, Recipe
 from treesurgeon.search.metrics import pick_metric
 from treesurgeon.search.policy import EVERYTHING, Policy, make_policy
 from treesurgeon.search.room import roomy
@@ -30,6 +30,7 @@ CALIBRATION = 256  # images that units are ranked on
 BATCH, SMALLEST_BATCH, STEPS_AN_EPOCH = 128, 16, 16  # of fine-tuning, where nothing else is said
 STEPS, MOST_EPOCHS = 80, 30
 BESIDE = 64  # unlabelled images a step
+DISTILL, ENOUGH = 0.5, 1000  # weight of the teacher's answers, where there are so many images to fine-tune on
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +53,7 @@ class Setting:
         original: the model as the checkpoint has it, where its head and its statistics were replaced.
         unlabelled: images without a role, like those of `train`; their labels mean nothing.
         taught: what the dense model answers to them, `[N, outputs]`, once that is known; see unlabelled.py.
+        teacher: the dense model fine-tuned, once it is, where finalists learn its answers; see teaching.py.
     """
 
     config: Config
@@ -70,6 +72,7 @@ class Setting:
     original: Subject | None = None
     unlabelled: Split | None = None
     taught: np.ndarray | None = None
+    teacher: FitResult | None = None
 
     def calibration(self, count: int) -> np.ndarray:
         """Up to so many images for what needs no labels: those of `train`, then unlabelled ones, `[N, H, W, C]`."""
@@ -87,6 +90,13 @@ class Setting:
         steps = math.ceil(len(self.roles.train) / min(self.recipe.batch_size, len(self.roles.train)))
         epochs = math.ceil(self.recipe.epochs * (self.recipe.steps or steps) / steps)
         return replace(self.recipe, steps=None, epochs=epochs)
+
+    @property
+    def distill(self) -> float:
+        """Weight of the fine-tuned dense model's answers in the loss of finalists; 0 where there is no fine-tuning."""
+        config = self.config
+        default = DISTILL if config.baselines and len(self.roles.train) >= ENOUGH else 0.0
+        return (default if config.distill is None else config.distill) if self.recipe.epochs else 0.0
 
     @property
     def mirrored(self) -> bool:

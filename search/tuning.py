@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from treesurgeon import engine
 from treesurgeon.search.augment import AUGMENTATIONS
@@ -44,6 +45,13 @@ class Tuned:
     trail: tuple[Answers, ...] = ()
 
 
+def untouched(setting: Setting) -> Tuned:
+    """The dense model."""
+    subject, plan = setting.subject, engine.Plan()
+    cost = {name: int(value) for name, value in engine.cost(subject.graph, plan)._asdict().items()}
+    return Tuned("dense", plan, subject.variables, subject.infer, None, cost, subject)
+
+
 def tune(
     setting: Setting,
     start: Tuned,
@@ -65,7 +73,7 @@ def tune(
         policy: which leaves stay, and at which rates the others learn.
         epochs: if None, the configured ones.
         learning_rate: likewise.
-        distill: weight of the dense model's answers.
+        distill: weight of the answers of the dense model, fine-tuned if it was (`setting.teacher`).
         unlabelled: whether its answers to the unlabelled images, if there are any, are learnt as well.
         note: what to note after each epoch, for the trail; fine-tuning does not look at it.
     """
@@ -81,10 +89,11 @@ def tune(
         recipe = replace(recipe, learning_rate=learning_rate)
     data, given = {"x": roles.train.images, "y": roles.train.labels}, {}
     augment, teacher = AUGMENTATIONS[config.augment], None
+    known = setting.teacher.params if setting.teacher else dense.variables
     if distill and augment:  # the teacher sees what the student sees
-        given["dense"], teacher = dense.variables, dense.infer
+        given["dense"], teacher = jax.tree.map(jnp.asarray, known), dense.infer
     elif distill:
-        data["teacher"] = answering(dense.infer, roles.train)(dense.variables).logits
+        data["teacher"] = answering(dense.infer, roles.train)(known).logits
     trainable, rates = policy.leaves(subject.graph, start.variables)
     loss = objective(
         held(train, policy.frozen),

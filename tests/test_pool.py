@@ -342,9 +342,9 @@ def test_workers_that_die_change_nothing(place, serial, cluster):
 
 
 @pytest.mark.slow
-def test_workers_choose_criteria_halve_a_shortlist_and_learn_without_labels_alike(tmp_path, cluster):
+def test_workers_choose_criteria_halve_a_shortlist_and_learn_from_the_dense_model_alike(tmp_path, cluster):
     np.savez(tmp_path / "more.npz", x=np.random.default_rng(1).random((200, 8, 8, 1)).astype(np.float32))
-    more = {"unlabelled": f"npz:{tmp_path / 'more.npz'}", "search_images": 150}
+    more = {"unlabelled": f"npz:{tmp_path / 'more.npz'}", "search_images": 150, "distill": 0.5}
     found = {}
     for name, pool in {"here": Pool(), "there": Pool(ray=cluster.address, workers=2)}.items():
         (tmp_path / name).mkdir()

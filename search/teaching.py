@@ -1,0 +1,60 @@
+"""The dense model, fine-tuned before the finalists: what they learn its answers from.
+
+A checkpoint whose inputs or labels were others is a poor teacher as it is. Fine-tuned to the same labels it is a better
+one, and costs nothing where it is trained as a baseline anyway. It is found once in a run: a resumed one takes what was
+found before, and so do the workers of `--ray`.
+
+G. Hinton, O. Vinyals, J. Dean: "Distilling the knowledge in a neural network", arXiv:1503.02531.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import jax
+import numpy as np
+
+from treesurgeon import engine
+from treesurgeon.search.evaluate import with_leaves
+from treesurgeon.search.finetune import Epoch, FitResult
+from treesurgeon.search.setting import Setting
+from treesurgeon.search.state import States
+from treesurgeon.search.tuning import tune, untouched
+
+PLAIN = "dense fine-tuned"  # its name among the baselines
+HISTORY = "history"  # no path of a leaf: those of variables have a collection's name before them
+
+
+def with_teacher(setting: Setting, states: States, say: Callable[[str], None]) -> Setting:
+    """The setting, with the teacher that finalists learn from."""
+    say(
+        f"finalists learn what the dense model answers once it is fine-tuned, at weight {setting.distill:g} beside the "
+        "labels; it is fine-tuned now (--distill 0 leaves that out)"
+    )
+    found = states.arrays("teacher", lambda: as_arrays(plain(setting, say)))
+    history = tuple(
+        Epoch(int(number), None if np.isnan(train) else float(train), float(loss), float(error))
+        for number, train, loss, error in found[HISTORY][:-1]
+    )
+    params = jax.tree.map(np.asarray, with_leaves(setting.subject.variables, found))
+    return replace(setting, teacher=FitResult(params, history, int(found[HISTORY][-1, 0])))
+
+
+def plain(setting: Setting, say: Callable[[str], None]) -> FitResult:
+    """The dense model, fine-tuned to the labels alone."""
+    fitted = tune(setting, replace(untouched(setting), name=PLAIN), say, policy=setting.policy).fitted
+    assert fitted
+    return fitted
+
+
+def as_arrays(fitted: FitResult) -> Mapping[str, np.ndarray]:
+    """As `States.arrays` keeps it: the parameters by path, a row for each epoch, and at last the best one's number."""
+    rows = [
+        (e.number, np.nan if e.train_loss is None else e.train_loss, e.search_loss, e.search_error)
+        for e in fitted.history
+    ]
+    return {
+        **{path: np.asarray(leaf) for path, leaf in engine.named_leaves(fitted.params).items()},
+        HISTORY: np.array([*rows, (fitted.best_epoch, 0, 0, 0)], np.float64),
+    }
