@@ -25,13 +25,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 import torch_resnet
+from finetuning import fine_tuned
 from front import first
 from harness import bars, numbers, publish, wilson
 
@@ -39,9 +39,9 @@ from treesurgeon import engine
 from treesurgeon.search import baselines, pipeline, racing, timings
 from treesurgeon.search.config import Config
 from treesurgeon.search.data import Split
-from treesurgeon.search.evaluate import Evaluator, answering, batches, measurer
-from treesurgeon.search.finetune import Recipe, fit, objective
-from treesurgeon.search.setting import DISTILL, Setting, prepare
+from treesurgeon.search.evaluate import Evaluator, answering, batches
+from treesurgeon.search.finetune import Recipe
+from treesurgeon.search.setting import Setting, prepare
 from treesurgeon.search.space import build
 from treesurgeon.search.tasks import CLASSIFICATION
 
@@ -135,11 +135,13 @@ def front(options: Options) -> None:
     data = prepare(replace(config, max_train=options.train)).roles
     setting = replace(setting, roles=data)
     subject = setting.subject
-    dense, variables = tuned_here(setting, options, engine.Plan(), subject.variables)
-    rows = [row("treesurgeon", factor, took, tuned_here(setting, options, plan, model.variables)[0], setting)]
+    recipe = recipe_of(options, setting.recipe.batch_size)
+    dense, variables = fine_tuned(setting, engine.Plan(), subject.variables, recipe, options.seed)
+    ours, _ = fine_tuned(setting, plan, model.variables, recipe, options.seed)
+    rows = [row("treesurgeon", factor, took, ours, setting)]
     if options.epochs:
         answers = answering(subject.infer, data.train)(variables).logits
-        taught = tuned_here(setting, options, plan, model.variables, answers)[0]
+        taught, _ = fine_tuned(setting, plan, model.variables, recipe, options.seed, answers)
         rows.append(row(TAUGHT, factor, took, taught, setting))
     rows.append(row("dense, JAX", 1.0, 0.0, dense, setting))
     rows = [tuned_torch(name, setting, options, net, *found) for name, found in nets.items()] + rows
@@ -269,37 +271,6 @@ def fine_tune_torch(net: torch.nn.Module, setting: Setting, options: Options) ->
             optimizer.step()
             schedule.step()
     net.eval()
-
-
-def tuned_here(
-    setting: Setting, options: Options, plan: engine.Plan, variables: Any, teacher: Any = None
-) -> tuple[list[float], Any]:
-    """The accuracy of a variant on `test`, before fine-tuning and after, and its variables then.
-
-    Where a teacher's logits for `train` are given, they are learnt as a run does by default.
-    """
-    subject, graph, roles = setting.subject, setting.subject.graph, setting.roles
-    infer, train = (engine.narrow(fn, graph, plan) for fn in (subject.infer, subject.train))
-    measure = measurer(infer, roles.test)
-    found = [1 - measure(variables)[1]]
-    if options.epochs:
-        trainable = jax.tree_util.tree_map_with_path(
-            lambda path, _: graph.leaves[engine.path_name(path)].trainable, variables
-        )
-        data = {"x": roles.train.images, "y": roles.train.labels}
-        if teacher is not None:
-            data["teacher"] = teacher
-        loss = objective(train, distill=0.0 if teacher is None else DISTILL)
-        recipe = recipe_of(options, setting.recipe.batch_size)
-        seen: list[Any] = []
-
-        def last(variables: Any) -> tuple[float, float]:  # the newest is taken to be the best: nothing is chosen here
-            seen.append(variables)
-            return -float(len(seen)), -float(len(seen))
-
-        variables = fit(loss, variables, trainable, data, recipe, jax.random.key(options.seed), last).params
-        found.append(1 - measure(variables)[1])
-    return found, variables
 
 
 # --- how long a ranking takes -----------------------------------------------------------------------------
