@@ -75,9 +75,10 @@ def train(setting: Setting, selected: Tuned, whole: Tuned, say: Callable[[str], 
         return {}
     plain = setting.labelled.epochs
     epochs = config.scratch_epochs or plain
+    tuned = "" if setting.teacher else f"{_epochs(plain)} of the dense model, "
     say(
-        f"training baselines to compare {selected.name} with: {_epochs(plain)} of the dense model, "
-        f"{epochs} from scratch, a linear probe (--no-baselines leaves them out)"
+        f"training baselines to compare {selected.name} with: {tuned}{_epochs(epochs)} from scratch, a linear probe "
+        "(--no-baselines leaves them out)"
     )
     out = {}
 
