@@ -30,7 +30,9 @@ CALIBRATION = 256  # images that units are ranked on
 BATCH, SMALLEST_BATCH, STEPS_AN_EPOCH = 128, 16, 16  # of fine-tuning, where nothing else is said
 STEPS, MOST_EPOCHS = 80, 30
 BESIDE = 64  # unlabelled images a step
-DISTILL, ENOUGH = 0.5, 1000  # weight of the teacher's answers, where there are so many images to fine-tune on
+# Weight of the teacher's answers, and the images to fine-tune on from which it is used. It was measured on 5,000 and
+# 20,000 (benchmarks/finetuning.py); fewer than 1,000 were not tried.
+DISTILL, ENOUGH = 0.5, 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +56,7 @@ class Setting:
         unlabelled: images without a role, like those of `train`; their labels mean nothing.
         taught: what the dense model answers to them, `[N, outputs]`, once that is known; see unlabelled.py.
         teacher: the dense model fine-tuned, once it is, where finalists learn its answers; see teaching.py.
+        answered: what the teacher answers to `train`, `[N, outputs]`; None where it sees the images of each batch.
     """
 
     config: Config
@@ -73,6 +76,7 @@ class Setting:
     unlabelled: Split | None = None
     taught: np.ndarray | None = None
     teacher: FitResult | None = None
+    answered: np.ndarray | None = None
 
     def calibration(self, count: int) -> np.ndarray:
         """Up to so many images for what needs no labels: those of `train`, then unlabelled ones, `[N, H, W, C]`."""

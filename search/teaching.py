@@ -17,7 +17,8 @@ import jax
 import numpy as np
 
 from treesurgeon import engine
-from treesurgeon.search.evaluate import with_leaves
+from treesurgeon.search.augment import AUGMENTATIONS
+from treesurgeon.search.evaluate import answering, with_leaves
 from treesurgeon.search.finetune import Epoch, FitResult
 from treesurgeon.search.setting import Setting
 from treesurgeon.search.state import States
@@ -31,15 +32,17 @@ def with_teacher(setting: Setting, states: States, say: Callable[[str], None]) -
     """The setting, with the teacher that finalists learn from."""
     say(
         f"finalists learn what the dense model answers once it is fine-tuned, at weight {setting.distill:g} beside the "
-        "labels; it is fine-tuned now (--distill 0 leaves that out)"
+        "labels; that comes first (--distill 0 leaves it out)"
     )
     found = states.arrays("teacher", lambda: as_arrays(plain(setting, say)))
     history = tuple(
         Epoch(int(number), None if np.isnan(train) else float(train), float(loss), float(error))
         for number, train, loss, error in found[HISTORY][:-1]
     )
-    params = jax.tree.map(np.asarray, with_leaves(setting.subject.variables, found))
-    return replace(setting, teacher=FitResult(params, history, int(found[HISTORY][-1, 0])))
+    subject, train = setting.subject, setting.roles.train
+    params = jax.tree.map(np.asarray, with_leaves(subject.variables, found))
+    answered = None if AUGMENTATIONS[setting.config.augment] else answering(subject.infer, train)(params).logits
+    return replace(setting, teacher=FitResult(params, history, int(found[HISTORY][-1, 0])), answered=answered)
 
 
 def plain(setting: Setting, say: Callable[[str], None]) -> FitResult:

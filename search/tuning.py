@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from treesurgeon import engine
 from treesurgeon.search.augment import AUGMENTATIONS
-from treesurgeon.search.evaluate import answering, measurer
+from treesurgeon.search.evaluate import measurer
 from treesurgeon.search.finetune import FitResult, fit, objective
 from treesurgeon.search.metrics import Answers
 from treesurgeon.search.policy import EVERYTHING, Policy, held
@@ -73,7 +73,7 @@ def tune(
         policy: which leaves stay, and at which rates the others learn.
         epochs: if None, the configured ones.
         learning_rate: likewise.
-        distill: weight of the answers of the dense model, fine-tuned if it was (`setting.teacher`).
+        distill: weight of the answers of `setting.teacher`.
         unlabelled: whether its answers to the unlabelled images, if there are any, are learnt as well.
         note: what to note after each epoch, for the trail; fine-tuning does not look at it.
     """
@@ -89,11 +89,11 @@ def tune(
         recipe = replace(recipe, learning_rate=learning_rate)
     data, given = {"x": roles.train.images, "y": roles.train.labels}, {}
     augment, teacher = AUGMENTATIONS[config.augment], None
-    known = setting.teacher.params if setting.teacher else dense.variables
     if distill and augment:  # the teacher sees what the student sees
-        given["dense"], teacher = jax.tree.map(jnp.asarray, known), dense.infer
+        assert setting.teacher
+        given["dense"], teacher = jax.tree.map(jnp.asarray, setting.teacher.params), dense.infer
     elif distill:
-        data["teacher"] = answering(dense.infer, roles.train)(known).logits
+        data["teacher"] = setting.answered
     trainable, rates = policy.leaves(subject.graph, start.variables)
     loss = objective(
         held(train, policy.frozen),
