@@ -46,6 +46,7 @@ from treesurgeon.search.space import build
 from treesurgeon.search.tasks import CLASSIFICATION
 
 BEST = 10
+BATCH = 50  # ranking: images that candidates are shown at once, after which the race is judged
 SHOWN = 5000  # training images that a search is given
 LEARNING_RATE = 0.01
 TAUGHT = "the same, with the fine-tuned dense model as teacher"
@@ -282,7 +283,7 @@ def ranking(options: Options) -> None:
     setting = prepare(config)
     subject, graph = setting.subject, setting.subject.graph
     split = first(setting.roles.search, options.images)
-    data = batches(split, 125)
+    data = batches(split, BATCH)
     net = torch_resnet.load(options.checkpoint)
     inner = {g for g in graph.groups if g.endswith("/conv1") and "/" in g}
     scores = {g: np.asarray(s) for g, s in engine.importance("l2", graph, subject.variables).items()}
@@ -347,9 +348,9 @@ def candidate(rng: np.random.Generator, cards: np.ndarray) -> np.ndarray:
 
 def loss_of(logits: np.ndarray, split: Split) -> float:
     """The mean cross-entropy at the temperature that is best on the first batch, as the evaluator has it."""
-    head = slice(0, 125)
+    head = slice(0, BATCH)
     right = jax.nn.one_hot(split.labels, logits.shape[-1])
-    factor = CLASSIFICATION.sharpness(jnp.asarray(logits[head]), right[head], jnp.ones(125))
+    factor = CLASSIFICATION.sharpness(jnp.asarray(logits[head]), right[head], jnp.ones(BATCH))
     return float(-(jax.nn.log_softmax(logits * factor) * right).sum(-1).mean())
 
 

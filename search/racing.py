@@ -52,7 +52,7 @@ def judge(
     alpha: float = ALPHA,
     best: int = 1,
 ) -> np.ndarray:
-    """Which candidates go on, `bool[P]`.
+    """Which candidates go on, `bool[P]`; those that are out do not.
 
     Args:
         size: `float[P]`.
@@ -63,16 +63,19 @@ def judge(
         best: how many others have to beat a candidate beyond doubt.
     """
     n = losses.shape[1]
-    known = np.isfinite(references.size)
-    others = np.concatenate([losses, np.asarray(references.losses)[known, :n]])
-    sizes = np.concatenate([size, np.asarray(references.size)[known]])
-    z = NormalDist().inv_cdf(1 - alpha / (looks * max(len(others) - 1, 1)))
-    going = np.ones(len(size), bool)
-    for i, mine in enumerate(losses):
-        difference = mine - others
-        error = difference.std(1, ddof=1) / np.sqrt(n) if n > 1 else np.inf
-        with np.errstate(invalid="ignore"):
-            going[i] = ((sizes <= size[i]) & (difference.mean(1) - z * error > 0)).sum() < best
+    going = ~np.isnan(losses).any(1)
+    known, mine = np.isfinite(references.size), size[going]
+    if n < 2 or not len(mine):
+        return going
+    others = np.concatenate([losses[going], np.asarray(references.losses)[known, :n]]).astype(np.float64)
+    sizes = np.concatenate([mine, np.asarray(references.size)[known]])
+    z = NormalDist().inv_cdf(1 - alpha / (looks * max(len(losses) + int(known.sum()) - 1, 1)))
+    with np.errstate(invalid="ignore"):  # an infinite loss is no proof
+        means, together = others.mean(1), np.atleast_2d(np.cov(others))
+        alone = np.diag(together)
+        variance = np.maximum(alone[: len(mine), None] + alone - 2 * together[: len(mine)], 0)  # of differences
+        worse = means[: len(mine), None] - means > z * np.sqrt(variance / n)
+    going[going] = (worse & (sizes <= mine[:, None])).sum(1) < best
     return going
 
 
