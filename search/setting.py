@@ -30,9 +30,7 @@ CALIBRATION = 256  # images that units are ranked on
 BATCH, SMALLEST_BATCH, STEPS_AN_EPOCH = 128, 16, 16  # of fine-tuning, where nothing else is said
 STEPS, MOST_EPOCHS = 80, 30
 BESIDE = 64  # unlabelled images a step
-# Weight of the teacher's answers, and the images to fine-tune on from which it is used. It was measured on 5,000 and
-# 20,000 (benchmarks/finetuning.py); fewer than 1,000 were not tried.
-DISTILL, ENOUGH = 0.5, 1000
+DISTILL = 0.5  # weight of the teacher's answers, where nothing else is said
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +97,7 @@ class Setting:
     def distill(self) -> float:
         """Weight of the fine-tuned dense model's answers in the loss of finalists; 0 where there is no fine-tuning."""
         config = self.config
-        default = DISTILL if config.baselines and len(self.roles.train) >= ENOUGH else 0.0
+        default = DISTILL if config.baselines else 0.0
         return (default if config.distill is None else config.distill) if self.recipe.epochs else 0.0
 
     @property
