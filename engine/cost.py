@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from treesurgeon.engine.graph import Branches, Graph, Plan, Term, Work
+from treesurgeon.engine.graph import Branches, Graph, Plan, Term, Work, check_masks
 from treesurgeon.engine.masks import axis_count
 
 
@@ -41,9 +41,12 @@ def cost(graph: Graph, plan: Plan | Mapping[str, Any]) -> Cost:
 
     Args:
         graph: the traced graph.
-        plan: a plan, or masks as `graph.masks` gives them.
+        plan: a plan, or masks as `graph.masks` gives them; what they leave out is kept.
+
+    Raises:
+        PlanError: the plan or the masks do not fit the graph.
     """
-    masks = graph.masks(plan) if isinstance(plan, Plan) else plan
+    masks = _masks(graph, plan)
     leaves = [*masks["units"].values(), *masks["blocks"].values()]
     concrete = not any(isinstance(mask, jax.Array) for mask in leaves)
     sizes = [
@@ -66,9 +69,14 @@ def cost(graph: Graph, plan: Plan | Mapping[str, Any]) -> Cost:
 
 def contractions(graph: Graph, plan: Plan | Mapping[str, Any]) -> Any:
     """How many contractions of the traced call are left, those in the body of a loop once; as `cost` counts."""
-    masks = graph.masks(plan) if isinstance(plan, Plan) else plan
+    masks = _masks(graph, plan)
     concrete = not any(isinstance(mask, jax.Array) for mask in masks["blocks"].values())
     return _count(_ones(graph.macs), {}, masks["blocks"], concrete)
+
+
+def _masks(graph: Graph, plan: Plan | Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    units, blocks = check_masks(graph, graph.masks(plan) if isinstance(plan, Plan) else plan, stacked=True)
+    return {"units": units, "blocks": blocks}
 
 
 def _ones(work: Sequence[Work]) -> tuple[Work, ...]:

@@ -259,7 +259,7 @@ class _Gate:
             values[solution.divisors[i].operand] = self._divisor(solution, i)
         if rule.spreads is not None:
             outs = self._bind(i, eqn, values)
-            if constant[0]:
+            if not any(is_float(x) and not fixed for x, fixed in zip(values, constant, strict=True)):
                 return outs
             return [self.selects.fence(outs[0], {d: site.outs[0][d] for d in rule.spreads(site)})]
         if rule.broadcasts and len(site.outs) == 1:
@@ -282,6 +282,10 @@ class _Gate:
         if steps is not None:
             return scan(eqn, bodies[0], values, partial(self._step, eqn), (), length, steps)
         if eqn.name.startswith("custom_"):
+            shared = self.shared.get(solution.program)
+            for k, v in enumerate(eqn.ins):  # a kernel is not fenced as it enters, and the rule may read it otherwise
+                if isinstance(v, int) and shared and shared[v]:
+                    values[k] = self.selects.fence(values[k], dict(enumerate(solution.operands(i)[k])), self.on)
 
             def run(aux: Any, body: Solution, xs: Sequence[Any]) -> list[Any]:
                 return _Gate(*aux, guard=self.guard).run(body, xs)
@@ -368,12 +372,13 @@ class _Gate:
         bad, bad_dims = None, ()
         for k, dims in summed:
             every = {d: axis for d, axis in enumerate(site.ins[k]) if (k, d) not in mended}
-            if not kernel[k]:
+            out_of = contraction.rhs_out if k else contraction.lhs_out
+            slides = any(site.in_shapes[k][d] != site.out_shapes[0][to] for d, to in out_of.items())  # no kernel, then
+            if not kernel[k] or slides:
                 values[k] = self._summed(values[k], every, dims)
             elif (
                 masked and self.guard.nonfinite and is_float(values[k])
             ):  # else the select before and the fence behind are enough
-                out_of = contraction.rhs_out if k else contraction.lhs_out
                 left = tuple(sorted(out_of, key=out_of.__getitem__))
                 summed_here = [d for d in dims if (k, d) not in mended]
                 values[k], bad = self.selects.readable(values[k], every, summed_here, left)

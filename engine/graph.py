@@ -325,8 +325,11 @@ def alive(contexts: frozenset[frozenset[str]] | None, blocks: Mapping[str, Any])
     return contexts is None or any(all(blocks[name] for name in context) for context in contexts)
 
 
-def check_masks(graph: Graph, masks: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The masks of units and of blocks as bools; a `PlanError` where they do not fit the graph."""
+def check_masks(graph: Graph, masks: Mapping[str, Any], stacked: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The masks of units and of blocks as bools; a `PlanError` where they do not fit the graph.
+
+    Where they may be `stacked` they may have leading axes, and NumPy's stay NumPy's.
+    """
     unknown = set(masks) - {"units", "blocks", "maps"}
     if unknown:
         raise PlanError(f"masks: expected the keys 'units', 'blocks' and 'maps', got also {sorted(unknown)}")
@@ -336,10 +339,11 @@ def check_masks(graph: Graph, masks: Mapping[str, Any]) -> tuple[dict[str, Any],
             if name not in there:
                 raise PlanError(f"masks[{kind!r}] names {name!r}, which is not in the graph")
             shape = (graph.groups[name].size,) if kind == "units" else ()
-            if np.shape(mask) != shape:
+            found = np.shape(mask)
+            if (found[-len(shape) :] if stacked and shape else () if stacked else found) != shape:
                 raise PlanError(
-                    f"masks[{kind!r}][{name!r}]: expected shape {shape}, got {np.shape(mask)}; "
-                    f"stacks of masks go through jax.vmap"
+                    f"masks[{kind!r}][{name!r}]: expected shape {shape}, got {found}"
+                    + ("" if stacked else "; stacks of masks go through jax.vmap")
                 )
-            given[name] = jnp.asarray(mask, bool)
+            given[name] = (jnp if isinstance(mask, jax.Array) or not stacked else np).asarray(mask, bool)
     return units, blocks

@@ -377,11 +377,16 @@ def split_call(args: tuple, kwargs: dict) -> Call:
     arrays = tuple(leaves[i] for i in chosen)
     try:
         shapes = tuple((np.shape(a), a.dtype, getattr(a, "weak_type", False)) for a in arrays)
-        key: Hashable = (tree, tuple(chosen), tuple((type(s), s) for s in static), shapes)  # 1 == True
+        key: Hashable = (tree, tuple(chosen), tuple(map(_exact, static)), shapes)
         hash(key)
     except TypeError:
         key = None
     return Call(arrays, tuple(_input_name(paths[i]) for i in chosen), key, rebuild)
+
+
+def _exact(value: Any) -> Hashable:
+    """Equal for what is the same alone: 1 is not True, and 0.0 is not -0.0."""
+    return type(value), value, str(value) if isinstance(value, float) else None
 
 
 def _input_name(path: str) -> str:

@@ -99,19 +99,29 @@ def name_groups(
     return dict(zip(ordered, _number([base[atom] for atom in ordered]), strict=True))
 
 
-def _number(names: Sequence[str]) -> list[str]:
-    """Names made unique: `a`, or `a[0]`, `a[1]` where several are called `a`."""
+def _number(names: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
+    """Names made unique: `a`, or `a[0]`, `a[1]` where several are called `a`, but for numbers that others have.
+
+    Args:
+        names: as they are.
+        taken: names that others have.
+    """
     seen: dict[str, int] = {}
-    count = Counter(names)
+    count = Counter([*names, *taken])
     out = []
     for name in names:
-        k = seen[name] = seen.get(name, -1) + 1
-        out.append(f"{name}[{k}]" if count[name] > 1 else name)
+        if count[name] > 1:
+            k = seen.get(name, 0)
+            while f"{name}[{k}]" in count:
+                k += 1
+            seen[name] = k + 1
+            name = f"{name}[{k}]"
+        out.append(name)
     return out
 
 
-def _region_names(analysis: Analysis, around: Sequence[frozenset[int]]) -> list[str]:
-    """A name for each region.
+def _region_names(analysis: Analysis, around: Sequence[frozenset[int]], steps: Iterable[str]) -> list[str]:
+    """A name for each region, none of them a step's.
 
     The module that it is the whole of; else the scope of its kernels, if no others lie there; else the module of its
     first kernel. Where a region inside it has that name already: the modules that it is made of, `layer0/mlp+norm`.
@@ -134,7 +144,7 @@ def _region_names(analysis: Analysis, around: Sequence[frozenset[int]]) -> list[
         name = scope if scope and (within[scope] & every) == region.kernels else modules[min(region.kernels)]
         inner = taken.setdefault(name, b)
         names[b] = (b in around[inner] and _made_of(homes[b], own[b], modules, within)) or name
-    return _number(names)
+    return _number(names, steps)
 
 
 def _made_of(home: str, own: set[int], modules: Sequence[str], within: Mapping[str, set[int]]) -> str:
@@ -180,7 +190,7 @@ def name_blocks(
     for b, region in enumerate(analysis.regions):
         contexts = analysis.uses.eqns[maker[region.exit]] or frozenset()
         around.append(frozenset.intersection(*contexts) - {b} if contexts else frozenset())
-    names = _region_names(analysis, around)
+    names = _region_names(analysis, around, [name for stack in stacks for name in stack.blocks])
     number = {b: names[b] for b, tie in ties.items() if tie is not None}
     blocks: dict[str, Block] = {}
     turns = region_turns(analysis.regions)

@@ -7,6 +7,7 @@ exit is its entry. Only what the outputs need is run, so dropped parameters are 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -94,6 +95,8 @@ def without_gone(tree: Any) -> Any:
     if isinstance(tree, Mapping):
         rest = {k: without_gone(v) for k, v in tree.items() if v is not GONE}
         rest = {k: v for k, v in rest.items() if not (isinstance(v, Mapping) and not v and tree[k])}
+        if isinstance(tree, defaultdict):
+            return defaultdict(tree.default_factory, rest)
         return rest if type(tree) is dict else type(tree)(rest)  # pyright: ignore[reportCallIssue]
     return jax.tree.map(
         lambda x: without_gone(x) if isinstance(x, Mapping) else None if x is GONE else x,
@@ -321,6 +324,10 @@ class Narrowed:
             if divisor.inverse:  # divided, since half of a sum would be no mean (see solve.py) when traced again
                 return [lax.div(*jnp.broadcast_arrays(values[1 - divisor.operand], count))]
             values[divisor.operand] = count
+        if i in solution.untied and not self.whole(solution.untied[i][1]):
+            # Hidden from whoever traces the narrow function again: it may be how many positions are summed now.
+            at, _ = solution.untied[i]
+            values[at] = lax.optimization_barrier(jnp.asarray(values[at], solution.program.aval(eqn.ins[at]).dtype))
         params = eqn.params if rule.resize is None else {**eqn.params, **rule.resize(site, self.kept)}
         if adapt is not None:
             values = adapt(i, params, values)

@@ -1,8 +1,8 @@
 """Solve a program for its axes: run every equation's rule once, and follow the divisors of means.
 
 `sum(x) / 64` and `mean(x)` are the same jaxpr: a sum, then a division by a literal. Where constant-folded dataflow ties
-a divisor to a sum over exactly the axes whose sizes multiply to it (or to it less one: `ddof=1`), the divisor follows
-the axes when they shrink.
+a divisor to a sum over exactly the axes whose sizes multiply to it (or, for deviations from a mean, to it less one:
+`ddof=1`), the divisor follows the axes when they shrink.
 
 Values that depend on constants alone are never narrowed themselves: each use of one has axes of its own, and takes the
 positions it needs from the wide value. So a table that two places share does not couple them, and what computes a
@@ -48,6 +48,7 @@ SCALAR_OPS = {
 }
 UNIFORM_OPS = {"convert_element_type", "broadcast_in_dim", "reshape", "squeeze", "expand_dims", "copy"}
 SUM_PASSES = UNIFORM_OPS | {"transpose", "stop_gradient"}
+SQUARES = {"square", "integer_pow", "mul", "abs", "real", "conj", "select_n"}  # of deviations, with what goes with it
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,10 @@ class Solution:
     """The axes of every value of a program, its divisors by equation, and the solutions of call bodies.
 
     `constant` marks the values that depend on nothing; `uses[i, k]` are the axes of operand k of equation i where that
-    is one of them. `lengths` holds the axis along which a `scan` steps, `known` constants that were computed before,
-    `rules` derivative rules that may relate axes in ways of their own.
+    is one of them. `untied` has, by equation, the operand that is a constant and divides or multiplies a sum over some
+    axes, and these, where it is not how many positions were summed. `lengths` holds the axis along which a `scan`
+    steps, `known` constants that were computed before, `rules` derivative rules that may relate axes in ways of their
+    own.
     """
 
     program: Program
@@ -74,6 +77,7 @@ class Solution:
     constant: list[bool]
     uses: dict[tuple[int, int], Axes] = field(default_factory=dict)
     divisors: dict[int, Divisor] = field(default_factory=dict)
+    untied: dict[int, tuple[int, tuple[Axis, ...]]] = field(default_factory=dict)
     bodies: dict[int, tuple[Solution, ...]] = field(default_factory=dict)
     lengths: dict[int, Axis] = field(default_factory=dict)
     known: dict[int, Any] = field(default_factory=dict)
@@ -113,25 +117,35 @@ class Solution:
         )
 
 
+@dataclass
+class _Sums:
+    """What is a sum, over which axes; what is a mean, what deviates from one, and sums of that; scalar constants."""
+
+    axes: dict[int, tuple[Axis, ...]] = field(default_factory=dict)
+    means: set[int] = field(default_factory=set)
+    deviations: set[int] = field(default_factory=set)
+    spreads: set[int] = field(default_factory=set)
+    scalars: dict[int, Any] = field(default_factory=dict)
+
+
 def solve(program: Program, inputs: Sequence[Axes], rules: bool = True) -> Solution:
     """Find the axes of every value, given those of the inputs; refines and pins their atoms.
 
     Without `rules` the derivative rules of custom calls are left aside: a rule may well call its own function.
     """
     solution = Solution(program, [()] * len(program.avals), constants(program))
-    sums: dict[int, tuple[Axis, ...]] = {}
-    scalars: dict[int, Any] = {}
+    sums = _Sums()
     for v, axes in zip(program.inputs, inputs, strict=True):
         solution.axes[v] = axes
     for v, value in program.consts.items():
         solution.axes[v] = _new(program, v)
         if np.ndim(value) == 0 and not isinstance(value, Tracer):
-            scalars[v] = value
+            sums.scalars[v] = value
     for i, eqn in enumerate(program.eqns):
         if solution.fixed(i):
             for v in eqn.outs:
                 solution.axes[v] = _new(program, v)
-            _fold(eqn, scalars)
+            _fold(eqn, sums.scalars)
             continue
         for k, v in enumerate(eqn.ins):
             if isinstance(v, int) and solution.constant[v]:
@@ -144,7 +158,7 @@ def solve(program: Program, inputs: Sequence[Axes], rules: bool = True) -> Solut
             outs = rule.axes(site) if rule else pin_all(site, f"no rule for the primitive `{eqn.name}`")
         for v, axes in zip(eqn.outs, outs, strict=True):
             solution.axes[v] = axes
-        _follow_sums(i, eqn, solution, sums, scalars)
+        _follow_sums(i, eqn, solution, sums)
     return solution
 
 
@@ -247,38 +261,50 @@ def _fold(eqn: Eqn, scalars: dict[int, Any]) -> None:
         scalars[eqn.outs[0]] = SCALAR_OPS[eqn.name](*values) if eqn.name in SCALAR_OPS else values[0]
 
 
-def _follow_sums(
-    i: int, eqn: Eqn, solution: Solution, sums: dict[int, tuple[Axis, ...]], scalars: dict[int, Any]
-) -> None:
-    first = eqn.ins[0] if eqn.ins else None
-    summed = sums.get(first, ()) if isinstance(first, int) else ()
+def _follow_sums(i: int, eqn: Eqn, solution: Solution, found: _Sums) -> None:
+    first, out = eqn.ins[0] if eqn.ins else None, eqn.outs[0] if eqn.outs else None
+    if not isinstance(out, int):
+        return
+    summed = found.axes.get(first, ()) if isinstance(first, int) else ()
+    read = {v for v in eqn.ins if isinstance(v, int)}
     if eqn.name == "reduce_sum":
         axes = solution.operands(i)[0]
-        sums[eqn.outs[0]] = summed + tuple(axes[d] for d in eqn.params["axes"])
-    elif eqn.name in SUM_PASSES and summed:
-        sums[eqn.outs[0]] = summed
+        found.axes[out] = summed + tuple(axes[d] for d in eqn.params["axes"])
+        if first in found.deviations or first in found.spreads:
+            found.spreads.add(out)
+    elif eqn.name in SUM_PASSES:
+        if summed:
+            found.axes[out] = summed
+        for kind in (found.means, found.deviations, found.spreads):
+            if first in kind:
+                kind.add(out)
+    elif (eqn.name == "sub" and found.means & read) or (eqn.name in SQUARES and found.deviations & read):
+        found.deviations.add(out)
     elif eqn.name in ("div", "mul") and len(eqn.ins) == 2:
         for at in (1,) if eqn.name == "div" else (0, 1):
             source = eqn.ins[1 - at]
-            value = _scalar(eqn.ins[at], scalars)
-            axes = sums.get(source, ()) if isinstance(source, int) else ()
+            value = _scalar(eqn.ins[at], found.scalars)
+            axes = found.axes.get(source, ()) if isinstance(source, int) else ()
             if axes and value is not None:
                 real = np.real(value) if np.imag(value) == 0 else np.nan
-                if divisor := _tied(at, axes, float(real), inverse=eqn.name == "mul"):
+                if divisor := _tied(at, axes, float(real), eqn.name == "mul", source in found.spreads):
                     solution.divisors[i] = divisor
+                    found.means.add(out)
+                else:
+                    solution.untied[i] = (at, axes)
                 return
 
 
-def _tied(at: int, axes: tuple[Axis, ...], value: float, inverse: bool) -> Divisor | None:
+def _tied(at: int, axes: tuple[Axis, ...], value: float, inverse: bool, spread: bool) -> Divisor | None:
     size = math.prod(axis.size for axis in axes)
     if not isinstance(size, int) or not any(True for axis in axes for _ in atoms(axis)):
         return None
     if inverse and value == 0.5:  # of squares, energies, divergences; `jnp.mean` divides
         return None
-    for ddof in (0, 1):
+    for ddof in (0, 1) if spread else (0,):
         n = size - ddof
         if n > 0 and (math.isclose(value * n, 1.0, rel_tol=1e-6) if inverse else value == n):
-            return Divisor(at, axes, ddof, inverse)
+            return None if n == 1 and not ddof else Divisor(at, axes, ddof, inverse)
     return None
 
 

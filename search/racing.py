@@ -63,7 +63,7 @@ def judge(
         best: how many others have to beat a candidate beyond doubt.
     """
     n = losses.shape[1]
-    going = ~np.isnan(losses).any(1)
+    going = np.asarray(~np.isnan(losses).any(1))
     known, mine = np.isfinite(references.size), size[going]
     if n < 2 or not len(mine):
         return going

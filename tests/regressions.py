@@ -232,3 +232,84 @@ def sum_times_a_share(p, x):
     """A mean over six units: narrowed to two of them it must still be one, though half of a sum is none."""
     h = jnp.tanh(x @ p["a"])
     return h @ p["o"] + h.sum(-1, keepdims=True) * (1 / 6)
+
+
+@case({"e": arr(5, 4), "m": {"k": arr(4, 4), "w": arr(3, 4, 4)}, "o": arr(4, 2)}, arr(3, 5))
+def steps_and_blocks_of_one_module(p, x):
+    """Both would be called m[0], m[1], and a block would stand around itself."""
+    h = x @ p["e"]
+    for _ in range(2):
+        h = h + jnp.tanh(h @ p["m"]["k"])
+    return lax.scan(lambda c, w: (c + jnp.tanh(c @ w), None), h, p["m"]["w"])[0] @ p["o"]
+
+
+@case({"a": arr(5, 2, 3), "o": arr(6, 2), "a[0]": arr(5, 4), "a[1]": arr(4, 2)}, arr(3, 5))
+def leaf_with_the_name_of_a_group(p, x):
+    """The two groups of `a` would be called like other leaves."""
+    heads = jnp.tanh(jnp.einsum("nd,dhk->nhk", x, p["a"])).reshape(3, -1) @ p["o"]
+    return heads + jnp.tanh(x @ p["a[0]"]) @ p["a[1]"]
+
+
+@case({"a": arr(5, 4), "v": arr(), "s": arr(8), "o": arr(8, 2)}, arr(3, 5))
+def padding_that_is_learnt(p, x):
+    """Its derivative is a sum over all positions."""
+    return (lax.pad(x @ p["a"], p["v"], ((0, 0, 0), (0, 4, 0))) * p["s"]) @ p["o"]
+
+
+@case({"a": arr(5, 6), "t": arr(3), "b": arr(2), "s": arr(6), "o": arr(6, 2)}, arr(3, 5))
+def values_that_many_units_take(p, x):
+    """The derivative of an entry is a sum over the units that take it, by constant and by other indices."""
+    h = jnp.tanh(x @ p["a"]) * p["t"][np.arange(6) // 2] * p["s"]
+    return (h + p["b"][(h > 0).astype(int)] * p["s"] + x[:, np.array([0, 1, 2, 3, 4, 0])] * p["s"]) @ p["o"]
+
+
+@case({"e": arr(5, 4), "a": arr(4, 6), "b": arr(6, 4), "o": arr(4, 2)}, arr(3, 5))
+def kernels_in_a_rule_of_their_own(p, x):
+    """The function reads them in a contraction alone, its derivative entry by entry."""
+    decayed = jax.custom_vjp(jnp.matmul)
+    decayed.defvjp(
+        lambda x, w: (x @ w, (x, w)), lambda kept, ct: (ct @ kept[1].T, (kept[0].T @ ct) * kept[1] + 0.1 * kept[1])
+    )
+    doubled = jax.custom_jvp(jnp.matmul)
+    doubled.defjvp(lambda xs, ts: (xs[0] @ xs[1], ts[0] @ xs[1] + xs[0] @ (ts[1] * xs[1])))
+    u = x @ p["e"]
+    return (u + doubled(jnp.tanh(decayed(u, p["a"])), p["b"])) @ p["o"]
+
+
+@case({"a": arr(5, 6)}, arr(3, 5))
+def bits_of_units(p, x):
+    """Of numbers with a sign the identities of `and` and `or` are -1 and 0."""
+    bits = (x @ p["a"] * 40).astype(np.int32)
+    found = [lax.reduce(bits, np.int32(-1), lax.bitwise_and, (1,)), lax.reduce(bits, np.int32(0), lax.bitwise_or, (1,))]
+    return jnp.stack([*found, lax.reduce(bits, np.int32(0), lax.bitwise_xor, (1,))]).astype(x.dtype)
+
+
+@case({"a": arr(5, 6)}, arr(3, 5))
+def largest_of_narrow_numbers(p, x):
+    """Integers of four bits, and floats that have no infinity."""
+    h = x @ p["a"]
+    return sum(h.astype(kind).max(-1).astype(x.dtype) for kind in (jnp.int4, jnp.float8_e4m3fn, jnp.bfloat16))
+
+
+@case({"a": arr(5, 6), "b": arr(5, 6), "o": arr(6, 2)}, arr(3, 5), jax.random.key(0))
+def noise_by_a_key_for_each_unit(p, x, key):
+    """What is folded into keys stands for the units that the noise goes with."""
+    h, g = x @ p["a"], x @ p["b"]
+    number = (h[0] * 100).astype(jnp.int32).astype(jnp.uint32)
+    return (g * jax.vmap(lambda n: jax.random.uniform(jax.random.fold_in(key, n)))(number).astype(x.dtype)) @ p["o"]
+
+
+@case({"t": arr(1, 5, 5, 4), "a": arr(6, 4)}, arr(3, 5, 6))
+def parameters_that_data_slide_over(p, x):
+    """The kernel of the convolution is data, and its input is a parameter."""
+    k = (x @ p["a"]).reshape(3, 5, 1, 4)[:, :3].transpose(0, 1, 3, 2).reshape(3, 3, 4, 1)
+    return lax.conv_general_dilated(p["t"], k, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")).sum(
+        (0, 1, 2)
+    )
+
+
+@case({"a": arr(5, 2), "b": arr(5, 4), "c": arr(5, 3)}, arr(3, 5))
+def sums_that_are_no_means(p, x):
+    """Two units times one, four by three and two, three by two: whatever is left of them, the constants stay."""
+    a, b, c = x @ p["a"], x @ p["b"], x @ p["c"]
+    return a.sum(-1) * 1.0 + (b**2).sum(-1) / 3 + jnp.tanh(b).sum(-1) / 2 + (c**2).sum(-1) / 2

@@ -105,3 +105,20 @@ def test_the_oracle_itself():
     x, w = np.ones((2, 4, 4, 3), "f"), np.ones((3, 3, 3, 8), "f")
     assert count_macs(jax.make_jaxpr(lambda x, w: jax.nn.relu(zoo.conv(x, w)))(x, w)) == 2 * 16 * 9 * 3 * 8
     assert count_macs(jax.make_jaxpr(jax.jit(lambda a, b: a @ b))(np.ones((2, 3)), np.ones((3, 5)))) == 30
+
+
+@pytest.mark.parametrize(("masks", "message"), [
+    ({"units": {"absent": np.ones(6, bool)}}, "'absent', which is not in the graph"),
+    ({"units": {"stem": np.ones(2, bool)}}, r"expected shape \(6,\), got \(2,\)"),
+    ({"blocks": {"absent": np.True_}}, "'absent', which is not in the graph"),
+])  # fmt: skip
+def test_masks_that_do_not_fit(masks, message):
+    with pytest.raises(engine.PlanError, match=message):
+        engine.cost(traced("residual"), masks)
+
+
+def test_what_masks_leave_out_is_kept():
+    graph = traced("residual")
+    half = np.array([2, 0, 0, 1, 0, 5])  # any number but 0 keeps
+    assert engine.cost(graph, {}) == engine.cost(graph, Plan())
+    assert engine.cost(graph, {"units": {"stem": half}}) == engine.cost(graph, Plan({"stem": [0, 3, 5]}))

@@ -1,6 +1,6 @@
 """`cut`, `narrow` and `gate` where programs and callers are odd: counter-examples found so far, and every message."""
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from typing import NamedTuple
 
 import jax
@@ -612,3 +612,37 @@ def test_cut_takes_leaves_as_they_come():
         jax.tree.map(np.testing.assert_array_equal, found, want)
         assert isinstance(found["kernel"], np.ndarray) == (way == "host")
     assert ways["device"]["kernel"].committed
+
+
+def test_a_mapping_with_defaults_stays_one():
+    p = defaultdict(list, {name: defaultdict(dict, leaf) for name, leaf in P.items()})
+    small = engine.cut(p, engine.trace(model, p, X), DROP)
+    assert (type(small), small.default_factory, type(small["s"]), set(small)) == (
+        defaultdict,
+        list,
+        defaultdict,
+        {"s", "c"},
+    )
+
+
+def test_sums_keep_constants_that_are_no_counts():
+    """By NumPy on the units that are left; the laws hold for either reading."""
+    p = {"a": RNG.normal(size=(5, 2)), "b": RNG.normal(size=(5, 3))}
+
+    def fn(p, x):
+        return (x @ p["a"]).sum(-1) * 1.0 + ((x @ p["b"]) ** 2).sum(-1) / 2 + (x @ p["b"]).var(-1, ddof=1)
+
+    graph, plan = engine.trace(fn, p, X), Plan({"a": [0], "b": [0, 2]})
+    a, b = X @ p["a"][:, :1], X @ p["b"][:, [0, 2]]
+    want = a.sum(-1) + (b**2).sum(-1) / 2 + b.var(-1, ddof=1)
+    close(engine.narrow(fn, graph, plan)(engine.cut(p, graph, plan), X), want)
+    close(engine.gate(fn, graph)(p, graph.masks(plan), X), want)
+
+
+def test_a_negative_zero_is_another_argument():
+    def fn(p, x, s):
+        return model(p, x) * np.copysign(1.0, s)
+
+    graph, p = engine.trace(fn, P, X, 0.0), engine.cut(P, GRAPH, KEEP)
+    plus, minus = (engine.narrow(fn, graph, KEEP)(p, X, s) for s in (0.0, -0.0))
+    close(plus, -minus)

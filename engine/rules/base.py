@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
+import jax.numpy as jnp
 import numpy as np
 
 from treesurgeon.engine.axes import Axis, Fixed, Reason, Size, pin, resolve, unify
@@ -119,11 +120,14 @@ def identity(kind: str, dtype: Any) -> Any:
     if kind == "one":
         return np.ones((), dtype)
     if dtype == np.bool_:
-        return np.asarray(kind == "highest")
-    if np.issubdtype(dtype, np.integer):
-        info = np.iinfo(dtype)
-        return np.asarray(info.min if kind == "lowest" else info.max, dtype)
-    return np.asarray(-np.inf if kind == "lowest" else np.inf, dtype)
+        return np.asarray(kind != "lowest")
+    if kind == "bits":
+        return np.bitwise_not(np.zeros((), dtype))
+    sign = -1 if kind == "lowest" else 1
+    if not jnp.issubdtype(dtype, jnp.integer) and np.isinf(infinite := np.asarray(sign * np.inf, dtype)):
+        return infinite
+    info = jnp.iinfo(dtype) if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo(dtype)
+    return np.asarray(info.min if kind == "lowest" else info.max).astype(dtype)
 
 
-IDENTITIES = ("zero", "one", "lowest", "highest")
+IDENTITIES = ("zero", "one", "lowest", "highest", "bits")  # `bits`: all of them set

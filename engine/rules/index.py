@@ -90,6 +90,13 @@ def gather_axes(site: Site) -> list[Axes]:
     return [tuple(next(batch) if axis is None else axis for axis in out)]
 
 
+def gather_spreads(site: Site) -> list[int]:
+    """Axes of the indices: positions there may take the same ones of the operand."""
+    numbers = site.params["dimension_numbers"]
+    batch = [k for k in range(len(site.out_shapes[0])) if k not in numbers.offset_dims]
+    return [place for k, place in enumerate(batch) if k not in numbers.start_indices_batching_dims]
+
+
 def _window_dims(site: Site) -> list[int]:
     numbers = site.params["dimension_numbers"]
     gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
@@ -113,7 +120,7 @@ def gather_resize(site: Site, kept: Kept) -> dict[str, Any]:
 
 
 register("dynamic_slice", Rule(dynamic_slice_axes, resize=dynamic_slice_resize))
-register("gather", Rule(gather_axes, resize=gather_resize))
+register("gather", Rule(gather_axes, resize=gather_resize, spreads=gather_spreads))
 register("dynamic_update_slice", Rule(dynamic_update_slice_axes))
 for _name in ("scatter", "scatter-add", "scatter-mul", "scatter-min", "scatter-max", "scatter-sub"):
     register(_name, Rule(scatter_axes))

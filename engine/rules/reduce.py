@@ -90,10 +90,16 @@ def fft_axes(site: Site) -> list[Axes]:
 
 def random_axes(site: Site) -> list[Axes]:
     """Noise stands at positions of the dense array: drawn wide, then sliced, so kept units keep their noise."""
-    keys = site.ins[0] if site.ins else ()
     shape = site.out_shapes[0]
-    lead = len(keys) if [axis.size for axis in keys] == list(shape[: len(keys)]) else 0
-    return [(*keys[:lead], *(fresh(n) for n in shape[lead:]))]
+    out = [fresh(n) for n in shape]
+    why = site.why(f"the operands of `{site.eqn.name}` split this axis differently")
+    for operand in site.ins:  # an array of keys, and what goes with each
+        for d, axis in enumerate(operand):
+            if d < len(shape) and axis.size == shape[d]:
+                unify(out[d], axis, why)
+            elif axis.size != 1:
+                pin(axis, site.why(f"`{site.eqn.name}` makes one key of this axis"))
+    return [tuple(out)]
 
 
 for _name, _identity in {
@@ -101,8 +107,9 @@ for _name, _identity in {
     "reduce_prod": "one",
     "reduce_max": "lowest",
     "reduce_min": "highest",
-    "reduce_and": "highest",
-    "reduce_or": "lowest",
+    "reduce_and": "bits",
+    "reduce_or": "zero",
+    "reduce_xor": "zero",
 }.items():
     register(_name, reduction(_identity))
 for _name in ("argmax", "argmin"):

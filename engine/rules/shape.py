@@ -20,6 +20,7 @@ from treesurgeon.engine.axes import (
     total,
     unify,
 )
+from treesurgeon.engine.jaxprs import Literal
 from treesurgeon.engine.rules.base import Axes, Kept, Rule, Site, fixed_axes, pin_all, register
 
 
@@ -145,6 +146,11 @@ def pad_resize(site: Site, kept: Kept) -> dict[str, Any]:
     return {"padding_config": tuple(config)}
 
 
+def pad_spreads(site: Site) -> list[int]:
+    """All axes, unless the filling is a number: its derivative is the sum over them, less that over the operand."""
+    return [] if isinstance(site.eqn.ins[1], Literal) else list(range(len(site.out_shapes[0])))
+
+
 def slice_axes(site: Site) -> list[Axes]:
     """A contiguous slice is a segment of the axis; one of every k positions is a factor of it."""
     p = site.params
@@ -249,13 +255,11 @@ register("squeeze", Rule(squeeze_axes))
 register("expand_dims", Rule(expand_axes))
 register("transpose", Rule(transpose_axes))
 register("concatenate", Rule(concatenate_axes))
-register("pad", Rule(pad_axes, resize=pad_resize))
+register("pad", Rule(pad_axes, resize=pad_resize, spreads=pad_spreads))
 register("slice", Rule(slice_axes, resize=slice_resize))
 register("split", Rule(split_axes, resize=split_resize))
 register("stack", Rule(stack_axes))
 register("unstack", Rule(unstack_axes))
-register(
-    "tile", Rule(tile_axes, resize=tile_resize, spreads=lambda s: [d for d, n in enumerate(s.params["reps"]) if n > 1])
-)
+register("tile", Rule(tile_axes, resize=tile_resize, spreads=tile_spreads))
 
 SHAPE_ONLY = frozenset({"reshape", "squeeze", "expand_dims", "transpose", "convert_element_type", "copy", "copy_p"})
