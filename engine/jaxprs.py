@@ -384,8 +384,7 @@ def split_call(args: tuple, kwargs: dict) -> Call:
     return Call(arrays, tuple(_input_name(paths[i]) for i in chosen), key, rebuild)
 
 
-def _exact(value: Any) -> Hashable:
-    """Equal for what is the same alone: 1 is not True, and 0.0 is not -0.0."""
+def _exact(value: Any) -> Hashable:  # 1 is not True, and 0.0 is not -0.0
     return type(value), value, str(value) if isinstance(value, float) else None
 
 

@@ -57,6 +57,8 @@ ELEMENTWISE = {
         n: (lambda h, n=n: getattr(lax, n)(h, h * 0.7 + 0.1))
         for n in "add atan2 div eq ge gt le lt max min mul ne nextafter pow rem sub igamma igammac".split()
     },
+    "le_to": lambda h: lax.le_to_p.bind(h, h * 0.7 + 0.1),
+    "lt_to": lambda h: lax.lt_to_p.bind(h, h * 0.7 + 0.1),
     **{n: (lambda h, n=n: getattr(lax, f"bitwise_{n}")(ints(h), ints(h) + 1)) for n in ("and", "or", "xor")},
     "log2": jnp.log2,
     "one_minus_square": lambda h: jax.jvp(jnp.tanh, (h,), (h,))[1],
@@ -142,6 +144,7 @@ ROWS = {
     "reduce_prod": ((8,), lambda p, h: h.prod(1)),
     "reduce_max": ((8,), lambda p, h: h.max(1)),
     "reduce_min": ((8,), lambda p, h: h.min(1)),
+    "reduce_xor": ((8,), lambda p, h: lax.reduce(ints(h), np.int32(0), lax.bitwise_xor, (1,))),
     "reduce_and": ((8,), lambda p, h: (h > 0.2).all(1)),
     "reduce_or": ((8,), lambda p, h: (h > 0.8).any(1)),
     "argmax": ((), lambda p, h: h.argmax(1)),

@@ -65,7 +65,7 @@ def test_appraisal_after_fine_tuning_leaves_the_candidate_as_it_starts(config):
 
 def test_the_better_half_is_fine_tuned_and_the_best_of_it_goes_on(config, tmp_path):
     """And the same again where it was measured before."""
-    setting = prepare(replace(config, epochs=2, finalists=1))
+    setting = prepare(replace(config, epochs=2, finalists=1, distill=0.0))
     plans = [engine.Plan({name: np.arange(kept) for name in setting.subject.graph.groups}) for kept in (4, 8, 12, 16)]
     refitted = [appraise(setting, plan)[0] for plan in plans]
     half = np.argsort(refitted)[:2]
