@@ -22,7 +22,7 @@ class Cost(NamedTuple):
         size: all array elements of the cut pytree.
         params: the trainable ones: floating-point leaves, those of the `params` collection where there is one.
         macs: multiply-accumulates of all contractions of the traced call, its whole batch; of a condition those of
-            the branch that has most of them.
+            the branch that has most of them. Programs inside primitives without a rule (`shard_map`) are not counted.
         activation_bytes: bytes of the outputs of all contractions of the traced call (the "activations" of
             Radosavovic et al., "Designing network design spaces", CVPR 2020, times the item size).
     """
