@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from treesurgeon.engine.axes import Atom, Reason, pin, resolve
 from treesurgeon.engine.blocks import Region, find_regions
-from treesurgeon.engine.flow import Kinds, Uses, main_kinds, uses
+from treesurgeon.engine.flow import Kinds, Uses, main_kinds, straddled, uses
 from treesurgeon.engine.jaxprs import Operand, Program, Traced, live, wiring
 from treesurgeon.engine.rules.base import Axes, fixed_axes
 from treesurgeon.engine.solve import Solution, join, solve
@@ -93,6 +93,8 @@ def analyse(solved: Solved) -> Analysis:
         and any(found.of(program.eqns[i].ins[k])[1] for k in wires.mapped_ins)
     }
     regions = find_regions(program, found, roots, lambda leaf: modules[leaf], stepping)
+    while crossed := straddled(program, [(r.entry, r.exit) for r in regions], roots, solved.mirrors):
+        regions = [region for b, region in enumerate(regions) if b not in crossed]
     used = uses(program, [(r.entry, r.exit) for r in regions], roots, solved.mirrors)
     return Analysis(**vars(solved), kinds=found, regions=regions, uses=used, modules=modules)
 

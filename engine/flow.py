@@ -235,30 +235,59 @@ def uses(
     return Uses(eqns, [minimal(v) if v else None for v in values])
 
 
+def straddled(
+    program: Program, blocks: Sequence[tuple[int, int]], roots: Sequence[Operand], mirrors: Mapping[int, Operand]
+) -> set[int]:
+    """Blocks of which one updated parameter watches several, none inside another, as a norm does that is called twice.
+
+    Without one of them it would be updated by the others alone, which is another program.
+    """
+    eqns = uses(program, blocks, roots, {}).eqns if mirrors else []
+    maker = _makers(program)
+    out: set[int] = set()
+    for operand in mirrors.values():
+        inside = {frozenset.intersection(*contexts) for contexts in _watched(program, operand, eqns, maker)[1]}
+        deepest = [blocks for blocks in inside if not any(blocks < others for others in inside)]
+        if len(deepest) > 1:
+            out |= frozenset.union(*deepest) - frozenset.intersection(*deepest)
+    return out
+
+
+def _makers(program: Program) -> dict[int, int]:
+    return {v: i for i, eqn in enumerate(program.eqns) for v in eqn.outs}
+
+
+def _watched(
+    program: Program, operand: Operand, eqns: Sequence[Contexts | None], maker: Mapping[int, int]
+) -> tuple[set[int], list[Contexts]]:
+    """The equations that an output alone needs, and the contexts of those whose results they read."""
+    side: set[int] = set()
+    watched: list[Contexts] = []
+    todo = [operand] if isinstance(operand, int) else []
+    while todo:
+        i = maker.get(todo.pop())
+        if i is None or i in side:
+            continue
+        known = eqns[i]
+        if known is not None:
+            watched.append(known)
+            continue
+        side.add(i)
+        todo += [v for v in program.eqns[i].ins if isinstance(v, int)]
+    return side, watched
+
+
 def _use_mirrors(
     program: Program,
     mirrors: Mapping[int, Operand],
     values: list[set[frozenset[int]]],
     eqns: list[Contexts | None],
 ) -> None:
-    maker = {v: i for i, eqn in enumerate(program.eqns) for v in eqn.outs}
-    inputs = set(program.inputs)
+    maker, inputs = _makers(program), set(program.inputs)
     for operand in mirrors.values():
         if not isinstance(operand, int) or operand in inputs:  # an input handed through is no use
             continue
-        side: set[int] = set()
-        watched: list[Contexts] = []
-        todo = [operand]
-        while todo:
-            i = maker.get(todo.pop())
-            if i is None or i in side:
-                continue
-            known = eqns[i]
-            if known is not None:
-                watched.append(known)
-                continue
-            side.add(i)
-            todo += [v for v in program.eqns[i].ins if isinstance(v, int)]
+        side, watched = _watched(program, operand, eqns, maker)
         need = max(watched, key=lambda c: max(len(s) for s in c), default=ALWAYS)
         values[operand] |= need
         for i in side:

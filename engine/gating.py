@@ -373,7 +373,7 @@ class _Gate:
         for k, dims in summed:
             every = {d: axis for d, axis in enumerate(site.ins[k]) if (k, d) not in mended}
             out_of = contraction.rhs_out if k else contraction.lhs_out
-            slides = any(site.in_shapes[k][d] != site.out_shapes[0][to] for d, to in out_of.items())  # no kernel, then
+            slides = contraction.extra > 1 and not k  # it is what a window slides over, and no kernel
             if not kernel[k] or slides:
                 values[k] = self._summed(values[k], every, dims)
             elif (

@@ -433,11 +433,11 @@ def trace_call(fn: Callable, params: Any, call: Call) -> Traced:
     closed = jax.make_jaxpr(flat)(structs, arrays)
     if closed.jaxpr in flat.known:
         return flat.known[closed.jaxpr]
-    if flat.results is None:  # JAX knows a trace that was not kept here
+    if (results := flat.results) is None:  # JAX knows a trace that was not kept here, or another thread makes one
         flat = _Flat(fn, tree, call)
-        closed = jax.make_jaxpr(flat)(structs, arrays)
-    assert flat.results is not None
-    traced = Traced(flatten_program(closed), *flat.results)
+        closed, results = jax.make_jaxpr(flat)(structs, arrays), flat.results
+    assert results is not None
+    traced = Traced(flatten_program(closed), *results)
     if concrete(traced.program):
         flat.known[closed.jaxpr] = traced
     return traced

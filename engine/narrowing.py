@@ -28,6 +28,7 @@ from treesurgeon.engine.jaxprs import (
     Literal,
     Operand,
     bind,
+    is_array,
     is_key,
     is_sized,
     named_leaves,
@@ -111,7 +112,7 @@ def check_leaves(params: Any, shapes: Mapping[str, tuple[int, ...] | None], verb
     Raises:
         StructureError: lists what is missing, unexpected or of another shape.
     """
-    leaves = named_leaves(params)
+    leaves = {path: x if is_array(x) else jnp.asarray(np.asarray(x)) for path, x in named_leaves(params).items()}
     wrong = []
     for path, shape in shapes.items():
         if shape is None:

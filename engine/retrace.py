@@ -73,6 +73,16 @@ class Retraced:
                 raise NarrowError(f"the block {name!r} is not a block of this function: trace this function instead")
 
 
+# Settings of JAX, also by `with`, that what is traced depends on.
+SETTINGS = (
+    "jax_enable_x64",
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_numpy_dtype_promotion",
+    "jax_threefry_partitionable",
+)
+
+
 class Retracer:
     """Retraces a function once for every shape and dtype it is called at.
 
@@ -87,7 +97,7 @@ class Retracer:
         """The solved program for these arguments and parameter leaves, whose shapes are the graph's."""
         call = split_call(args, kwargs)
         dtypes = _dtypes(self.graph, leaves)
-        key = None if call.key is None else (call.key, dtypes, bool(jax.config.read("jax_enable_x64")))
+        key = None if call.key is None else (call.key, dtypes, *(getattr(jax.config, name) for name in SETTINGS))
         if key in self.known:
             return self.known[key], call
         found = _retrace(self.fn, self.graph, dtypes, call, self.units)

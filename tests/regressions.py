@@ -314,3 +314,30 @@ def sums_that_are_no_means(p, x):
     """Two units times one, four by three and two, three by two: whatever is left of them, the constants stay."""
     a, b, c = x @ p["a"], x @ p["b"], x @ p["c"]
     return a.sum(-1) * 1.0 + (b**2).sum(-1) / 3 + jnp.tanh(b).sum(-1) / 2 + (c**2).sum(-1) / 2
+
+
+def norms(kernels: str) -> Callable:
+    """Two residual blocks that update one running mean."""
+
+    def fn(p, x):
+        h, m = x @ p["i"], p["m"]
+        for k in kernels:
+            z = h @ p[k]
+            mean = z.mean(0)
+            m = 0.9 * m + 0.1 * mean
+            h = h + jax.nn.relu(z - mean)
+        return h @ p["o"], {"m": m}
+
+    return fn
+
+
+@case({"i": arr(5, 4), "a": arr(4, 4), "b": arr(4, 4), "m": arr(4), "o": arr(4, 2)}, arr(3, 5))
+def running_mean_of_two_blocks(p, x):
+    """Without one of them the mean would be another program's."""
+    return norms("ab")(p, x)
+
+
+@case({"i": arr(5, 4), "a": arr(4, 4), "m": arr(4), "o": arr(4, 2)}, arr(3, 5))
+def running_mean_of_a_norm_called_twice(p, x):
+    """Likewise, with one kernel."""
+    return norms("aa")(p, x)

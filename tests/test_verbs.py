@@ -646,3 +646,28 @@ def test_a_negative_zero_is_another_argument():
     graph, p = engine.trace(fn, P, X, 0.0), engine.cut(P, GRAPH, KEEP)
     plus, minus = (engine.narrow(fn, graph, KEEP)(p, X, s) for s in (0.0, -0.0))
     close(plus, -minus)
+
+
+@pytest.mark.parametrize("number", [2.0, 3, True, np.float32(2)])
+def test_leaves_may_be_plain_numbers(number):
+    def fn(p, x):
+        return model(p, x) * p["times"]
+
+    p = {**P, "times": number}
+    graph = engine.trace(fn, p, X)
+    want = engine.narrow(fn, graph, KEEP)(engine.cut(p, graph, KEEP), X)
+    close(engine.gate(fn, graph)(p, graph.masks(KEEP), X), want)
+
+
+def test_settings_of_jax_are_heeded_by_what_was_traced_before():
+    def fn(p, x, key):
+        return model(p, x) * jax.random.bernoulli(key, 0.5, (4, 2))
+
+    key = jax.random.key(0)
+    graph = engine.trace(fn, P, X, key)
+    gated, narrow, masks = engine.gate(fn, graph), engine.narrow(fn, graph, Plan()), GRAPH.masks(Plan())
+    for setting in (True, False):
+        with jax.threefry_partitionable(setting):
+            want = fn(P, X, key)
+            close(gated(P, masks, X, key), want)
+            close(narrow(P, X, key), want)
