@@ -76,6 +76,26 @@ def custom_derivative(b: Builder) -> None:
     b.emit(f"{name}({v}, {w})", funcs=[g, f])
 
 
+@op("custom", 1)
+def custom_kernel(b: Builder) -> None:
+    """The function reads its kernel in a contraction, the derivative rule entry by entry."""
+    v = b.array(2)
+    if b.closed:
+        raise Reject("no parameters here")
+    w = b.param(v.shape[-1], b.size())
+    a, c = b.local(v.shape, v.dtype), b.local(w.shape, w.dtype)
+    name = b.fresh("f")
+    if b.s.chance(50):
+        of = f"ts[0] @ xs[1] + xs[0] @ (ts[1] * {b.s.pick(['1.0', 'xs[1]', 'jnp.sin(xs[1])'])})"
+        how, after = "jvp", f"{name}.defjvp(lambda xs, ts: (xs[0] @ xs[1], {of}))"
+    else:
+        kernel = "x.reshape((-1, x.shape[-1])).T @ ct.reshape((-1, ct.shape[-1]))"
+        of = b.s.pick([f"{kernel} + 0.1 * w", f"({kernel}) * w", f"({kernel}) * (jnp.abs(w) < 1)"])
+        how = "vjp"
+        after = f"{name}.defvjp(lambda x, w: (x @ w, (x, w)), lambda xw, ct: (lambda x, w: (ct @ w.T, {of}))(*xw))"
+    b.emit(f"{name}({v}, {w})", funcs=[Func(name, (a, c), (), f"{a} @ {c}", f"jax.custom_{how}", (after,))])
+
+
 @op("grad", 2)
 def gradient_inside(b: Builder) -> None:
     v = b.array()

@@ -69,6 +69,17 @@ def embedding(b: Builder) -> None:
 
 
 @op("gather", 1)
+def shared_entries(b: Builder) -> None:
+    """Several positions take one entry, which another parameter scales."""
+    v = b.array()
+    n = v.shape[-1]
+    t, s = b.param(-(-n // 2)), b.param(n)
+    of_data = f"{b.param(2)}[({v} > 0).astype(int)]"
+    taken = b.s.pick([f"{t}[np.arange({n}) // 2]", f"jnp.repeat({t}, 2)[:{n}]", of_data])
+    b.emit(f"{v} * {taken} * {s}" if b.s.chance(50) else f"{v} + {taken} * {s}")
+
+
+@op("gather", 1)
 def dynamic_slice(b: Builder) -> None:
     v = b.array()
     d = b.axis(v)
@@ -225,6 +236,8 @@ def noise(b: Builder) -> None:
                 f"{v} + jax.random.normal({key}, {v.shape}, {v}.dtype)",
                 f"{v} * jax.random.uniform(jax.random.fold_in({key}, 1), {v.shape[-1:]}, {v}.dtype)",
                 f"jax.random.permutation({key}, {v}, axis={b.axis(v)})",
+                f"{v} * jax.vmap(lambda n: jax.random.uniform(jax.random.fold_in({key}, n), (), {v}.dtype))("
+                f"(jnp.abs({v}.reshape((-1, {v.shape[-1]}))[0]) * 100).astype(jnp.uint32))",
             ]
         )
     )
@@ -255,6 +268,11 @@ def odd(b: Builder) -> None:
                 f"jnp.polyval(np.array([0.1, 0.2, 0.3]), {v})",
                 f"jnp.nan_to_num({v})",
                 f"lax.reduce({v}, 0.0, lax.add, ({d},))",
+                f"lax.reduce(({v} * 9).astype(jnp.int32), np.int32(0), lax.bitwise_or, ({d},)).astype({v}.dtype)",
+                f"lax.reduce(({v} * 9).astype(jnp.int32), np.int32(-1), lax.bitwise_and, ({d},)).astype({v}.dtype)",
+                f"{v}.sum({d}) / {b.s.int(1, 3)}",
+                f"({v}**2).sum({d}) * 1.0",
+                f"{v}.astype(jnp.int4).max({d}).astype({v}.dtype)",
                 f"lax.reduce_precision({v}, 8, 10)",
                 f"lax.stop_gradient({v})",
                 f"lax.optimization_barrier({v})",

@@ -104,7 +104,8 @@ def lax_pad(b: Builder) -> None:
     v = b.array()
     some = b.axes(v)
     widths = [(b.s.int(-1, 2), b.s.int(-1, 2), b.s.int(0, 1)) if d in some else (0, 0, 0) for d in range(v.rank)]
-    value = b.s.pick([f"jnp.zeros((), {v}.dtype)", f"{v}.sum()", f"{v}.max()"])
+    value = b.s.pick([f"jnp.zeros((), {v}.dtype)", f"{v}.sum()", f"{v}.max()", ""])
+    value = value or f"{b.param()}.astype({v}.dtype)"
     b.emit(f"lax.pad({v}, {value}, {widths})")
 
 
