@@ -148,14 +148,21 @@ def front(options: Options) -> None:
     rows = [tuned_torch(name, setting, options, net, *found) for name, found in nets.items()] + rows
     picture(options, rows)
     steps = options.epochs * math.ceil(len(data.train) / setting.recipe.batch_size)
+    columns = ["found by", "fewer MACs", "seconds", "accuracy, no gradient step"]
+    how = "Nothing was fine-tuned. "
+    if steps:
+        columns.append(f"after {steps} steps")
+        how = (
+            f"Fine-tuning: {len(data.train):,} images, {options.epochs} epoch, SGD, Nesterov momentum, peak rate "
+            f"{LEARNING_RATE}, batches of {setting.recipe.batch_size}, the last step's weights, for all alike. "
+        )
     publish(
         f"peers-{options.model}-{options.macs:.3f}",
         f"{options.model} at {options.macs:.1%} of its multiply-accumulates, by tool",
-        ("found by", "fewer MACs", "seconds", "accuracy, no gradient step", f"after {steps} steps"),
-        rows,
+        columns,
+        [cells[: len(columns)] for cells in rows],
         f"Accuracy on {len(data.test):,} test images that nobody was shown, in percent, with its 95 % "
-        f"interval (Wilson). Fine-tuning: {len(data.train):,} images, {options.epochs} epoch, SGD, Nesterov momentum, "
-        f"peak rate {LEARNING_RATE}, batches of {setting.recipe.batch_size}, the last step's weights, for all alike. "
+        f"interval (Wilson). {how}"
         "Seconds are wall time with compilation until the variant is there; treesurgeon's whole run, which measures "
         f"dense and the variant on train, search and test as well, took {whole:.0f}: "
         + ", ".join(f"{name} {seconds:.0f}" for name, seconds in parts.items())

@@ -242,12 +242,13 @@ def straddled(
 
     Without one of them it would be updated by the others alone, which is another program.
     """
-    eqns = uses(program, blocks, roots, {}).eqns if mirrors else []
-    maker = _makers(program)
+    if not mirrors:
+        return set()
+    eqns, maker = uses(program, blocks, roots, {}).eqns, _makers(program)
     out: set[int] = set()
     for operand in mirrors.values():
         inside = {frozenset.intersection(*contexts) for contexts in _watched(program, operand, eqns, maker)[1]}
-        deepest = [blocks for blocks in inside if not any(blocks < others for others in inside)]
+        deepest = [within for within in inside if not any(within < other for other in inside)]
         if len(deepest) > 1:
             out |= frozenset.union(*deepest) - frozenset.intersection(*deepest)
     return out

@@ -340,7 +340,7 @@ def check_masks(graph: Graph, masks: Mapping[str, Any], stacked: bool = False) -
                 raise PlanError(f"masks[{kind!r}] names {name!r}, which is not in the graph")
             shape = (graph.groups[name].size,) if kind == "units" else ()
             found = np.shape(mask)
-            if (found[-len(shape) :] if stacked and shape else () if stacked else found) != shape:
+            if found[len(found) - len(shape) if stacked else 0 :] != shape:
                 raise PlanError(
                     f"masks[{kind!r}][{name!r}]: expected shape {shape}, got {found}"
                     + ("" if stacked else "; stacks of masks go through jax.vmap")

@@ -297,14 +297,14 @@ def _follow_sums(i: int, eqn: Eqn, solution: Solution, found: _Sums) -> None:
 
 def _tied(at: int, axes: tuple[Axis, ...], value: float, inverse: bool, spread: bool) -> Divisor | None:
     size = math.prod(axis.size for axis in axes)
-    if not isinstance(size, int) or not any(True for axis in axes for _ in atoms(axis)):
+    if not isinstance(size, int) or size < 2 or not any(True for axis in axes for _ in atoms(axis)):
         return None
     if inverse and value == 0.5:  # of squares, energies, divergences; `jnp.mean` divides
         return None
     for ddof in (0, 1) if spread else (0,):
         n = size - ddof
-        if n > 0 and (math.isclose(value * n, 1.0, rel_tol=1e-6) if inverse else value == n):
-            return None if n == 1 and not ddof else Divisor(at, axes, ddof, inverse)
+        if math.isclose(value * n, 1.0, rel_tol=1e-6) if inverse else value == n:
+            return Divisor(at, axes, ddof, inverse)
     return None
 
 

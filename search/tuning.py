@@ -89,8 +89,8 @@ def tune(
         recipe = replace(recipe, learning_rate=learning_rate)
     data, given = {"x": roles.train.images, "y": roles.train.labels}, {}
     augment, teacher = AUGMENTATIONS[config.augment], None
-    if distill and augment:  # the teacher sees what the student sees
-        assert setting.teacher
+    assert setting.teacher or not distill
+    if setting.teacher and distill and augment:  # the teacher sees what the student sees
         given["dense"], teacher = jax.tree.map(jnp.asarray, setting.teacher.params), dense.infer
     elif distill:
         data["teacher"] = setting.answered
