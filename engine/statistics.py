@@ -7,7 +7,7 @@ batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -35,12 +35,12 @@ def momenta(train: Train, variables: Any, *args: Any) -> dict[str, float]:
         StructureError: an update that is not at a leaf of the variables.
     """
     updates = jax.eval_shape(train, variables, *args)[1]
-    names = set(named_leaves(updates))
+    names = list(named_leaves(updates))
     if not names:
         return {}
     flat, structure = jax.tree_util.tree_flatten_with_path(variables)
     at = {path_name(path): i for i, (path, _) in enumerate(flat)}
-    _check(names, at)
+    _check(set(names), at)
     leaves = [leaf for _, leaf in flat]
 
     def update(averages: dict[str, Any]) -> Any:
@@ -48,16 +48,46 @@ def momenta(train: Train, variables: Any, *args: Any) -> dict[str, float]:
         return train(jax.tree_util.tree_unflatten(structure, new), *args)[1]
 
     floats = {name: leaves[at[name]] for name in names if jnp.issubdtype(leaves[at[name]].dtype, jnp.floating)}
-    ones = {name: jnp.ones_like(leaf) for name, leaf in floats.items()}
-    slopes = jax.jit(lambda given: jax.jvp(update, (given,), (ones,))[1])(floats)
-    out = {}
-    for name, slope in named_leaves(slopes).items():
-        if name not in floats:
-            continue
-        values = np.asarray(slope, np.float64)
-        if values.size and np.ptp(values) < 1e-6 and 0 <= values.flat[0] < 1 - 1e-6:
-            out[name] = float(values.flat[0])
-    return out
+
+    @jax.jit
+    def respond(given: dict[str, Any], moves: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        new, slopes = (named_leaves(tree) for tree in jax.jvp(update, (given,), (moves,)))
+        return {name: new[name] for name in given}, {name: slopes[name] for name in given}
+
+    def averages(moved: Collection[str]) -> dict[str, float]:
+        """Those of the moved leaves that follow their own old values alone, while these all move."""
+        ones = {name: jnp.full_like(leaf, name in moved) for name, leaf in floats.items()}
+        steps = {name: one * (1 + jnp.abs(floats[name]).max(initial=0)) for name, one in ones.items()}
+        new, slopes = respond(floats, ones)
+        after, _ = respond(jax.tree.map(jnp.add, floats, steps), ones)
+        found = {name: _momentum(slopes[name], new[name], after[name], steps[name]) for name in moved}
+        return {name: momentum for name, momentum in found.items() if momentum is not None}
+
+    out = averages(floats)
+    new, _ = respond(floats, jax.tree.map(jnp.zeros_like, floats))
+    moving = [name for name in floats if not np.array_equal(new[name], floats[name], equal_nan=True)]
+    if len(moving) < len(floats):  # some are as they were: frozen, so that what comes behind reads them
+        out |= averages(moving)
+    for name in moving:  # what reads another of them
+        if name not in out:
+            out |= averages([name])
+    return {name: out[name] for name in floats if name in out}
+
+
+def _momentum(slope: Any, new: Any, after: Any, step: Any) -> float | None:
+    """The share that is kept of an old value, None if the new one is no average of it and of something else.
+
+    Args:
+        slope: the derivative of the new value.
+        new, after: the new value before and after a step of the old one; a derivative that was stopped differs.
+        step: that step.
+    """
+    slope, new, after, step = (np.asarray(x, np.float64) for x in (slope, new, after, step))
+    if not slope.size or np.ptp(slope) >= 1e-6 or not 0 <= slope.flat[0] < 1 - 1e-6:
+        return None
+    momentum = float(slope.flat[0])
+    allowed = 1e-3 * step.max() + 1e-5 * np.abs(new).max()
+    return None if np.any(np.abs(after - new - momentum * step) > allowed) else momentum
 
 
 def reestimate(train: Train, momenta: Mapping[str, float]) -> Callable[..., Any]:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from treesurgeon import engine
 
@@ -74,3 +75,35 @@ def test_updates_that_are_no_leaves_are_refused():
         engine.momenta(lambda v, x: (x, {"elsewhere": x}), variables(), X)
     with pytest.raises(engine.StructureError, match="stats/mean"):
         engine.reestimate(lambda v, x: (x, {}), {"stats/mean": 0.9})(variables(), X)
+
+
+class Behind(nn.Module):
+    """A norm behind what also updates a state of its own."""
+
+    first: str
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        if self.first == "spectral":
+            x = nn.SpectralNorm(nn.Dense(8), name="first")(x, update_stats=train)
+        else:
+            x = nn.BatchNorm(use_running_average=True, name="first")(nn.Dense(8)(x))
+        return nn.Dense(3)(nn.relu(nn.BatchNorm(not train, name="norm")(x)))
+
+
+@pytest.mark.parametrize("first", ["spectral", "frozen"])
+def test_an_average_behind_another_state(first):
+    """Neither hides it; a power iteration, whose derivative Flax stops, is no average and must not start from zero."""
+    module = Behind(first)
+    start = jax.jit(module.init)(jax.random.key(0), X)
+    step = jax.jit(lambda v, x: module.apply(v, x, train=True, mutable=["batch_stats"]))
+    found = engine.momenta(step, start, X)
+    assert found == pytest.approx(
+        {f"batch_stats/norm/{name}": 0.99 for name in ("mean", "var")}
+        | ({"batch_stats/first/Dense_0/kernel/sigma": 0.0} if first == "spectral" else {})
+    )
+    settled = start
+    for _ in range(1500):
+        settled = {**settled, **step(settled, X)[1]}
+    again = engine.reestimate(step, found)(settled, X)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), again, settled)
