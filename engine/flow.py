@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import TypeAlias, TypeVar
 
 from treesurgeon.engine.jaxprs import Eqn, Operand, Program, is_key, wiring
@@ -17,7 +18,7 @@ from treesurgeon.engine.rules.shape import SHAPE_ONLY
 
 Contexts = frozenset[frozenset[int]]
 ALWAYS: Contexts = frozenset([frozenset()])
-MOST_CONTEXTS = 64
+MOST_CONTEXTS = 1024  # of one value; with more it counts as needed always
 
 
 @dataclass(eq=False)
@@ -182,7 +183,14 @@ def minimal(contexts: Iterable[frozenset[T]]) -> frozenset[frozenset[T]]:
     unique = set(contexts)
     if len(unique) > MOST_CONTEXTS:
         return frozenset([frozenset()])
-    return frozenset(c for c in unique if not any(other < c for other in unique))
+    return frozenset(c for c in unique if not _implied(c, unique))
+
+
+def _implied(context: frozenset[T], others: set[frozenset[T]]) -> bool:
+    """Whether a proper subset is among the others."""
+    if 2 ** len(context) < len(others):
+        return any(frozenset(part) in others for n in range(len(context)) for part in combinations(context, n))
+    return any(other < context for other in others)
 
 
 @dataclass(eq=False)

@@ -101,6 +101,28 @@ def test_macs_inside_loops():
     assert engine.cost(graph, Plan()).macs == 3 * 2 * 5 * 5
 
 
+def test_what_many_blocks_read_goes_with_the_last_of_them():
+    names = [f"{j:02d}" for j in range(70)]
+
+    def fn(p, x, t):
+        c, h = t @ p["t"], x @ p["i"]
+        for name in names:
+            h = h + jnp.tanh(h @ p["w"][name] + c)
+        return h @ p["o"]
+
+    p = {k: np.ones((5, 2), "f") for k in "ti"} | {"o": np.ones((2, 2), "f")}
+    p["w"] = {name: np.ones((2, 2), "f") for name in names}
+    x = np.ones((3, 5), "f")
+    graph = engine.trace(fn, p, x, x)
+    everything = Plan({}, graph.blocks)
+    small = engine.cut(p, graph, everything)
+    assert set(small) == {"i", "o"}
+    narrow = jax.make_jaxpr(engine.narrow(fn, graph, everything))(small, x, x)
+    assert engine.cost(graph, everything).macs == count_macs(narrow)
+    one_left = Plan({}, set(list(graph.blocks)[1:]))
+    assert engine.cost(graph, one_left).macs == count_macs(narrow) + 3 * 5 * 2 + 3 * 2 * 2
+
+
 def test_the_oracle_itself():
     x, w = np.ones((2, 4, 4, 3), "f"), np.ones((3, 3, 3, 8), "f")
     assert count_macs(jax.make_jaxpr(lambda x, w: jax.nn.relu(zoo.conv(x, w)))(x, w)) == 2 * 16 * 9 * 3 * 8
