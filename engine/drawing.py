@@ -73,7 +73,7 @@ def _frames(graph: Graph, nodes: Sequence[_Node]) -> _Frame:
         return min((rank(leaf) for leaf in item.leaves()), default=len(nodes))
 
     for frame in frames.values():
-        frame.inside[:] = [item for item in frame.inside if isinstance(item, str) or any(item.leaves())]
+        frame.inside[:] = [item for item in frame.inside if isinstance(item, str) or any(True for _ in item.leaves())]
         frame.inside.sort(key=rank)
     return frames[None]
 

@@ -123,6 +123,11 @@ def test_the_picture_says_why_an_axis_is_pinned():
     assert "@media (prefers-color-scheme: dark)" in engine.trace(fn, P, X).svg()
 
 
+def test_the_picture_of_parameters_that_are_one_array():
+    drawn, _, _ = picture(engine.trace(lambda p, x: jnp.tanh(x @ p) @ p.T, np.ones((5, 6), "f"), np.ones((3, 5), "f")))
+    assert any("5×6" in text for text in drawn["leaf"])
+
+
 def test_the_picture_escapes_names():
     graph = engine.trace(lambda p, x: jnp.tanh(x @ p["<a>&"]).sum(-1), {"<a>&": P["a"]}, X)
     assert list(picture(graph)[0]["group"]) == ["<a>&, 6 units\n<a>&[1]"]
