@@ -12,7 +12,8 @@ from flax import linen as nn
 from harness import publish, seconds, spread
 
 from treesurgeon import engine, models
-from treesurgeon.engine.jaxprs import Program, split_call, trace_call
+from treesurgeon.engine.calling import split_call, trace_call
+from treesurgeon.engine.jaxprs import Program
 from treesurgeon.models.gpt import ScannedLayer
 
 DEPTHS = (20, 56, 110, 218, 434, 1202)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from treesurgeon.engine.axes import Atom, Reason, pin, resolve
 from treesurgeon.engine.blocks import Region, find_regions
+from treesurgeon.engine.calling import Traced
 from treesurgeon.engine.flow import Kinds, Uses, main_kinds, straddled, uses
-from treesurgeon.engine.jaxprs import Operand, Program, Traced, live, wiring
+from treesurgeon.engine.jaxprs import Operand, Program, live, wiring
 from treesurgeon.engine.rules.base import Axes, fixed_axes
 from treesurgeon.engine.solve import Solution, join, solve
 

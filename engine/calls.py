@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from treesurgeon.engine.jaxprs import Eqn, Literal, is_float, wiring
+from treesurgeon.engine.jaxprs import Eqn, Literal, is_float, varying_alike, wiring
+from treesurgeon.engine.primitives import spread
 from treesurgeon.engine.solve import Solution, derivative_rule, derived
 
 Run: TypeAlias = Callable[[Any, Solution, Sequence[Any]], list[Any]]
@@ -35,12 +36,13 @@ def rebuild(
     n = len(eqn.ins)  # there may be more values: a loop carries them along
     pairs = zip(values[:n], eqn.ins, strict=True)
     values = [*(jnp.asarray(x, v.aval.dtype) if isinstance(v, Literal) else x for x, v in pairs), *values[n:]]
+    values = varying_alike(values)
     if eqn.name == "custom_jvp_call":
         return custom_jvp(eqn, bodies[0], values, run, aux, rule)
     if eqn.name == "custom_vjp_call":
         return custom_vjp(eqn, bodies[0], values, run, aux, rule)
     if eqn.name == "cond":
-        return cond(bodies, values, run, aux)
+        return cond(eqn, bodies, values, run, aux)
     if eqn.name == "while":
         return while_loop(eqn, bodies, values, run, aux)
     assert eqn.name == "scan"
@@ -87,28 +89,44 @@ def custom_vjp(eqn: Eqn, body: Solution, values: Sequence[Any], run: Run, aux: A
     return list(call(aux, *values))
 
 
-def cond(bodies: Sequence[Solution], values: Sequence[Any], run: Run, aux: Any) -> list[Any]:
-    """Branches; the first value chooses."""
+def cond(eqn: Eqn, bodies: Sequence[Solution], values: Sequence[Any], run: Run, aux: Any) -> list[Any]:
+    """Branches; the first value chooses, or the platform that the program is compiled for."""
     index, *operands = values
     branches = [lambda *xs, body=body: tuple(run(aux, body, xs)) for body in bodies]
+    if platforms := eqn.params.get("branches_platforms"):
+        chosen = {
+            name: branch for names, branch in zip(platforms, branches, strict=True) for name in names or ("default",)
+        }
+        return list(lax.platform_dependent(*operands, **chosen))
     if index.dtype == jnp.bool_:
         index = index.astype(jnp.int32)
     return list(lax.switch(index, branches, *operands))
 
 
 def while_loop(eqn: Eqn, bodies: Sequence[Solution], values: Sequence[Any], run: Run, aux: Any) -> list[Any]:
-    """A loop; what does not change stays outside."""
+    """A loop; what does not change stays outside.
+
+    Where the test has axes (a loop under `vmap`), they are the leading ones of all that is carried, and each position
+    goes on for as long as its own test holds.
+    """
     (test_ins, _), carried = wiring(eqn).ins, wiring(eqn).carried
     fixed = min(carried.values(), default=len(values))
     n_test = len(test_ins) - len(carried)
     test, step = values[:n_test], values[n_test:fixed]
-    return list(
-        lax.while_loop(
-            lambda carry: run(aux, bodies[0], [*test, *carry])[0],
-            lambda carry: tuple(run(aux, bodies[1], [*step, *carry])),
-            tuple(values[fixed:]),
-        )
-    )
+    rank = len(bodies[0].of(bodies[0].program.outputs[0]))
+
+    def holds(carry: Sequence[Any]) -> Any:
+        return run(aux, bodies[0], [*test, *carry])[0]
+
+    def turn(carry: Sequence[Any]) -> tuple[Any, ...]:
+        new = run(aux, bodies[1], [*step, *carry])
+        if not rank:
+            return tuple(new)
+        going, own = holds(carry), len(eqn.outs)
+        pairs = zip(new[:own], carry[:own], strict=True)
+        return *(lax.select(spread(going, x.shape, range(rank)), x, old) for x, old in pairs), *new[own:]
+
+    return list(lax.while_loop(lambda carry: jnp.any(holds(carry)), turn, tuple(values[fixed:])))
 
 
 def scan(eqn: Eqn, body: Solution, values: Sequence[Any], run: Run, aux: Any, length: Any, per_step: Any = None):

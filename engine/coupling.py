@@ -11,17 +11,11 @@ from jax.tree_util import tree_structure
 
 from treesurgeon.engine.analysis import Analysis, analyse, solve_axes
 from treesurgeon.engine.axes import Axis, Reason, atoms, fixed_reason, fresh, pin, resolve, unify
+from treesurgeon.engine.calling import Call, split_call, trace_call
 from treesurgeon.engine.errors import StructureError
 from treesurgeon.engine.flow import Contexts
 from treesurgeon.engine.graph import Branches, Graph, Group, Leaf, Member, Term, Work
-from treesurgeon.engine.jaxprs import (
-    Call,
-    Program,
-    is_float,
-    named_leaves,
-    split_call,
-    trace_call,
-)
+from treesurgeon.engine.jaxprs import Program, is_float, named_leaves
 from treesurgeon.engine.masks import labels, unit_index
 from treesurgeon.engine.naming import name_blocks, name_groups, stacks_of
 from treesurgeon.engine.producers import made_axes

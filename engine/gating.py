@@ -36,7 +36,7 @@ from treesurgeon.engine.primitives import forward_only
 from treesurgeon.engine.retrace import Retraced, Retracer
 from treesurgeon.engine.rules import Contraction, lookup
 from treesurgeon.engine.rules.base import identity
-from treesurgeon.engine.selects import ALL, Guard, Selects
+from treesurgeon.engine.selects import ALL, Alive, Guard, Selects
 from treesurgeon.engine.sites import Site, apply_map, check_maps
 from treesurgeon.engine.solve import Solution
 
@@ -160,7 +160,7 @@ class _Gate:
         self._note(program, shared)
         bits = {b: blocks[name] for b, name in found.blocks.items() if name in blocks}
         exits = {analysis.regions[b].exit: (analysis.regions[b].entry, bit) for b, bit in bits.items()}
-        alive = _Alive(bits)
+        alive = Alive(bits)
         origin = dict(enumerate(analysis.uses.values))
         for i, eqn in enumerate(program.eqns):  # others may need what is made along with a value
             origin.update({v: analysis.uses.eqns[i] for v in eqn.outs if len(eqn.outs) > 1})
@@ -277,7 +277,8 @@ class _Gate:
         length = eqn.params.get("length")
         steps = self.selects.mask(solution.lengths[i]) if i in solution.lengths else None
         rule = solution.rules.get(i)
-        if steps is None and all(map(self._plain, bodies)) and (rule is None or self._plain(rule)):
+        plain = steps is None and all(map(self._plain, bodies)) and (rule is None or self._plain(rule))
+        if plain and not self._ends(eqn, bodies):
             return bind(eqn, eqn.params, values)
         if steps is not None:
             return scan(eqn, bodies[0], values, partial(self._step, eqn), (), length, steps)
@@ -291,7 +292,22 @@ class _Gate:
                 return _Gate(*aux, guard=self.guard).run(body, xs)
 
             return rebuild(eqn, bodies, values, run, (self.units, self.on), length, rule)
-        return rebuild(eqn, bodies, values, lambda _, body, xs: self._inner(self.on).run(body, xs), (), length)
+
+        def inside(_: Any, body: Solution, xs: Sequence[Any]) -> list[Any]:
+            inner = self._inner(self.on)
+            outs = inner.run(body, xs)
+            if eqn.name == "while" and body is bodies[0]:  # neither junk nor a dropped block keeps a loop going
+                axes = body.of(body.program.outputs[0])
+                outs = [inner.selects.clear(jnp.asarray(outs[0]), dict(enumerate(axes)), False, self.on)]
+            return outs
+
+        return rebuild(eqn, bodies, values, inside, (), length)
+
+    def _ends(self, eqn: Eqn, bodies: Sequence[Solution]) -> bool:
+        """Whether an equation is a loop that masks may end."""
+        return eqn.name == "while" and (
+            self.on is not None or self.selects.masked(bodies[0].of(bodies[0].program.outputs[0]))
+        )
 
     def _inner(self, on: Any) -> _Gate:
         """A gate for a program inside an equation: what it caches belongs to another trace."""
@@ -319,6 +335,8 @@ class _Gate:
                 continue
             if eqn.bodies:
                 if not all(map(self._plain, body.bodies[i])) or any(map(self.selects.masked, body.operands(i))):
+                    return False
+                if self._ends(eqn, body.bodies[i]):
                     return False
                 continue
             rule = lookup(eqn.name)
@@ -412,30 +430,3 @@ class _Gate:
         divisor = solution.divisors[i]
         aval = solution.program.aval(solution.program.eqns[i].ins[divisor.operand])
         return self.selects.spread(self.selects.divisor(divisor, aval.dtype), aval.shape, ())
-
-
-class _Alive:
-    """Whether anything in a set of contexts is kept, as a traced bool; None for always."""
-
-    def __init__(self, bits: Mapping[int, Any]):
-        self.bits = bits
-        self.known: dict[Any, Any] = {}
-
-    def __call__(self, contexts: Any) -> Any:
-        if contexts is None:
-            return None
-        if contexts not in self.known:
-            self.known[contexts] = self._any(contexts)
-        return self.known[contexts]
-
-    def _any(self, contexts: Any) -> Any:
-        out = None
-        for context in contexts:
-            bits = [self.bits[b] for b in sorted(context) if b in self.bits]
-            if not bits:
-                return None
-            whole = bits[0]
-            for bit in bits[1:]:
-                whole = whole & bit
-            out = whole if out is None else out | whole
-        return out

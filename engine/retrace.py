@@ -17,9 +17,10 @@ from jax.tree_util import tree_unflatten
 
 from treesurgeon.engine.analysis import Analysis, analyse, solve_axes
 from treesurgeon.engine.axes import Atom, Axis, Fixed, Prod, Reason, Sum, fixed_reason, product, resolve, total
+from treesurgeon.engine.calling import Call, concrete, split_call, trace_call
 from treesurgeon.engine.errors import NarrowError
 from treesurgeon.engine.graph import Graph
-from treesurgeon.engine.jaxprs import Call, concrete, split_call, struct, trace_call
+from treesurgeon.engine.jaxprs import struct
 from treesurgeon.engine.masks import axis_count, labels
 from treesurgeon.engine.naming import region_turns
 from treesurgeon.engine.sites import Site, find_sites
@@ -97,7 +98,8 @@ class Retracer:
         """The solved program for these arguments and parameter leaves, whose shapes are the graph's."""
         call = split_call(args, kwargs)
         dtypes = _dtypes(self.graph, leaves)
-        key = None if call.key is None else (call.key, dtypes, *(getattr(jax.config, name) for name in SETTINGS))
+        settings = *(getattr(jax.config, name) for name in SETTINGS), jax.sharding.get_abstract_mesh()
+        key = None if call.key is None else (call.key, dtypes, *settings)
         if key in self.known:
             return self.known[key], call
         found = _retrace(self.fn, self.graph, dtypes, call, self.units)

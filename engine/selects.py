@@ -155,3 +155,31 @@ class Selects:
 
         key = ("readable", id(kernel), id(kept[0]), None if reads is None else id(reads[0]), left)
         return self._once(key, (kernel, kept, reads), make)
+
+
+class Alive:
+    """Whether anything in a set of contexts is kept, as a traced bool; None for always."""
+
+    def __init__(self, bits: Mapping[int, Any]):
+        self.bits = bits
+        self.known: dict[Any, Any] = {}
+
+    def __call__(self, contexts: Any) -> Any:
+        """Whether all blocks of one of the contexts are kept."""
+        if contexts is None:
+            return None
+        if contexts not in self.known:
+            self.known[contexts] = self._any(contexts)
+        return self.known[contexts]
+
+    def _any(self, contexts: Any) -> Any:
+        out = None
+        for context in contexts:
+            bits = [self.bits[b] for b in sorted(context) if b in self.bits]
+            if not bits:
+                return None
+            whole = bits[0]
+            for bit in bits[1:]:
+                whole = whole & bit
+            out = whole if out is None else out | whole
+        return out

@@ -195,7 +195,9 @@ def _solve_call(solution: Solution, i: int, rules: bool) -> list[Axes]:
         outs[j] = operands[k]
     for body, places in zip(bodies, wires.outs, strict=True):
         for v, j in zip(body.program.outputs, places, strict=True):
-            if j is None:
+            if j is None:  # the axes of a loop's test, if any, are the leading ones of all that it carries
+                for k in wires.carried.values():
+                    join(body.of(v), operands[k][: len(body.of(v))], why)
                 continue
             known = outs[j]
             if known is None:

@@ -341,3 +341,42 @@ def running_mean_of_two_blocks(p, x):
 def running_mean_of_a_norm_called_twice(p, x):
     """Likewise, with one kernel."""
     return norms("aa")(p, x)
+
+
+@case({"a": arr(5, 6), "o": arr(6, 3)}, arr(3, 5))
+def loops_that_end_one_by_one(p, x):
+    """Under `vmap` the test of a loop has an axis, and those that are done wait for the others."""
+    grow = lambda u: lax.while_loop(lambda u: u.max() < 3, lambda u: u + 0.5 + 0.1 * u.mean(), u)
+    return jax.vmap(grow)(lax.stop_gradient(x @ p["a"])) @ p["o"]
+
+
+@case({"a": arr(5, 6), "o": arr(6, 3)}, arr(3, 5), np.array([1, 3, 2]))
+def loops_of_other_lengths(p, x, n):
+    more = lambda h, n: lax.fori_loop(0, n, lambda i, h: h + jnp.tanh(h) * h.mean(), h)
+    return jax.vmap(more)(lax.stop_gradient(x @ p["a"]), n) @ p["o"]
+
+
+@case({"a": arr(5, 6), "s": arr(6), "o": arr(6, 3)}, arr(3, 5))
+def loops_of_each_unit(p, x):
+    """What removed units hold must not keep the others waiting, for ever if it is far away."""
+    climb = jax.vmap(jax.vmap(lambda u: lax.while_loop(lambda u: u < 2, lambda u: u + 0.3, u)))
+    return climb(lax.stop_gradient(p["s"] - x @ p["a"])) @ p["o"]
+
+
+@case({"a": arr(5, 6), "b": arr(6, 6), "o": arr(6, 2)}, arr(3, 5))
+def loop_in_a_block(p, x):
+    """A dropped block computes on zeros, on which its loop would never end."""
+    h = jnp.tanh(x @ p["a"])
+    grown = lax.while_loop(lambda v: (v**2).sum() < 1, lambda v: v * 2, lax.stop_gradient(h @ p["b"]))
+    return (h + grown) @ p["o"]
+
+
+@case({"a": arr(5, 6), "b": arr(3, 6, 6), "o": arr(6, 2)}, arr(3, 5))
+def loop_in_a_step(p, x):
+    """The same of a step of a stack."""
+
+    def step(h, w):
+        grown = lax.while_loop(lambda v: (v**2).sum() < 1, lambda v: v * 2, lax.stop_gradient(h @ w))
+        return h + jnp.tanh(grown), None
+
+    return lax.scan(step, jnp.tanh(x @ p["a"]), p["b"])[0] @ p["o"]

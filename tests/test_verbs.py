@@ -9,6 +9,11 @@ import numpy as np
 import pytest
 from flax.core import FrozenDict
 from jax import export, lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as S
 from laws import Bench, draw, leaves_of, random_plan
 from subjects import subjects
 from zoo import C, D, conv, dense
@@ -679,3 +684,70 @@ def test_settings_of_jax_are_heeded_by_what_was_traced_before():
             want = fn(P, X, key)
             close(gated(P, masks, X, key), want)
             close(narrow(P, X, key), want)
+
+
+def test_what_a_platform_alone_can_do_stays_there():
+    only = Primitive("only_elsewhere")
+    only.def_abstract_eval(lambda x: x)
+    mlir.register_lowering(only, lambda ctx, x: [x], platform="cuda")
+
+    def fn(p, x):
+        h = dense(p["s"], x)
+        here = lambda h: h * h.mean(-1, keepdims=True)
+        return dense(p["c"], lax.platform_dependent(h, cuda=lambda h: here(only.bind(h)), default=here))
+
+    pinned = engine.trace(fn, P, X)
+    assert "only_elsewhere" in str(pinned.pinned)
+    try:
+        engine.rules.register("only_elsewhere", engine.rules.lookup("sin"))
+        graph = engine.trace(fn, P, X)
+        small = jax.jit(engine.narrow(fn, graph, KEEP))(engine.cut(P, graph, KEEP), X)
+        close(jax.jit(engine.gate(fn, graph))(P, graph.masks(KEEP), X), small)
+    finally:
+        del engine.rules.base._RULES["only_elsewhere"]
+
+
+def synced(p, x):
+    """Normalised over the whole batch, whatever part of it is on this device."""
+    h = dense(p["s"], x)
+    h = h - lax.pmean(h.mean(0), "d")
+    h = lax.fori_loop(0, 2, lambda i, h: h + jnp.tanh(dense(p["a"], h)), h)
+    still = lax.stop_gradient(h)
+    top, low = lax.pmax(still.max(0), "d"), lax.pmin(still.min(0), "d")
+    return dense(p["c"], checkpoint_name((h - low) / (top - low), "scaled"))
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_inside_shard_map(check):
+    """With JAX's check of what varies between devices, and without; collectives leave units apart."""
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(AxisType.Auto,))
+
+    def over(fn, *specs):
+        return jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=S("d"), check_vma=check))
+
+    graph = engine.trace(lambda p, x: jax.vmap(synced, (None, 0), axis_name="d")(p, x[None])[0], P, X)
+    assert set(graph.groups) == {"s"}
+    small = engine.cut(P, graph, KEEP)
+    fast, gated = engine.narrow(synced, graph, KEEP), engine.gate(synced, graph)
+    want = jax.vmap(fast, (None, 0), axis_name="d")(small, X[None])[0]
+    found = over(fast, S(), S("d"))(small, X)
+    close(found, want)
+    close(over(lambda p, x: gated(p, graph.masks(KEEP), x), S(), S("d"))(P, X), want)
+
+    def gradient(p, x):
+        return jax.grad(lambda p: lax.psum((fast(p, x) ** 2).sum(), "d"))(p)["s"]["w"][None]
+
+    alone = jax.grad(lambda p: (jax.vmap(fast, (None, 0), axis_name="d")(p, X[None]) ** 2).sum())(small)["s"]["w"]
+    close(over(gradient, S(), S("d"))(small, X)[0], alone)
+
+
+def test_where_arrays_are_to_lie_leaves_units_apart():
+    where = NamedSharding(jax.make_mesh((1,), ("d",), axis_types=(AxisType.Auto,)), S("d"))
+
+    def fn(p, x):
+        return dense(p["c"], lax.with_sharding_constraint(jnp.tanh(dense(p["s"], x)), where))
+
+    graph = engine.trace(fn, P, X)
+    assert set(graph.groups) == {"s"}
+    small = engine.cut(P, graph, KEEP)
+    close(jax.jit(engine.narrow(fn, graph, KEEP))(small, X), engine.gate(fn, graph)(P, graph.masks(KEEP), X))

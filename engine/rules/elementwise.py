@@ -9,12 +9,13 @@ from treesurgeon.engine.axes import WHOLE, Fixed, pin
 from treesurgeon.engine.rules.base import Axes, Rule, Site, fixed_axes, register
 
 NAMES = """
-    abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz complex
-    conj convert_element_type copy copy_p cos cosh device_put digamma div eq erf erf_inv erfc exp exp2 expm1 floor
-    ge gt igamma igammac imag integer_pow is_finite le le_to lgamma log log1p log2 logistic lt lt_to max min mul ne
-    neg nextafter not one_minus_square optimization_barrier or polygamma polynomial population_count pow real
-    reduce_precision regularized_incomplete_beta rem round rsqrt select_n shift_left shift_right_arithmetic
-    shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh threefry2x32 xor zeta
+    abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz complex conj
+    convert_element_type copy copy_p cos cosh device_put digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt
+    igamma igammac imag integer_pow is_finite le le_to lgamma log log1p log2 logistic lt lt_to max min mul name ne neg
+    nextafter not one_minus_square optimization_barrier or polygamma polynomial population_count pow pvary real
+    reduce_precision regularized_incomplete_beta rem round rsqrt select_n sharding_constraint shift_left
+    shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh threefry2x32 xor
+    zeta
 """.split()
 
 
@@ -43,6 +44,17 @@ def bitcast_axes(site: Site) -> list[Axes]:
     return [(*whole[: len(shape)], *fixed_axes(shape[len(whole) :], site.why("the bytes of a number")))]
 
 
+def across_axes(site: Site) -> list[Axes]:
+    """Over devices each position is reduced alone; an axis that `vmap` gave a name to is reduced, and stays."""
+    mapped = {axis for axis in site.params["axes"] if isinstance(axis, int)}
+    for operand in site.ins:
+        for d in mapped:
+            pin(operand[d], site.why(f"`{site.eqn.name}` reduces this axis"))
+    return [tuple(axis for d, axis in enumerate(operand) if d not in mapped) for operand in site.ins]
+
+
 for _name in NAMES:
     register(_name, Rule(axes, broadcasts=True))
 register("bitcast_convert_type", Rule(bitcast_axes))
+for _name in ("psum", "psum_invariant", "pmax", "pmin"):
+    register(_name, Rule(across_axes))
