@@ -162,7 +162,7 @@ def curves(
         (x, bottom), (right, top) = plane.at(overfits - 1, plane.y[0]), plane.at(plane.x[1], plane.y[1])
         box = f'x="{x:.1f}" y="{top:.1f}" width="{right - x:.1f}" height="{bottom - top:.1f}"'
         out.append(f'<rect class="overfit" {box}/>')
-        out.append(text(right - 4, top + 13, "overfits", "tick end"))
+        out.append(text(right - 4, top - 4, "shaded: overfits", "tick end"))
     for kind, losses in (("train", train), ("search", search)):
         places = [
             plane.at(epoch, loss) for epoch, loss in enumerate(losses) if loss is not None and math.isfinite(loss)

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -77,6 +78,9 @@ def _stop(text: str) -> NoReturn:
 
 
 def _command(arguments: Sequence[str]) -> None:
+    if list(arguments) == ["--version"]:
+        print(f"treesurgeon {version('treesurgeon')}")
+        return
     parser = tyro.extras.SubcommandApp()
     from_file = defaults(named_in(arguments) if list(arguments[:1]) == ["search"] else None)
 

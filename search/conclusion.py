@@ -32,7 +32,6 @@ from treesurgeon.search.truncating import depth_of
 from treesurgeon.search.tuning import Tuned, untouched
 
 LOOKED = 500  # images of `search` on which units are looked at
-ENDS = ("difference", "low", "high")  # of an estimate, as `front.csv` has them
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ def conclude(
             "train_error": f.train_error,
             "search_error": f.search_error,
             "gap": f.gap,
-            **({f"cv_{end}": getattr(estimates[f.name], end) for end in ENDS} if estimates else {}),
+            **({f"cv_{end}": getattr(estimates[f.name], end) for end in report.ENDS} if estimates else {}),
             "best_epoch": f.ref.fitted.best_epoch if f.ref.fitted else None,
             "reason": verdict.reasons[f.name],
             "description": space.describe(genomes[f.name]) if f.name in genomes else depth_of(f.ref),

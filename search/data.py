@@ -216,7 +216,8 @@ def _check_fitted(source: Source, fitted: Sequence[str], unfitted: Sequence[str]
     if absent:
         raise DataError(
             f"data {source.spec!r}: no split {', '.join(map(repr, absent))}, on which the checkpoint is said "
-            f"to be fitted; the dataset has {there}. Name the one it was fitted on with --fitted-split"
+            f"to be fitted (a model of the zoo says so by itself); the dataset has {there}. Name the one it was fitted "
+            "on with --fitted-split, or pass --fitted-split none if it has seen none of these images"
         )
     if not any(source.splits[split] for split in unfitted):
         raise DataError(
@@ -246,7 +247,12 @@ def _read_labels(source: Source, origin: Sequence[str], num_classes: int) -> np.
             raise DataError(
                 f"data {source.spec!r}, split {split!r}: expected labels 0 to {num_classes - 1}, since the "
                 f"model has {num_classes} classes, got {labels[bad[0]]} at index {bad[0]} ({bad.size} of "
-                f"{labels.size} labels out of range). Choose a model with more classes, or relabel"
+                f"{labels.size} labels out of range). "
+                + (
+                    "Labels start at 0: relabel"
+                    if labels[bad[0]] < 0
+                    else "Choose a model with more classes, or relabel"
+                )
             )
         parts.append(labels.astype(np.int32))
     return np.concatenate(parts)
@@ -349,7 +355,7 @@ def _read_split(
             raw = read_raw(source, split, local) if streamed else source.read_images(split, local)
             raw = raw[..., None] if raw.ndim == 3 else raw
             where = f"data {source.spec!r}, split {split!r}"
-            _check_images(where, raw, local, shape)
+            _check_images(where, raw, local, shape, max(std, default=1) < 1)
             if not scale.size:
                 shape = raw.shape[1:]
                 images = np.empty((0 if streamed else len(indices), *shape), np.float32)
@@ -379,7 +385,8 @@ def _image_digest(image: np.ndarray) -> int:
     return int.from_bytes(hashlib.blake2b(head + image.tobytes(), digest_size=8).digest(), "little")
 
 
-def _check_images(where: str, raw: np.ndarray, local: np.ndarray, shape: Sequence[int] | None) -> None:
+def _check_images(where: str, raw: np.ndarray, local: np.ndarray, shape: Sequence[int] | None, unit: bool) -> None:
+    """Refuse what cannot be images for the model; `unit`: they are normalised as images in 0 to 1 are."""
     if raw.dtype != np.uint8 and not np.issubdtype(raw.dtype, np.floating):
         raise DataError(
             f"{where}: expected images of dtype uint8 (0 to 255) or floating point, got {raw.dtype}; convert them"
@@ -395,6 +402,13 @@ def _check_images(where: str, raw: np.ndarray, local: np.ndarray, shape: Sequenc
         raise DataError(
             f"{where}: expected finite images, got NaN or infinity in image {local[np.argmin(finite)]} "
             f"({np.sum(~finite)} of {len(raw)} images read together); mend or remove it"
+        )
+    low, high = (float(raw.min()), float(raw.max())) if raw.size else (0.0, 0.0)
+    if raw.dtype != np.uint8 and unit and (low < -0.5 or high > 2):  # resampling overshoots by less
+        fix = "store them as uint8, or divide by 255" if low >= 0 else "pass --mean 0 --std 1 if they are normalised"
+        raise DataError(
+            f"{where}: expected floating-point images in 0 to 1, which are normalised by --mean and --std, got values "
+            f"from {low:.3g} to {high:.3g}; {fix}"
         )
 
 

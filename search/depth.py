@@ -106,7 +106,8 @@ def finish(options: Depth, cuts: Sequence[Cut], say: Callable[[str], None], scor
     report.show(lines)
     say(
         f"Best on search: {best.point}, {best.search:.2%} with {best.params / whole.params:.0%} of the parameters and "
-        f"{best.macs / whole.macs:.0%} of the multiply-accumulates; the whole model {whole.search:.2%}."
+        f"{best.macs / whole.macs:.0%} of the multiply-accumulates; the whole depth, with such a head, "
+        f"{whole.search:.2%}."
     )
     report.write_depth(
         options.directory / "depth.csv",

@@ -18,7 +18,7 @@ from treesurgeon.search.markup import Html, element, join, table
 from treesurgeon.search.metrics import ACCURACY
 from treesurgeon.search.pictures import write_pictures, write_whole
 from treesurgeon.search.records import DENSE, FAILS, NONE, PASSED, Run, known, number, open_run, reading
-from treesurgeon.search.report import SPLITS, UNKNOWN, shown
+from treesurgeon.search.report import ENDS, SPLITS, UNKNOWN, shown
 
 BADGES = {
     PASSED: ("good", "Certificate: passed"),
@@ -101,22 +101,18 @@ def results(run: Run) -> Html:
     units = {"latency": "latency, ms", "memory": "peak memory, bytes"}
     head = [
         "model",
+        *reversed(SPLITS),  # what to quote comes first, where a narrow screen shows it
+        f"gap, {run.metric.unit}",
         "parameters",
         "MACs",
         "bytes",
         *(units[name] for name in measured),
-        *SPLITS,
-        f"gap, {run.metric.unit}",
         "verdict, or what the baseline is",
     ]
     cells = []
     for row in rows:
         line: list[str] = [row["variant"] + (" (selected)" if row["selected"] == "True" else "")]
-        for name in ("params", "macs", "bytes"):
-            share = element("span", f"{known(row, name) / max(known(run.dense, name), 1):.1%}", class_="small")
-            line.append(join([short(known(row, name)), share]))
-        line += [short(known(row, name)) for name in measured]
-        for split in SPLITS:
+        for split in reversed(SPLITS):
             cell = [shown(run.metric, number(row[split]))]
             low, high = number(row[f"{split}_low"]), number(row[f"{split}_high"])
             if low is not None and high is not None:
@@ -124,7 +120,11 @@ def results(run: Run) -> Html:
             line.append(join(cell))
         gap = number(row["gap"])
         wider = UNKNOWN if gap is None else run.metric.amount(gap, sign=True).split()[0]
-        line += [wider, reasons.get(row["variant"], UNKNOWN)]
+        line.append(wider)
+        for name in ("params", "macs", "bytes"):
+            share = element("span", f"{known(row, name) / max(known(run.dense, name), 1):.1%}", class_="small")
+            line.append(join([short(known(row, name)), share]))
+        line += [*(short(known(row, name)) for name in measured), reasons.get(row["variant"], UNKNOWN)]
         cells.append(line)
     images = ", ".join(f"{known(run.dense, f'{split}_images'):,.0f} of {split}" for split in SPLITS)
     what = "Accuracy with its 95 % interval (Wilson)" if run.metric is ACCURACY else run.metric.description
@@ -153,6 +153,14 @@ def certificate(run: Run) -> Html:
             for step in steps
         ]
         out.append(table(caption, head, cells, "wnnnnnnw"))
+    compared = [row for row in run.tables["front"] if number(row["cv_difference"]) is not None]
+    if compared:
+        cells = [
+            (row["variant"], *(run.metric.amount(known(row, f"cv_{name}"), sign=True) for name in ENDS))
+            for row in compared
+        ]
+        caption = f"Cross-validation: {run.metric.noun} less the dense model's, and the ends of its interval"
+        out.append(table(caption, ("variant", *ENDS), cells, "wnnn"))
     return join(out)
 
 
@@ -180,7 +188,7 @@ def formats(run: Run) -> Html:
     """What the selected model takes in each format of `treesurgeon export`."""
     if not run.formats:
         return element("p", "Nothing was measured: dense was selected, or formats were left out (--no-formats).")
-    head = ("format", "bytes", "dense", "ms", "dense", "speed-up", "calls", "on")
+    head = ("format", "bytes", "of dense", "ms", "dense, ms", "speed-up", "calls", "on")
     cells = [
         (
             row["format"],
@@ -196,7 +204,10 @@ def formats(run: Run) -> Html:
         f"{run.selected['variant']} as treesurgeon export writes it: size, and median milliseconds for "
         f"{run.formats[0]['batch']} images, in calls that took turns with the dense model's"
     )
-    return join([table(caption, head, cells, "wnnnnnnw"), panels.files("formats.csv")])
+    found = [table(caption, head, cells, "wnnnnnnw"), panels.files("formats.csv")]
+    if any(row["format"] == "stablehlo" for row in run.formats):
+        found.insert(1, element("p", "selected/model.stablehlo is larger: it holds the derivative as well."))
+    return join(found)
 
 
 # --- the rest ---------------------------------------------------------------------------------------------------------
@@ -231,5 +242,5 @@ def settings(run: Run) -> Html:
 
 def _shown(value: Any) -> str:
     if value is None or value in ("", []):
-        return UNKNOWN
+        return "default"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -344,7 +344,7 @@ def learning_curves(run: Run) -> Html:
         return element("p", "The finalists were not fine-tuned (--epochs 0), or there are none.")
     figures = join([element("div", Html(chart.inline())) for _, chart, _ in found])
     numbers_ = element("details", join([element("summary", "The numbers"), *(rows for _, _, rows in found)]))
-    return join([element("div", figures, class_="curves"), numbers_, files("curves.svg", "curves.png")])
+    return join([element("div", figures, class_="curves"), numbers_, files("curves.csv", "curves.svg", "curves.png")])
 
 
 def depth_chart(run: Run) -> Chart:
@@ -373,7 +373,10 @@ def depth(run: Run) -> Html:
         for row in rows
     ]
     score = run.task.score[:1].upper() + run.task.score[1:]
-    caption = f"{score} against depth: the checkpoint cut at every block, with a head in closed form on its features"
+    caption = (
+        f"{score} against depth: the checkpoint cut at every block, with a head in closed form on its features; "
+        "the last row is its whole depth with such a head, not its own"
+    )
     head = ("cut at", "parameters", "MACs", "on search", "train", "search", "gap, points")
     found = table(caption, head, cells, "wnnwnnn", [best])
     return join([Html(depth_chart(run).inline()), found, files("depth.csv", "depth.svg", "depth.png")])

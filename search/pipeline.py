@@ -147,7 +147,11 @@ def go_on(setting: Setting, say: Say, pool: Pool, layout: Layout | None, timings
     with timings.part("ranking units"):
         space, crew = ranked(setting, states, say, pool, layout)
     variants = np.prod(space.cardinality.astype(float))
-    say(f"searching {len(space.groups)} groups and {len(space.blocks)} blocks: {variants:.1e} variants")
+    graph = setting.subject.graph
+    whole = len(space.groups) == len(graph.groups) and len(space.blocks) == len(graph.blocks)
+    shares = f"{len(space.groups)} of {len(graph.groups)} groups and {len(space.blocks)} of {len(graph.blocks)} blocks"
+    rest = "" if whole else " (--protect leaves out the others)"
+    say(f"searching {shares}{rest}: {variants:.1e} variants")
     budget = make_budget(setting, space, states, say)
     scored = search(setting, space, budget, states, say, layout, crew, timings)
     start = time.perf_counter()

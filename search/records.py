@@ -13,7 +13,7 @@ from typing import Any
 from treesurgeon.engine import TreesurgeonError
 from treesurgeon.search import report
 from treesurgeon.search.config import RunError
-from treesurgeon.search.data import ROLES, SHARES, Split, open_source, split_roles
+from treesurgeon.search.data import ROLES, SHARES, DataError, Split, open_source, split_roles
 from treesurgeon.search.metrics import METRICS, Metric
 from treesurgeon.search.tasks import BINS, TASKS, Task, Units
 
@@ -161,6 +161,11 @@ def images_again(manifest: Mapping[str, Any], role: str, data: str, data_dir: st
     was, normalisation = manifest["data"], manifest["normalisation"]
     shape = tuple(manifest["model"]["input_shape"])
     source = open_source(data, data_dir or None, shape, manifest.get("task"))  # older versions had none
+    if absent := [split for split in was["fitted"] or () if split not in source.splits]:
+        raise DataError(
+            f"data {data!r}: no split {absent[0]!r}, which the run on {was['spec']} took for `train`; the dataset has "
+            f"{', '.join(source.splits)}: pass the same data"
+        )
     strata = max(source.num_classes + 1, BINS)  # at most; the other roles are not looked at
     split: Split = getattr(
         split_roles(

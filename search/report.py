@@ -42,6 +42,7 @@ BLOCK_COLUMNS = ("block", "parent", "searched", "leaves")
 PIN_COLUMNS = ("axis", "reason")
 CURVE_COLUMNS = ("variant", "epoch", "train_loss", "search_loss", "search_error", "best")
 SPLITS = ("train", "search", "test")
+ENDS = ("difference", "low", "high")  # of a cross-validated estimate
 RESULT_COLUMNS = (
     "variant",
     "selected",
@@ -77,9 +78,7 @@ FRONT_COLUMNS = (
     "train_error",
     "search_error",
     "gap",
-    "cv_difference",
-    "cv_low",
-    "cv_high",
+    *(f"cv_{end}" for end in ENDS),
     "best_epoch",
     "reason",
     "description",

@@ -352,7 +352,8 @@ def _npz_source(spec: str, path: Path, labelled: bool = True) -> Source:
         arrays = {name: loaded[name] for name in loaded.files} if hasattr(loaded, "files") else None
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(
-            f"data {spec!r}: {path} cannot be read as npz ({type(error).__name__}: {first_line(error)}); "
+            f"data {spec!r}: {path} cannot be read as npz ({type(error).__name__}: "
+            f"{first_line(error).split('. ')[0]}); "
             "write it with np.savez(path, x_train=…, y_train=…, x_test=…, y_test=…)"
         ) from error
     if arrays is None:

@@ -115,7 +115,7 @@ def tune(
     result = fit(loss, start.variables, trainable, data, recipe, key, evaluate, rates=rates, given=given, beside=more)
     errors = ", ".join(metric.show(epoch.search_error) for epoch in result.history)
     say(
-        f"fine-tuned {start.name} ({start.cost['params']:,} parameters): {metric.noun} on search {errors}; "
+        f"trained {start.name} ({start.cost['params']:,} parameters): {metric.noun} on search {errors}; "
         f"kept epoch {result.best_epoch}"
     )
     return replace(start, variables=result.params, fitted=result, trail=tuple(trail))

@@ -1,6 +1,7 @@
 """`treesurgeon search --config FILE`: what the file says, what flags say, and what is refused."""
 
 import dataclasses
+from importlib.metadata import version
 
 import pytest
 
@@ -90,3 +91,8 @@ def test_files_that_cannot_be_read(tmp_path, capsys):
     assert caught.value.code == 2
     assert "expected a .toml" in capsys.readouterr().err
     assert named_in(["search", "--config"]) is None
+
+
+def test_the_version_is_said(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out == f"treesurgeon {version('treesurgeon')}\n"

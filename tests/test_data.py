@@ -15,6 +15,7 @@ from sklearn.datasets import load_digits
 from treesurgeon.engine import TreesurgeonError
 from treesurgeon.search import digits
 from treesurgeon.search.data import ROLES, DataError, _apportion, open_source, split_roles
+from treesurgeon.search.records import images_again
 
 CIFAR = Path(__file__).resolve().parents[1].parent / "shared/data/tfds/cifar10_jpeg/1.0.0"
 
@@ -240,7 +241,7 @@ BAD = {
         {"num_classes": 4},
         r"split 'all': expected labels 0 to 3, since the model has 4 .*, got 4 at index 4 \(20 of 100",
     ),
-    "labels negative": ({"x": X, "y": Y - 1}, {}, r"got -1 at index 0 \(20 of 100"),
+    "labels negative": ({"x": X, "y": Y - 1}, {}, r"got -1 at index 0 \(20 of 100.*Labels start at 0: relabel"),
     "labels whole but floating": (
         {"x": X, "y": Y * 1.0},
         None,
@@ -272,6 +273,16 @@ BAD = {
         {},
         r"uint8 \(0 to 255\) or floating point, got int64",
     ),
+    "bytes as floats": (
+        {"x": X * np.float32(1), "y": Y},
+        {"mean": (0.5,), "std": (0.25,)},
+        r"in 0 to 1, which are normalised .*, got values from \d+ to 2\d\d; store them as uint8, or divide by 255",
+    ),
+    "normalised already": (
+        {"x": (X / 255 - 0.5) / 0.25, "y": Y},
+        {"mean": (0.5,), "std": (0.25,)},
+        r"got values from -\S+ to \S+; pass --mean 0 --std 1 if",
+    ),
     "NaN": (
         {"x": np.where(np.arange(100)[:, None, None, None] == 7, np.nan, X), "y": Y},
         {},
@@ -291,7 +302,7 @@ BAD = {
     "unknown fitted split": (
         {"x": X, "y": Y},
         {"fitted": ("train",)},
-        r"no split 'train'.*the dataset has all \(100\).*--fitted-split",
+        r"no split 'train'.*the dataset has all \(100\).*--fitted-split none if",
     ),
     "nothing clean": (
         {"x": X, "y": Y},
@@ -321,7 +332,7 @@ BAD = {
     "pickled": (
         {"x": X, "y": np.array([{}] * 100, dtype=object)},
         None,
-        r"cannot be read as npz \(ValueError",
+        r"cannot be read as npz \(ValueError: Object arrays cannot be loaded when allow_pickle=False\); write it",
     ),
 }
 
@@ -448,3 +459,16 @@ def test_cifar_by_directory():
     first = records[int(roles.search.indices[0])]
     assert first["label"] == roles.search.labels[0]
     np.testing.assert_allclose(roles.search.images[0], first["image"] / 255, rtol=1e-6)
+
+
+def test_other_data_than_a_runs_is_named(npz):
+    """A selected model's manifest says where its images came from."""
+    source = npz(x=X, y=Y)
+    manifest = {
+        "data": {"fitted": ["train"], "spec": "digits"},
+        "model": {"input_shape": [4, 4, 3]},
+        "normalisation": {"mean": [0.0], "std": [1.0]},
+        "labels": list("01234"),
+    }
+    with pytest.raises(DataError, match=r"no split 'train', which the run on digits took .*has all: pass the same"):
+        images_again(manifest, "test", source.spec, "")

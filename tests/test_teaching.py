@@ -73,9 +73,9 @@ def test_it_is_fine_tuned_once_in_a_run(tmp_path):
 def test_it_is_the_baseline_of_the_run(tmp_path):
     config, said = small_config(tmp_path, epochs=2, distill=0.5), []
     outcome = run(config, said.append)
-    fitted = [line.split(" (")[0] for line in said if line.startswith("fine-tuned ")]
-    assert fitted[:2] == ["fine-tuned dense fine-tuned", "fine-tuned v1"]
-    assert fitted.count("fine-tuned dense fine-tuned") == 1
+    fitted = [line.split(" (")[0] for line in said if line.startswith("trained ")]
+    assert fitted[:2] == ["trained dense fine-tuned", "trained v1"]
+    assert fitted.count("trained dense fine-tuned") == 1
     found = json.loads((outcome.path / "manifest.json").read_text())["metrics"]
     plain = run(replace(config, distill=0.0, out=str(tmp_path / "plain")), silent)
     others = json.loads((plain.path / "manifest.json").read_text())["metrics"]
