@@ -61,7 +61,7 @@ def test_finalists_learn_its_answers(tmp_path, augment):
 def test_it_is_fine_tuned_once_in_a_run(tmp_path):
     opened, said = prepare(small_config(tmp_path, epochs=2, distill=0.5)), []
     first = with_teacher(opened, States(tmp_path / "state"), said.append).teacher
-    assert [line.split(" (")[0] for line in said[1:]] == ["fine-tuned dense fine-tuned"]
+    assert [line.split(" (")[0] for line in said[1:]] == ["trained dense fine-tuned"]
     again = with_teacher(opened, States(tmp_path / "state"), said.append).teacher
     assert len(said) == 3
     assert first.history == again.history

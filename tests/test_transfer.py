@@ -218,7 +218,7 @@ def test_a_killed_search_on_other_labels_goes_on_bit_for_bit(place):
                "layer_decay": 0.5, "distill": 0.5, "model": "mlp", "checkpoint": str(place / "mlp")}  # fmt: skip
     whole, killed = (config(place, "names", out=str(place / name), **changes) for name in ("whole", "killed"))
     run(whole, lambda _: None)
-    for words in ("generation   1/2", "fine-tuned dense from scratch"):
+    for words in ("generation   1/2", "trained dense from scratch"):
         with pytest.raises(Killed):
             run(killed, until(words))
         assert not (killed.directory / "selected").exists()
