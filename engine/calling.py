@@ -12,7 +12,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.tree_util import tree_flatten, tree_flatten_with_path, tree_unflatten
 
-from treesurgeon.engine.jaxprs import Program, flatten_program, is_array, path_name, struct
+from treesurgeon.engine.jaxprs import Program, flatten_program, is_array, manual, path_name, struct
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,7 @@ def split_call(args: tuple, kwargs: dict) -> Call:
 
     arrays = tuple(leaves[i] for i in chosen)
     try:
-        shapes = tuple((np.shape(a), a.dtype, getattr(a, "weak_type", False)) for a in arrays)
+        shapes = tuple((np.shape(a), a.dtype, getattr(a, "weak_type", False), manual(a)) for a in arrays)
         key: Hashable = (tree, tuple(chosen), tuple(map(_exact, static)), shapes)
         hash(key)
     except TypeError:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from treesurgeon.engine.jaxprs import Eqn, Literal, is_float, varying_alike, wiring
+from treesurgeon.engine.jaxprs import Eqn, Literal, is_float, wiring
 from treesurgeon.engine.primitives import spread
 from treesurgeon.engine.solve import Solution, derivative_rule, derived
 
@@ -36,7 +36,6 @@ def rebuild(
     n = len(eqn.ins)  # there may be more values: a loop carries them along
     pairs = zip(values[:n], eqn.ins, strict=True)
     values = [*(jnp.asarray(x, v.aval.dtype) if isinstance(v, Literal) else x for x, v in pairs), *values[n:]]
-    values = varying_alike(values)
     if eqn.name == "custom_jvp_call":
         return custom_jvp(eqn, bodies[0], values, run, aux, rule)
     if eqn.name == "custom_vjp_call":

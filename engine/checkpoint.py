@@ -34,6 +34,7 @@ from treesurgeon.engine.errors import ArtifactError, TreesurgeonError, first_lin
 from treesurgeon.engine.export import to_stablehlo
 from treesurgeon.engine.flax import from_linen
 from treesurgeon.engine.graph import Graph, Plan
+from treesurgeon.engine.jaxprs import is_key, named_leaves
 from treesurgeon.engine.narrowing import check_leaves, narrow
 from treesurgeon.engine.shortened import Shortened
 
@@ -240,6 +241,13 @@ def load(path: str | os.PathLike, module: nn.Module | Shortened | None = None, a
 
 
 def _write_variables(path: Path, variables: Any) -> None:
+    for name, leaf in named_leaves(variables).items():
+        if hasattr(leaf, "dtype") and is_key(leaf):
+            raise ArtifactError(f"{name} is a PRNG key, which cannot be saved: save jax.random.key_data of it")
+        if not leaf.size:
+            raise ArtifactError(
+                f"{name} has no elements (its shape is {leaf.shape}), which cannot be saved: leave it out"
+            )
     try:
         ocp.save(str(path), jax.tree.map(np.asarray, variables))
     except Exception as error:  # Orbax raises many types for a disk that is full or may not be written

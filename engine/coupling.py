@@ -64,7 +64,7 @@ def trace(
     leaf_axes = [tuple(fresh(n) for n in program.avals[v].shape) for v in program.inputs[: len(paths)]]
     inputs = _free_inputs(tuple(free_inputs), call)
     solved = solve_axes(traced, paths, leaf_axes, call.names, inputs)
-    free = tuple(free_outputs)
+    free = _free_outputs(free_outputs, traced.out_paths)
     for i, (path, v) in enumerate(zip(traced.out_paths, program.outputs, strict=True)):
         if i in solved.mirror_of or _named(path, free):
             continue
@@ -91,6 +91,17 @@ def trace(
 def _named(path: str, names: Iterable[str]) -> bool:
     """Whether one of the names is the path, its first part, or "" (all paths)."""
     return any(path == name or path.startswith(f"{name}/") or not name for name in names)
+
+
+def _free_outputs(names: Iterable[str], paths: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(names, str):
+        raise StructureError(f"free_outputs takes names, got the string {names!r}: pass [{names!r}]")
+    names = tuple(names)
+    for name in names:
+        if not any(_named(path, [name]) for path in paths):
+            outputs = ", ".join(path or "(the one output)" for path in paths)
+            raise StructureError(f"free_outputs names {name!r}; the outputs are {outputs}")
+    return names
 
 
 def _free_inputs(names: Sequence[str], call: Call) -> dict[str, Axes]:

@@ -94,19 +94,27 @@ class Plan:
     drop: frozenset[str] = frozenset()
 
     def __post_init__(self):
-        keep = {name: np.asarray(units) for name, units in self.keep.items()}
+        keep = {name: _numbers(name, units) for name, units in self.keep.items()}
         for name, units in keep.items():
             if units.ndim != 1 or (units.size and not np.issubdtype(units.dtype, np.integer)):
                 raise PlanError(
                     f"Plan.keep[{name!r}]: expected a 1-d array of unit numbers, got shape {units.shape} "
                     f"of {units.dtype}; a bool mask m becomes np.flatnonzero(m)"
                 )
-            if (np.diff(units) <= 0).any():
+            if (units[1:] <= units[:-1]).any():
                 raise PlanError(f"Plan.keep[{name!r}] must be sorted without repeats: pass np.unique(units)")
         if isinstance(self.drop, str):
             raise PlanError(f"Plan.drop takes a set of block names, got the string {self.drop!r}")
+        keep = {name: units.astype(np.int64) for name, units in keep.items()}
         object.__setattr__(self, "keep", keep)
         object.__setattr__(self, "drop", frozenset(self.drop))
+
+
+def _numbers(name: str, units: Any) -> np.ndarray:
+    try:
+        return np.asarray(units)
+    except ValueError as error:
+        raise PlanError(f"Plan.keep[{name!r}]: expected a 1-d array of unit numbers; NumPy says: {error}") from error
 
 
 @dataclass(frozen=True)

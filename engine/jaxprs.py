@@ -19,7 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import AbstractValue
 from jax.extend import source_info_util
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import keystr, tree_flatten_with_path
 
 INLINED = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2"}
@@ -191,28 +193,24 @@ def standing_at(eqn: Eqn):
 
 def bind(eqn: Eqn, params: Mapping[str, Any], values: Sequence[Any]) -> list[Any]:
     """Apply the equation's primitive to values, with these parameters in place of its own."""
-    values = varying_alike(values)
-    if eqn.name == "pvary":  # the function was traced as if nothing differed between devices yet
-        params = {**params, "axes": tuple(axis for axis in params["axes"] if axis not in _varying(values[0]))}
+    if not eqn.bodies:
+        values = varying_alike(values)
+    if eqn.name == "pvary":  # of what masks have made differ already
+        params = {**params, "axes": tuple(axis for axis in params["axes"] if axis not in varying(values[0]))}
         if not params["axes"]:
-            return values
+            return list(values)
     out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(dict(params)))
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
 def varying_alike(values: Sequence[Any]) -> list[Any]:
     """Inside `shard_map`: values that differ between devices along the same axes, as primitives ask for."""
-    axes = [_varying(x) for x in values]
+    axes = [varying(x) for x in values]
     every = frozenset().union(*axes)
     return [
         x if over == every else lax.pcast(x, tuple(sorted(every - over)), to="varying")
         for x, over in zip(values, axes, strict=True)
     ]
-
-
-def _varying(x: Any) -> frozenset[str]:
-    manual = getattr(jax.typeof(x), "mat", None)
-    return frozenset() if manual is None else manual.varying
 
 
 @dataclass(frozen=True)
@@ -322,10 +320,28 @@ def _operand_structs(eqn: Eqn) -> list[Any]:
     return [struct(body.avals[v]) for v in body.inputs]
 
 
-def struct(x: Any) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of an array as JAX holds it: 64 bits only with x64."""
+def struct(x: Any, shape: Sequence[Any] | None = None) -> jax.ShapeDtypeStruct:
+    """Shape (or another one) and dtype of an array as JAX holds it: 64 bits only with x64."""
     dtype = jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True)
-    return jax.ShapeDtypeStruct(x.shape, dtype, weak_type=getattr(x, "weak_type", False))
+    shape, differs = x.shape if shape is None else tuple(shape), manual(x)
+    if not varying(x):
+        return jax.ShapeDtypeStruct(shape, dtype, weak_type=getattr(x, "weak_type", False))
+    here = NamedSharding(jax.sharding.get_abstract_mesh(), PartitionSpec())
+    weak = getattr(x, "weak_type", False)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=here, weak_type=weak, manual_axis_type=differs)
+
+
+def manual(x: Any) -> Any:
+    """Inside `shard_map`: along which axes an array differs between devices, as JAX's types say it."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x.manual_axis_type
+    return getattr(x if isinstance(x, AbstractValue) else jax.typeof(x), "mat", None)
+
+
+def varying(x: Any) -> frozenset[str]:
+    """The names of the axes along which an array differs between devices."""
+    found = manual(x)
+    return frozenset() if found is None else found.varying
 
 
 def is_sized(aval: Any) -> bool:

@@ -97,33 +97,29 @@ class Retracer:
     def __call__(self, leaves: Mapping[str, Any], args: tuple, kwargs: dict) -> tuple[Retraced, Call]:
         """The solved program for these arguments and parameter leaves, whose shapes are the graph's."""
         call = split_call(args, kwargs)
-        dtypes = _dtypes(self.graph, leaves)
+        structs = _structs(self.graph, leaves)
         settings = *(getattr(jax.config, name) for name in SETTINGS), jax.sharding.get_abstract_mesh()
-        key = None if call.key is None else (call.key, dtypes, *settings)
+        key = None if call.key is None else (call.key, structs, *settings)
         if key in self.known:
             return self.known[key], call
-        found = _retrace(self.fn, self.graph, dtypes, call, self.units)
+        found = _retrace(self.fn, self.graph, structs, call, self.units)
         if key is not None and concrete(found.analysis.program):
             self.known[key] = found
         return found, call
 
 
-def _dtypes(graph: Graph, leaves: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The dtype of every leaf at hand; a leaf that went with a block would have been cast as its fellows were."""
-    cast = {
-        leaf.dtype: getattr(leaves.get(path), "dtype", leaf.dtype)
-        for path, leaf in graph.leaves.items()
-        if path in leaves
-    }
+def _structs(graph: Graph, leaves: Mapping[str, Any]) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Every leaf at its dense shape; one that went with a block would have been cast as its fellows were."""
+    given = {path: struct(leaves[path], leaf.shape) for path, leaf in graph.leaves.items() if path in leaves}
+    cast = {graph.leaves[path].dtype: found.dtype for path, found in given.items()}
     return tuple(
-        getattr(leaves.get(path), "dtype", leaf.dtype) if path in leaves else cast.get(leaf.dtype, leaf.dtype)
+        given[path] if path in given else struct(jax.ShapeDtypeStruct(leaf.shape, cast.get(leaf.dtype, leaf.dtype)))
         for path, leaf in graph.leaves.items()
     )
 
 
-def _retrace(fn: Callable, graph: Graph, dtypes: Sequence[Any], call: Call, units: Mapping[str, Any]) -> Retraced:
+def _retrace(fn: Callable, graph: Graph, structs: Sequence[Any], call: Call, units: Mapping[str, Any]) -> Retraced:
     leaves = list(graph.leaves.values())
-    structs = [struct(jax.ShapeDtypeStruct(leaf.shape, dtype)) for leaf, dtype in zip(leaves, dtypes, strict=True)]
     own = {name: Atom(group.size, label=name) for name, group in graph.groups.items()}
     own |= {label: Atom(len(names), label=label) for label, names in graph.steps.items()}
     axes = [tuple(_instance(axis, own) for axis in leaf.axes) for leaf in leaves]
@@ -165,7 +161,7 @@ def _whole_inputs(
             _instance(axis, own) if held else Fixed(n, Reason(f"an axis of the input {name}"))
             for n, axis, held in zip(shape, known, bound, strict=True)
         )
-        arrays[k] = jax.ShapeDtypeStruct(tuple(shape), x.dtype, weak_type=struct(x).weak_type)
+        arrays[k] = struct(x, shape)
     return replace(call, arrays=tuple(arrays)), free
 
 

@@ -47,7 +47,8 @@ def momenta(train: Train, variables: Any, *args: Any) -> dict[str, float]:
         new = [averages.get(path_name(path), leaf) for (path, _), leaf in zip(flat, leaves, strict=True)]
         return train(jax.tree_util.tree_unflatten(structure, new), *args)[1]
 
-    floats = {name: leaves[at[name]] for name in names if jnp.issubdtype(leaves[at[name]].dtype, jnp.floating)}
+    found = {name: leaves[at[name]] for name in names if jnp.issubdtype(leaves[at[name]].dtype, jnp.floating)}
+    floats = {name: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for name, leaf in found.items()}
 
     @jax.jit
     def respond(given: dict[str, Any], moves: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

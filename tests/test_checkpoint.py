@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +125,32 @@ def test_nothing_is_overwritten(saved):
 def test_a_failed_save_leaves_nothing(tmp_path):
     with pytest.raises(TypeError):
         engine.save(tmp_path / "m", SPEC, SMALL, PLAN, manifest={"bad": object()})
+    assert list(tmp_path.iterdir()) == []
+
+
+class Odd(nn.Module):
+    """A state of its own that no checkpoint holds."""
+
+    state: Any
+
+    @nn.compact
+    def __call__(self, x):
+        self.variable("own", "state", lambda: self.state)
+        return nn.Dense(2)(nn.relu(nn.Dense(3)(x)))
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (jax.random.key(0), "own/state is a PRNG key, which cannot be saved: save jax.random.key_data of it"),
+        (np.zeros((0, 3), "f"), r"own/state has no elements \(its shape is \(0, 3\)\), which cannot be saved"),
+    ],
+)
+def test_leaves_that_cannot_be_saved_are_named(tmp_path, state, message):
+    module = Odd(state)
+    variables = module.init(jax.random.key(0), np.ones((1, 5), "f"))
+    with pytest.raises(ArtifactError, match=message):
+        engine.save(tmp_path / "m", engine.ModelSpec("own:Odd", (5,), {}), variables, engine.Plan(), module=module)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -59,6 +59,8 @@ def dense_graph():
         ({"a": [1.0, 2.0]}, (), "of float64"),
         ({"a": [2, 1]}, (), "must be sorted without repeats: pass np.unique(units)"),
         ({"a": [1, 1]}, (), "must be sorted without repeats"),
+        ({"a": np.array([200, 0], np.uint8)}, (), "must be sorted without repeats"),
+        ({"a": [[1], [2, 3]]}, (), "expected a 1-d array of unit numbers; NumPy says"),
         ({}, "c1", "Plan.drop takes a set of block names, got the string 'c1'"),
     ],
 )

@@ -107,3 +107,21 @@ def test_an_average_behind_another_state(first):
         settled = {**settled, **step(settled, X)[1]}
     again = engine.reestimate(step, found)(settled, X)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), again, settled)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_averages_in_half_precision(dtype):
+    """A momentum is no number of so few bits: what is divided by one less it must not be either."""
+    given = jax.tree.map(lambda v: v.astype(dtype) if v.dtype == jnp.float32 else v, variables())
+
+    def step(v, x):
+        mean, new = v["stats"]["mean"], (x @ v["w"]).mean(0)
+        return x, {"stats": {"mean": (0.9 * mean + 0.1 * new).astype(mean.dtype)}}
+
+    x = X.astype(dtype)
+    found = engine.momenta(step, given, x)
+    assert found == pytest.approx({"stats/mean": 0.9}, abs=1e-6)
+    again = engine.reestimate(step, found)(given, x)["stats"]["mean"]
+    assert again.dtype == dtype
+    want = np.asarray(x @ given["w"], np.float64).mean(0)
+    np.testing.assert_allclose(np.asarray(again, np.float64), want, rtol=8 * float(jnp.finfo(dtype).eps), atol=0.005)

@@ -751,3 +751,58 @@ def test_where_arrays_are_to_lie_leaves_units_apart():
     assert set(graph.groups) == {"s"}
     small = engine.cut(P, graph, KEEP)
     close(jax.jit(engine.narrow(fn, graph, KEEP))(small, X), engine.gate(fn, graph)(P, graph.masks(KEEP), X))
+
+
+@jax.custom_jvp
+def paired(h, r):
+    return jnp.tanh(h), r * 2
+
+
+paired.defjvp(lambda given, tangents: (paired(*given), tangents))
+
+
+def summing(p, x):
+    """A loss that is carried along, the same on all devices."""
+    turn = lambda c, w: ((jnp.tanh(dense(p["a"], c[0]) * w), c[1] + lax.pmean((c[0] ** 2).mean(), "d")), None)
+    (h, total), _ = lax.scan(turn, (dense(p["s"], x), jnp.zeros(())), jnp.ones(3))
+    return dense(p["c"], h), total
+
+
+def counting(p, x):
+    n, h = lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + 1, jnp.tanh(s[1])), (0, dense(p["s"], x)))
+    return dense(p["c"], h), n * 1.0
+
+
+def choosing(p, x):
+    h = dense(p["s"], x)
+    ways = (lambda h, r: (h, r + 1.0)), (lambda h, r: (-h, r - 1.0))
+    h, r = lax.cond(lax.pmean(h.sum(), "d") > 0, *ways, h, (p["c"]["w"] ** 2).sum())
+    return dense(p["c"], h), r
+
+
+def with_own_rule(p, x):
+    h, r = paired(dense(p["s"], x), (p["c"]["w"] ** 2).sum())
+    return dense(p["c"], h), r
+
+
+@pytest.mark.parametrize("fn", [summing, counting, choosing, with_own_rule])
+def test_what_is_the_same_on_all_devices_stays_so(fn):
+    """What calls carry and return differs between devices where it did, whether a plan touches the call or not."""
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(AxisType.Auto,))
+    over = lambda fn: jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=(S(), S("d")), out_specs=(S("d"), S())))
+    graph = engine.trace(lambda p, x: jax.vmap(lambda x: fn(p, x), axis_name="d")(x[None]), P, X)
+    assert set(graph.groups) == {"s"}
+    for plan in (Plan(), KEEP):
+        fast, gated = engine.narrow(fn, graph, plan), engine.gate(fn, graph)
+        found = over(fast)(engine.cut(P, graph, plan), X)
+        masks = {"units": graph.masks(plan)["units"], "blocks": {}}
+        close(over(lambda p, x: gated(p, masks, x))(P, X), found)  # noqa: B023
+
+
+def test_outputs_are_freed_by_name():
+    fn = lambda p, x: {"h": dense(p["s"], x)}
+    assert engine.trace(fn, P, X, free_outputs=["h"]).groups
+    with pytest.raises(StructureError, match="free_outputs names 'zz'; the outputs are h"):
+        engine.trace(fn, P, X, free_outputs=["zz"])
+    with pytest.raises(StructureError, match=r"free_outputs takes names, got the string 'h': pass \['h'\]"):
+        engine.trace(fn, P, X, free_outputs="h")
