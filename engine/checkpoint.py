@@ -244,9 +244,9 @@ def _write_variables(path: Path, variables: Any) -> None:
     for name, leaf in named_leaves(variables).items():
         if hasattr(leaf, "dtype") and is_key(leaf):
             raise ArtifactError(f"{name} is a PRNG key, which cannot be saved: save jax.random.key_data of it")
-        if not leaf.size:
+        if not np.size(leaf):
             raise ArtifactError(
-                f"{name} has no elements (its shape is {leaf.shape}), which cannot be saved: leave it out"
+                f"{name} has no elements (its shape is {np.shape(leaf)}), which cannot be saved: leave it out"
             )
     try:
         ocp.save(str(path), jax.tree.map(np.asarray, variables))

@@ -99,8 +99,10 @@ def _free_outputs(names: Iterable[str], paths: Sequence[str]) -> tuple[str, ...]
     names = tuple(names)
     for name in names:
         if not any(_named(path, [name]) for path in paths):
-            outputs = ", ".join(path or "(the one output)" for path in paths)
-            raise StructureError(f"free_outputs names {name!r}; the outputs are {outputs}")
+            outputs = ", ".join(path or "''" for path in paths)
+            raise StructureError(
+                f"free_outputs names {name!r}; the outputs are {outputs}: pass some of these, or '' for all"
+            )
     return names
 
 

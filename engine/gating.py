@@ -11,8 +11,8 @@ mixes positions, on both sides, so that junk (infinities and NaN included) reach
   for a whole population of masks. A removed slice of a kernel meets only zeros, so it is enough that it is finite:
   under one plan's masks it is zeroed; for a population entries that are not finite are, and a result that reads such an
   entry through kept units is NaN;
-- the contractions of a dropped block compute on zeros, its loops end at once, and its exit is its entry; neither does a
-  loop go on for removed units alone.
+- the contractions of a dropped block compute on zeros, its `while` loops end at once, and its exit is its entry;
+  neither does a `while` loop go on for removed units alone.
 """
 
 from __future__ import annotations

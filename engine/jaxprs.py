@@ -47,7 +47,11 @@ Operand: TypeAlias = int | Literal
 
 @dataclass(frozen=True, eq=False)
 class Eqn:
-    """One primitive application; `ins` and `outs` are value numbers of its program."""
+    """One primitive application; `ins` and `outs` are value numbers of its program.
+
+    `across` says that it reads a named axis, which depends on where it runs, and `effects` that it does more than
+    return its results.
+    """
 
     primitive: Any
     ins: tuple[Operand, ...]
@@ -57,6 +61,7 @@ class Eqn:
     source: Any
     context: Any
     effects: bool
+    across: bool
     bodies: tuple[Program, ...] = ()
     caller: Any = None
 
@@ -156,7 +161,8 @@ def flatten_program(closed: Any) -> Program:
                     inner_stack,
                     eqn.source_info,
                     eqn.ctx,
-                    any(type(effect).__name__ != "NamedAxisEffect" for effect in eqn.effects),
+                    any(not _named(effect) for effect in eqn.effects),
+                    any(map(_named, eqn.effects)),
                     bodies,
                     caller,
                 )
@@ -169,6 +175,10 @@ def flatten_program(closed: Any) -> Program:
     # What nobody reads must not pin what is read.
     program.eqns = [program.eqns[i] for i in sorted(live(program, program.outputs))]
     return program
+
+
+def _named(effect: Any) -> bool:
+    return type(effect).__name__ == "NamedAxisEffect"
 
 
 def live(program: Program, roots: Iterable[Operand]) -> set[int]:
@@ -323,12 +333,11 @@ def _operand_structs(eqn: Eqn) -> list[Any]:
 def struct(x: Any, shape: Sequence[Any] | None = None) -> jax.ShapeDtypeStruct:
     """Shape (or another one) and dtype of an array as JAX holds it: 64 bits only with x64."""
     dtype = jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True)
-    shape, differs = x.shape if shape is None else tuple(shape), manual(x)
+    shape, weak = x.shape if shape is None else tuple(shape), getattr(x, "weak_type", False)
     if not varying(x):
-        return jax.ShapeDtypeStruct(shape, dtype, weak_type=getattr(x, "weak_type", False))
-    here = NamedSharding(jax.sharding.get_abstract_mesh(), PartitionSpec())
-    weak = getattr(x, "weak_type", False)
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=here, weak_type=weak, manual_axis_type=differs)
+        return jax.ShapeDtypeStruct(shape, dtype, weak_type=weak)
+    mesh = NamedSharding(jax.sharding.get_abstract_mesh(), PartitionSpec())  # JAX takes the axes' names from it
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=mesh, weak_type=weak, manual_axis_type=manual(x))
 
 
 def manual(x: Any) -> Any:

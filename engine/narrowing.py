@@ -386,6 +386,9 @@ class Constants:
             values = self._read(eqn, known)
             if any(isinstance(x, Tracer) for x in values) or any(not is_sized(aval) for aval in avals):
                 return None
+            if eqn.name == "pvary":  # of what is the same everywhere; see `varying_alike`
+                known[eqn.outs[0]] = values[0]
+                continue
             with jax.ensure_compile_time_eval():
                 known.update(zip(eqn.outs, bind(eqn, eqn.params, values), strict=True))
         return None if isinstance(known[v], Tracer) else known[v] if is_key(known[v]) else np.asarray(known[v])

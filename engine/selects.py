@@ -1,5 +1,7 @@
 """Masks where they are needed: selects under `gate`, each mask, broadcast and result made once.
 
+`Alive` says the same of blocks: whether something that is needed inside some of them is needed at all.
+
 A removed position is replaced by `select`, never by a product: 0 × inf is NaN. What is read in derivatives alone is
 fenced (see primitives.py), which costs a program that takes none nothing.
 """

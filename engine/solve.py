@@ -168,7 +168,7 @@ def constants(program: Program) -> list[bool]:
     for v in program.consts:
         out[v] = True
     for eqn in program.eqns:
-        fixed = not eqn.effects and all(not isinstance(v, int) or out[v] for v in eqn.ins)
+        fixed = not (eqn.effects or eqn.across) and all(not isinstance(v, int) or out[v] for v in eqn.ins)
         for v in eqn.outs:
             out[v] = fixed
     return out

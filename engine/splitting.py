@@ -168,7 +168,7 @@ def _divide(program: Program, out_tree: Any, inputs: tuple[tuple[int, ...], tupl
     for eqn in program.eqns:
         latest = max((stage[v] for v in eqn.ins if isinstance(v, int)), default=CONSTANT)
         for v in eqn.outs:
-            stage[v] = max(latest, LATE if eqn.effects else CONSTANT)
+            stage[v] = max(latest, LATE if eqn.effects or eqn.across else CONSTANT)
     read: dict[int, set[int]] = {ONCE: set(), EARLY: set(), LATE: {v for v in program.outputs if isinstance(v, int)}}
     for i in live(program, program.outputs):
         eqn = program.eqns[i]

@@ -2,7 +2,7 @@
 
 No layer needs to be known by name. A training step maps an average to `old · m + new · (1 - m)`, which is linear in
 the old value: its derivative is the momentum `m`, and one step from zero, divided by `1 - m`, is the statistic of the
-batch.
+batch. A finite step must show the same slope, since a derivative may have been stopped on the way.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def momenta(train: Train, variables: Any, *args: Any) -> dict[str, float]:
         train: `(variables, *args) -> (output, updates)`; updates are new values of a part of the variables, such as
             `{"batch_stats": …}`, or of none.
         variables: pytree of arrays.
-        args: the other arguments of `train`, such as images `[N, H, W, C]` and a key; any values do.
+        args: the other arguments of `train`, such as images `[N, H, W, C]` and a key. Values that are all alike,
+            as zeros are, may leave an average as it is: it then counts as frozen.
 
     Raises:
         StructureError: an update that is not at a leaf of the variables.
@@ -42,37 +43,53 @@ def momenta(train: Train, variables: Any, *args: Any) -> dict[str, float]:
     at = {path_name(path): i for i, (path, _) in enumerate(flat)}
     _check(set(names), at)
     leaves = [leaf for _, leaf in flat]
+    averaged = [name for name in names if jnp.issubdtype(leaves[at[name]].dtype, jnp.floating)]
+    try:
+        found = _momenta(train, structure, list(map(_widened, leaves)), {name: at[name] for name in averaged}, args)
+    except TypeError:  # it insists on its own dtypes, as a loop does that carries an average
+        found = _momenta(train, structure, leaves, {name: at[name] for name in averaged}, args)
+    return {name: found[name] for name in averaged if name in found}
 
-    def update(averages: dict[str, Any]) -> Any:
-        new = [averages.get(path_name(path), leaf) for (path, _), leaf in zip(flat, leaves, strict=True)]
-        return train(jax.tree_util.tree_unflatten(structure, new), *args)[1]
 
-    found = {name: leaves[at[name]] for name in names if jnp.issubdtype(leaves[at[name]].dtype, jnp.floating)}
-    floats = {name: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for name, leaf in found.items()}
+def _widened(leaf: Any) -> Any:
+    """A leaf with enough bits for a momentum."""
+    narrow = jnp.issubdtype(leaf.dtype, jnp.floating) and jnp.finfo(leaf.dtype).bits < 32
+    return leaf.astype(jnp.float32) if narrow else leaf
+
+
+def _momenta(train: Train, structure: Any, leaves: list[Any], at: Mapping[str, int], args: tuple) -> dict[str, float]:
+    """The momenta of leaves, of which `at` says which are averages; each on its own where together they are none."""
+    floats = {name: leaves[i] for name, i in at.items()}
 
     @jax.jit
     def respond(given: dict[str, Any], moves: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        def update(given: dict[str, Any]) -> Any:
+            new = list(leaves)
+            for name, value in given.items():
+                new[at[name]] = value
+            return train(jax.tree_util.tree_unflatten(structure, new), *args)[1]
+
         new, slopes = (named_leaves(tree) for tree in jax.jvp(update, (given,), (moves,)))
         return {name: new[name] for name in given}, {name: slopes[name] for name in given}
 
-    def averages(moved: Collection[str]) -> dict[str, float]:
+    def following(moved: Collection[str]) -> dict[str, float]:
         """Those of the moved leaves that follow their own old values alone, while these all move."""
         ones = {name: jnp.full_like(leaf, name in moved) for name, leaf in floats.items()}
         steps = {name: one * (1 + jnp.abs(floats[name]).max(initial=0)) for name, one in ones.items()}
         new, slopes = respond(floats, ones)
         after, _ = respond(jax.tree.map(jnp.add, floats, steps), ones)
-        found = {name: _momentum(slopes[name], new[name], after[name], steps[name]) for name in moved}
-        return {name: momentum for name, momentum in found.items() if momentum is not None}
+        each = {name: _momentum(slopes[name], new[name], after[name], steps[name]) for name in moved}
+        return {name: momentum for name, momentum in each.items() if momentum is not None}
 
-    out = averages(floats)
+    out = following(floats)
     new, _ = respond(floats, jax.tree.map(jnp.zeros_like, floats))
     moving = [name for name in floats if not np.array_equal(new[name], floats[name], equal_nan=True)]
     if len(moving) < len(floats):  # some are as they were: frozen, so that what comes behind reads them
-        out |= averages(moving)
+        out |= following(moving)
     for name in moving:  # what reads another of them
         if name not in out:
-            out |= averages([name])
-    return {name: out[name] for name in floats if name in out}
+            out |= following([name])
+    return out
 
 
 def _momentum(slope: Any, new: Any, after: Any, step: Any) -> float | None:
@@ -87,7 +104,7 @@ def _momentum(slope: Any, new: Any, after: Any, step: Any) -> float | None:
     if not slope.size or np.ptp(slope) >= 1e-6 or not 0 <= slope.flat[0] < 1 - 1e-6:
         return None
     momentum = float(slope.flat[0])
-    allowed = 1e-3 * step.max() + 1e-5 * np.abs(new).max()
+    allowed = 1e-3 * step.max() + 1e-5 * np.abs(new).max()  # float32's rounding, of the step and of the value
     return None if np.any(np.abs(after - new - momentum * step) > allowed) else momentum
 
 

@@ -241,6 +241,8 @@ def settings(run: Run) -> Html:
 
 
 def _shown(value: Any) -> str:
-    if value is None or value in ("", []):
+    if value is None:
         return "default"
+    if value in ("", []):
+        return UNKNOWN
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -150,7 +150,7 @@ def go_on(setting: Setting, say: Say, pool: Pool, layout: Layout | None, timings
     graph = setting.subject.graph
     whole = len(space.groups) == len(graph.groups) and len(space.blocks) == len(graph.blocks)
     shares = f"{len(space.groups)} of {len(graph.groups)} groups and {len(space.blocks)} of {len(graph.blocks)} blocks"
-    rest = "" if whole else " (--protect leaves out the others)"
+    rest = "" if whole else " (the others are protected, have one width, or lie inside a block)"
     say(f"searching {shares}{rest}: {variants:.1e} variants")
     budget = make_budget(setting, space, states, say)
     scored = search(setting, space, budget, states, say, layout, crew, timings)

@@ -254,3 +254,10 @@ def test_from_linen_unboxes_and_passes_arguments():
     x = np.ones((1, 3), np.float32)
     assert np.asarray(fn(params, x)).tolist() == [[6, 6]]
     assert np.asarray(fn(params, x, train=False, scale=0.5)).tolist() == [[1.5, 1.5]]
+
+
+def test_a_plain_number_is_saved(tmp_path):
+    module = Odd(3)
+    variables = module.init(jax.random.key(0), np.ones((1, 5), "f"))
+    engine.save(tmp_path / "m", ModelSpec("own:Odd", (5,), {}), variables, Plan(), module=module)
+    assert int(engine.load(tmp_path / "m", module=module).variables["own"]["state"]) == 3

@@ -125,3 +125,11 @@ def test_averages_in_half_precision(dtype):
     assert again.dtype == dtype
     want = np.asarray(x @ given["w"], np.float64).mean(0)
     np.testing.assert_allclose(np.asarray(again, np.float64), want, rtol=8 * float(jnp.finfo(dtype).eps), atol=0.005)
+
+
+def test_an_average_that_insists_on_its_dtype():
+    def step(v, x):
+        turn = lambda mean, y: (jnp.bfloat16(0.5) * mean + jnp.bfloat16(0.5) * y.mean(0).astype(jnp.bfloat16), None)
+        return x, {"mean": jax.lax.scan(turn, v["mean"], x[None])[0]}
+
+    assert engine.momenta(step, {"mean": jnp.ones(4, jnp.bfloat16)}, X) == {"mean": 0.5}

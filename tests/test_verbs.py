@@ -1,6 +1,11 @@
 """`cut`, `narrow` and `gate` where programs and callers are odd: counter-examples found so far, and every message."""
 
+import os
+import re
+import subprocess
+import sys
 from collections import OrderedDict, defaultdict
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -802,7 +807,21 @@ def test_what_is_the_same_on_all_devices_stays_so(fn):
 def test_outputs_are_freed_by_name():
     fn = lambda p, x: {"h": dense(p["s"], x)}
     assert engine.trace(fn, P, X, free_outputs=["h"]).groups
-    with pytest.raises(StructureError, match="free_outputs names 'zz'; the outputs are h"):
+    with pytest.raises(StructureError, match="free_outputs names 'zz'; the outputs are h: pass some of these"):
         engine.trace(fn, P, X, free_outputs=["zz"])
     with pytest.raises(StructureError, match=r"free_outputs takes names, got the string 'h': pass \['h'\]"):
         engine.trace(fn, P, X, free_outputs="h")
+
+
+def test_inside_shard_map_on_two_devices():
+    """Where a collective that is lost or in the wrong place shows."""
+    flags = re.sub(r"--xla_force_host\S+", "", os.environ.get("XLA_FLAGS", ""))
+    done = subprocess.run(
+        [sys.executable, "sharded_verbs.py"],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=2"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout.splitlines()) == 10

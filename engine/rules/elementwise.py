@@ -45,7 +45,7 @@ def bitcast_axes(site: Site) -> list[Axes]:
 
 
 def across_axes(site: Site) -> list[Axes]:
-    """Over devices each position is reduced alone; an axis that `vmap` gave a name to is reduced, and stays."""
+    """Over devices each position is reduced alone; an axis that `vmap` gave a name to is reduced, and pinned."""
     mapped = {axis for axis in site.params["axes"] if isinstance(axis, int)}
     for operand in site.ins:
         for d in mapped:
