@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from treesurgeon.engine.graph import Branches, Graph, Plan, Term, Work, check_masks
-from treesurgeon.engine.masks import axis_count
+from treesurgeon.engine.masks import alive, axis_count
 
 
 class Cost(NamedTuple):
@@ -130,7 +130,7 @@ def _sum(work: Sequence[Work], units: Mapping[str, Any], blocks: Mapping[str, An
                 scale *= n
             else:
                 amount = amount * n.astype(dtype)
-        kept = _alive(item.contexts, blocks)
+        kept = alive(item.contexts, blocks)
         if kept is not None:
             amount = amount * kept.astype(dtype)
         if isinstance(amount, int):
@@ -138,17 +138,3 @@ def _sum(work: Sequence[Work], units: Mapping[str, Any], blocks: Mapping[str, An
         else:
             total = total + amount * np.asarray(scale, dtype)
     return constant if isinstance(total, int) else total + np.asarray(constant, dtype)
-
-
-def _alive(contexts: frozenset[frozenset[str]], blocks: Mapping[str, Any]) -> Any:
-    """Whether any context is kept whole, bool[…]; None for always."""
-    out: Any = None
-    for context in contexts:
-        bits = [blocks[name] for name in sorted(context) if name in blocks]
-        if not bits:
-            return None
-        whole = bits[0]
-        for bit in bits[1:]:
-            whole = whole & bit
-        out = whole if out is None else out | whole
-    return out

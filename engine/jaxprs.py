@@ -205,7 +205,7 @@ def bind(eqn: Eqn, params: Mapping[str, Any], values: Sequence[Any]) -> list[Any
     """Apply the equation's primitive to values, with these parameters in place of its own."""
     if not eqn.bodies:
         values = varying_alike(values)
-    if eqn.name == "pvary":  # of what masks have made differ already
+    if eqn.name == "pvary":  # only along axes where the value does not differ yet
         params = {**params, "axes": tuple(axis for axis in params["axes"] if axis not in varying(values[0]))}
         if not params["axes"]:
             return list(values)

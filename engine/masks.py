@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -116,4 +116,18 @@ def single_units(axis: Axis) -> list[tuple[str, int] | None] | None:
         if any(u is not None for u in out) and any(v is not None for v in part):
             return None
         out = [u if u is not None else v for u in out for v in part]
+    return out
+
+
+def alive(contexts: Iterable[Iterable[Any]], bits: Mapping[Any, Any]) -> Any:
+    """Whether all blocks of any context are kept, bool[…]; None for always. Blocks without a bit are."""
+    out: Any = None
+    for context in contexts:
+        known = [bits[block] for block in sorted(context) if block in bits]
+        if not known:
+            return None
+        whole = known[0]
+        for bit in known[1:]:
+            whole = whole & bit
+        out = whole if out is None else out | whole
     return out

@@ -18,7 +18,7 @@ from jax import lax
 
 from treesurgeon.engine.axes import Axis
 from treesurgeon.engine.jaxprs import is_float
-from treesurgeon.engine.masks import axis_count, axis_key, axis_mask
+from treesurgeon.engine.masks import alive, axis_count, axis_key, axis_mask
 from treesurgeon.engine.primitives import fence, readable
 from treesurgeon.engine.solve import Divisor
 
@@ -160,7 +160,7 @@ class Selects:
 
 
 class Alive:
-    """Whether anything in a set of contexts is kept, as a traced bool; None for always."""
+    """`alive` of a set of contexts, computed once for each; None stays None."""
 
     def __init__(self, bits: Mapping[int, Any]):
         self.bits = bits
@@ -171,17 +171,5 @@ class Alive:
         if contexts is None:
             return None
         if contexts not in self.known:
-            self.known[contexts] = self._any(contexts)
+            self.known[contexts] = alive(contexts, self.bits)
         return self.known[contexts]
-
-    def _any(self, contexts: Any) -> Any:
-        out = None
-        for context in contexts:
-            bits = [self.bits[b] for b in sorted(context) if b in self.bits]
-            if not bits:
-                return None
-            whole = bits[0]
-            for bit in bits[1:]:
-                whole = whole & bit
-            out = whole if out is None else out | whole
-        return out

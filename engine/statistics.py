@@ -43,11 +43,11 @@ def momenta(train: Train, variables: Any, *args: Any) -> dict[str, float]:
     at = {path_name(path): i for i, (path, _) in enumerate(flat)}
     _check(set(names), at)
     leaves = [leaf for _, leaf in flat]
-    averaged = [name for name in names if jnp.issubdtype(leaves[at[name]].dtype, jnp.floating)]
+    averaged = {name: at[name] for name in names if jnp.issubdtype(leaves[at[name]].dtype, jnp.floating)}
     try:
-        found = _momenta(train, structure, list(map(_widened, leaves)), {name: at[name] for name in averaged}, args)
+        found = _momenta(train, structure, list(map(_widened, leaves)), averaged, args)
     except TypeError:  # it insists on its own dtypes, as a loop does that carries an average
-        found = _momenta(train, structure, leaves, {name: at[name] for name in averaged}, args)
+        found = _momenta(train, structure, leaves, averaged, args)
     return {name: found[name] for name in averaged if name in found}
 
 

@@ -58,6 +58,8 @@ def make_run(
     results += [result(name, 300_000, 9e6, 0.99, 0.96, 0.955, picked) for name in baselines]
     report.write_table(path / "results.csv", report.RESULT_COLUMNS, results)
     front = [{"variant": n, "reason": f"passes{extra}", "description": f"conv 16→8{extra}"} for n in names]
+    if status == "not certified":
+        front = [{**row, "cv_difference": 0.012, "cv_low": -0.005, "cv_high": 0.03} for row in front]
     report.write_front(path / "front.csv", front)
     curves = [
         {

@@ -177,6 +177,14 @@ def test_the_verdict_comes_with_its_certificate(tmp_path, status, words):
     found = [text for attrs, text in read(made).all("p") if attrs.get("class", "").startswith("badge")]
     assert len(found) == 1
     assert words in found[0]
+    compared = [text for _, text in read(made).all("caption") if text.startswith("Cross-validation")]
+    assert len(compared) == (status == "not certified")
+    assert ("+1.20 points" in [text for _, text in read(made).all("td")]) == bool(compared)
+
+
+def test_what_to_quote_comes_first(made):
+    heads = [text for _, text in read(made).all("th")]
+    assert heads.index("model") + 1 == heads.index("test") < heads.index("search") < heads.index("parameters")
 
 
 def test_baselines_a_new_head_and_depths(tmp_path):

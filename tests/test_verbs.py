@@ -801,7 +801,7 @@ def test_what_is_the_same_on_all_devices_stays_so(fn):
         fast, gated = engine.narrow(fn, graph, plan), engine.gate(fn, graph)
         found = over(fast)(engine.cut(P, graph, plan), X)
         masks = {"units": graph.masks(plan)["units"], "blocks": {}}
-        close(over(lambda p, x: gated(p, masks, x))(P, X), found)  # noqa: B023
+        close(over(lambda p, x, gated=gated, masks=masks: gated(p, masks, x))(P, X), found)
 
 
 def test_outputs_are_freed_by_name():
