@@ -6,12 +6,9 @@ An axis is an expression over *atoms*:
     Fixed(n, why)     n positions that stay whatever the plan says
     Sum(parts)        segments laid end to end: what `concatenate` and `pad` make
     Prod(factors)     a row-major product: what merging axes by `reshape` makes
+    Shuffled(axis)    the positions of an axis in another order: what `rev` and a constant list of indices make
 
-`unify(a, b)` states that position i of one axis and position i of the other live and die together. It refines
-atoms until both sides agree: an atom is bound to whatever stands opposite, split into a sum where a segment ends
-inside it, split into a product where a factor does. What cannot be aligned is pinned: bound to `Fixed`, with a
-reason. Binding is monotone (an atom is bound once, pinning is final), so the order of the statements changes how
-fine the atoms are, never whether the result is safe.
+`aligning.py` states that axes are the same; here are their normal forms.
 
 Size-1 factors carry no choice (removing the only unit empties the axis), so they are `Fixed` and drop out of
 products; empty parts drop out of sums. Sizes may be symbolic dimensions (`jax.export`): those are `Fixed`.
@@ -25,6 +22,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, TypeAlias
+
+import numpy as np
 
 Size: TypeAlias = Any  # int, or a symbolic dimension of jax.export
 
@@ -82,7 +81,20 @@ class Prod:
     size: Size
 
 
-Axis: TypeAlias = Atom | Fixed | Sum | Prod
+@dataclass(frozen=True, eq=False)
+class Shuffled:
+    """The positions of an axis in another order: position i is position `order[i]` of `axis`, int[size]."""
+
+    axis: Axis
+    order: np.ndarray
+
+    @property
+    def size(self) -> int:
+        """As many as the axis has."""
+        return len(self.order)
+
+
+Axis: TypeAlias = Atom | Fixed | Sum | Prod | Shuffled
 
 WHOLE = Reason("a single position carries no choice")
 SINGLES = Reason("single positions end to end carry no choice")
@@ -136,6 +148,30 @@ def product(factors: Iterable[Axis]) -> Axis:
     return flat[0] if len(flat) == 1 else Prod(tuple(flat), math.prod(f.size for f in flat))
 
 
+def shuffled(axis: Axis, order: np.ndarray) -> Axis:
+    """An axis in another order, in normal form: whole segments that only change places are a sum again.
+
+    So are the factors of a product of two that change places: a product the other way round.
+    """
+    axis, order = resolve(axis), np.asarray(order)
+    if isinstance(axis, Shuffled):
+        return shuffled(axis.axis, axis.order[order])
+    if isinstance(axis, Fixed) or (order == np.arange(len(order))).all():
+        return axis
+    if isinstance(axis, Prod) and len(axis.factors) == 2:
+        slow, fast = axis.factors
+        if (order.reshape(fast.size, slow.size) == np.arange(axis.size).reshape(slow.size, fast.size).T).all():
+            return product((fast, slow))
+    if isinstance(axis, Sum):
+        starts = np.cumsum([0, *(part.size for part in axis.parts)])
+        place = np.searchsorted(starts, order, side="right") - 1
+        runs = np.split(order, np.flatnonzero(np.diff(place)) + 1)
+        if len(runs) == len(axis.parts):
+            found = [int(np.searchsorted(starts, run[0], side="right")) - 1 for run in runs]
+            return total(shuffled(axis.parts[k], run - starts[k]) for k, run in zip(found, runs, strict=True))
+    return Shuffled(axis, order)
+
+
 def resolve(axis: Axis) -> Axis:
     """The axis with every bound atom replaced by what it is bound to."""
     if isinstance(axis, Atom):
@@ -149,6 +185,9 @@ def resolve(axis: Axis) -> Axis:
     if isinstance(axis, Prod):
         factors = [resolve(f) for f in axis.factors]
         return axis if all(p is q for p, q in zip(factors, axis.factors, strict=True)) else product(factors)
+    if isinstance(axis, Shuffled):
+        inner = resolve(axis.axis)
+        return axis if inner is axis.axis else shuffled(inner, axis.order)
     return axis
 
 
@@ -163,6 +202,8 @@ def atoms(axis: Axis) -> Iterator[Atom]:
     elif isinstance(axis, Prod):
         for factor in axis.factors:
             yield from atoms(factor)
+    elif isinstance(axis, Shuffled):
+        yield from atoms(axis.axis)
 
 
 def pin(axis: Axis, why: Reason) -> None:
@@ -177,6 +218,8 @@ def fixed_reason(axis: Axis) -> Reason | None:
     axis = resolve(axis)
     if isinstance(axis, Fixed):
         return axis.why
+    if isinstance(axis, Shuffled):
+        return fixed_reason(axis.axis)
     for part in axis.parts if isinstance(axis, Sum) else axis.factors if isinstance(axis, Prod) else ():
         if reason := fixed_reason(part):
             return reason
@@ -194,154 +237,6 @@ def same(a: Axis, b: Axis) -> bool:
         return all(same(p, q) for p, q in zip(a.parts, b.parts, strict=True))
     if isinstance(a, Prod) and isinstance(b, Prod) and len(a.factors) == len(b.factors):
         return all(same(p, q) for p, q in zip(a.factors, b.factors, strict=True))
+    if isinstance(a, Shuffled) and isinstance(b, Shuffled):
+        return bool((a.order == b.order).all()) and same(a.axis, b.axis)
     return False
-
-
-def unify(a: Axis, b: Axis, why: Reason) -> None:
-    """State that two axes of equal size keep the same positions; `why` is the reason given where that pins."""
-    a, b = resolve(a), resolve(b)
-    if a is b:
-        return
-    if isinstance(a, Fixed):
-        pin(b, a.why)
-    elif isinstance(b, Fixed):
-        pin(a, b.why)
-    elif isinstance(a, Atom) and isinstance(b, Atom):
-        older, newer = (a, b) if _rank(a) <= _rank(b) else (b, a)
-        newer.bound = older
-    elif isinstance(a, Atom):
-        a.bound = b
-    elif isinstance(b, Atom):
-        b.bound = a
-    elif isinstance(a, Sum) and isinstance(b, Sum):
-        _unify_sums(a, b, why)
-    elif isinstance(a, Prod) and isinstance(b, Prod):
-        _unify_products(a, b, why)
-    else:
-        series, grid = (a, b) if isinstance(a, Sum) else (b, a)
-        assert isinstance(grid, Prod)
-        major, minor = factor(series, math.prod(f.size for f in grid.factors[1:]), why)
-        unify(minor, product(grid.factors[1:]), why)
-        unify(major, grid.factors[0], why)
-
-
-def _rank(atom: Atom) -> tuple[bool, int]:
-    return (atom.label is None and atom.whole is None, atom.serial)
-
-
-def _unify_sums(a: Sum, b: Sum, why: Reason) -> None:
-    left, right = list(a.parts[::-1]), list(b.parts[::-1])
-    while left and right:
-        x, y = resolve(left.pop()), resolve(right.pop())
-        if x.size > y.size:
-            x, rest = cut_at(x, y.size, why)
-            left.append(rest)
-        elif y.size > x.size:
-            y, rest = cut_at(y, x.size, why)
-            right.append(rest)
-        unify(x, y, why)
-
-
-def _unify_products(a: Prod, b: Prod, why: Reason) -> None:
-    left, right = list(a.factors), list(b.factors)
-    while left and right:
-        x, y = resolve(left.pop()), resolve(right.pop())
-        if x.size > y.size and x.size % y.size == 0:
-            rest, x = factor(x, y.size, why)
-            left.append(rest)
-        elif y.size > x.size and y.size % x.size == 0:
-            rest, y = factor(y, x.size, why)
-            right.append(rest)
-        elif x.size != y.size:
-            for rest in (x, y, *left, *right):
-                pin(rest, why)
-            return
-        unify(x, y, why)
-
-
-def cut_at(axis: Axis, n: int, why: Reason) -> tuple[Axis, Axis]:
-    """The first `n` positions of an axis and the others, 0 <= n <= size; splits atoms where it must.
-
-    Only the source line of `why` is used: a piece of one position is pinned, and so is a row that is cut in two.
-    """
-    axis = resolve(axis)
-    n = int(n) if isinstance(n, Integral) else n  # `jnp.split` passes NumPy integers
-    if n == 0 or n == axis.size:
-        nothing = Fixed(0, WHOLE)
-        return (nothing, axis) if n == 0 else (axis, nothing)
-    if isinstance(axis, Fixed):
-        return Fixed(n, axis.why), Fixed(axis.size - n, axis.why)
-    if isinstance(axis, Atom):
-        head, tail = _part(axis, 0, n, why), _part(axis, n, axis.size - n, why)
-        axis.bound = total((head, tail))
-        return head, tail
-    if isinstance(axis, Sum):
-        before: list[Axis] = []
-        for i, part in enumerate(axis.parts):
-            if n <= part.size:
-                head, tail = cut_at(part, n, why)
-                return total([*before, head]), total([tail, *axis.parts[i + 1 :]])
-            n -= part.size
-            before.append(part)
-        raise AssertionError("cut beyond the end of an axis")
-    major, minor = axis.factors[0], product(axis.factors[1:])
-    row, column = divmod(n, minor.size)
-    above, rest = cut_at(major, row, why)
-    if column == 0:
-        return product((above, minor)), product((rest, minor))
-    at, below = cut_at(rest, 1, why)
-    pin(at, Reason("a row of it was cut in two", why.where))
-    head, tail = cut_at(minor, column, why)
-    return total((product((above, minor)), head)), total((tail, product((below, minor))))
-
-
-def _part(atom: Atom, offset: int, size: int, why: Reason) -> Axis:
-    if size == 1:
-        return Fixed(1, Reason("its positions were split one by one", why.where))
-    if atom.label is not None:
-        return Atom(size, whole=atom, offset=offset)
-    if atom.whole is not None:
-        return Atom(size, whole=atom.whole, offset=atom.offset + offset)
-    return Atom(size)
-
-
-def factor(axis: Axis, n: int, why: Reason) -> tuple[Axis, Axis]:
-    """The axis as (major, minor) with a minor factor of size `n`; pins what does not divide so."""
-    axis = resolve(axis)
-    if n == axis.size:
-        return Fixed(1, WHOLE), axis
-    if n == 1:
-        return axis, Fixed(1, WHOLE)
-    if isinstance(axis, Atom):
-        major, minor = fresh(axis.size // n), fresh(n)
-        if axis.size % n == 0:
-            axis.bound = product((major, minor))
-            return major, minor
-    elif isinstance(axis, Sum) and axis.size % n == 0:
-        return _factor_sum(axis, n, why)
-    elif isinstance(axis, Prod):
-        last, others = axis.factors[-1], product(axis.factors[:-1])
-        if n % last.size == 0:
-            major, minor = factor(others, n // last.size, why)
-            return major, product((minor, last))
-        if last.size % n == 0:
-            major, minor = factor(last, n, why)
-            return product((others, major)), minor
-    pin(axis, why)
-    return Fixed(axis.size // n, why), Fixed(n, why)
-
-
-def _factor_sum(axis: Sum, n: int, why: Reason) -> tuple[Axis, Axis]:
-    if all(part.size % n == 0 for part in axis.parts):
-        pairs = [factor(part, n, why) for part in axis.parts]
-        for _, minor in pairs[1:]:
-            unify(pairs[0][1], minor, why)
-        return total(major for major, _ in pairs), resolve(pairs[0][1])
-    rows: list[Axis] = []
-    rest: Axis = axis
-    while rest.size:
-        row, rest = cut_at(rest, n, why)
-        rows.append(row)
-    for row in rows[1:]:
-        unify(rows[0], row, why)
-    return Fixed(len(rows), why), resolve(rows[0])

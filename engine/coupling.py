@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from jax.tree_util import tree_structure
 
+from treesurgeon.engine.aligning import unify
 from treesurgeon.engine.analysis import Analysis, analyse, solve_axes
-from treesurgeon.engine.axes import Axis, Reason, atoms, fixed_reason, fresh, pin, resolve, unify
+from treesurgeon.engine.axes import Axis, Reason, atoms, fixed_reason, fresh, pin, resolve
 from treesurgeon.engine.calling import Call, split_call, trace_call
 from treesurgeon.engine.errors import StructureError
 from treesurgeon.engine.flow import Contexts

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-from treesurgeon.engine.axes import Atom, Axis, Fixed, Prod, Sum, resolve
+from treesurgeon.engine.axes import Atom, Axis, Fixed, Prod, Shuffled, Sum, resolve
 from treesurgeon.engine.masks import labels
 
 Graph: TypeAlias = Any  # graph.Graph, whose methods call what is here
@@ -64,7 +64,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], most: int = 110) 
 
 
 def layout(axis: Axis) -> str:
-    """An axis in words: `a | b` for segments end to end, `a × b` for a product."""
+    """An axis in words: `a | b` for segments end to end, `a × b` for a product, `(a) in another order`."""
     axis = resolve(axis)
     if isinstance(axis, Fixed):
         return f"{axis.size} pinned"
@@ -72,6 +72,8 @@ def layout(axis: Axis) -> str:
         return axis.label or f"{axis.size} units"
     if isinstance(axis, Sum):
         return " | ".join(layout(part) for part in axis.parts)
+    if isinstance(axis, Shuffled):
+        return f"({layout(axis.axis)}) in another order"
     return " × ".join(f"({layout(f)})" if isinstance(resolve(f), (Sum, Prod)) else layout(f) for f in axis.factors)
 
 

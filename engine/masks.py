@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from treesurgeon.engine.axes import Atom, Axis, Fixed, Prod, Sum, resolve
+from treesurgeon.engine.axes import Atom, Axis, Fixed, Prod, Shuffled, Sum, resolve
 
 Units = Mapping[str, Any]
 
@@ -29,6 +29,9 @@ def axis_mask(axis: Axis, units: Units, xp: Any = np) -> Any:
             mask = units.get(axis.whole.label)
             return None if mask is None else mask[..., axis.offset : axis.offset + axis.size]
         return None
+    if isinstance(axis, Shuffled):
+        mask = axis_mask(axis.axis, units, xp)
+        return None if mask is None else mask[..., axis.order]
     parts = axis.parts if isinstance(axis, Sum) else axis.factors
     masks = [axis_mask(part, units, xp) for part in parts]
     if all(mask is None for mask in masks):
@@ -50,6 +53,8 @@ def axis_key(axis: Axis) -> Hashable:
     if isinstance(axis, Atom):
         whole = axis if axis.label is not None else axis.whole
         return (axis.size, axis.offset, None if whole is None else whole.label)
+    if isinstance(axis, Shuffled):
+        return (Shuffled, axis_key(axis.axis), axis.order.tobytes())
     parts = axis.parts if isinstance(axis, Sum) else axis.factors
     return (type(axis), *map(axis_key, parts))
 
@@ -61,6 +66,8 @@ def axis_count(axis: Axis, units: Units) -> Any:
         return sum(axis_count(part, units) for part in axis.parts)
     if isinstance(axis, Prod):
         return math.prod(axis_count(f, units) for f in axis.factors)
+    if isinstance(axis, Shuffled):
+        return axis_count(axis.axis, units)
     mask = axis_mask(axis, units)
     if mask is None:
         return axis.size
@@ -78,6 +85,8 @@ def unit_index(axis: Axis, label: str) -> np.ndarray:
         return np.full(axis.size, -1)
     if isinstance(axis, Sum):
         return np.concatenate([unit_index(part, label) for part in axis.parts])
+    if isinstance(axis, Shuffled):
+        return unit_index(axis.axis, label)[axis.order]
     out = unit_index(axis.factors[0], label)
     for f in axis.factors[1:]:
         inner = unit_index(f, label)
@@ -95,6 +104,8 @@ def labels(axis: Axis) -> set[str]:
         parts = axis.parts
     elif isinstance(axis, Prod):
         parts = axis.factors
+    elif isinstance(axis, Shuffled):
+        parts = (axis.axis,)
     return set().union(*(labels(part) for part in parts)) if parts else set()
 
 
@@ -105,6 +116,9 @@ def single_units(axis: Axis) -> list[tuple[str, int] | None] | None:
         return [None for _ in range(axis.size)] if isinstance(axis.size, int) else None
     if isinstance(axis, Atom):
         return [(axis.label, u) if axis.label is not None else None for u in range(axis.size)]
+    if isinstance(axis, Shuffled):
+        units = single_units(axis.axis)
+        return None if units is None else [units[k] for k in axis.order]
     parts = [single_units(p) for p in (axis.parts if isinstance(axis, Sum) else axis.factors)]
     if any(part is None for part in parts):
         return None

@@ -20,8 +20,8 @@ from jax.tree_util import tree_map_with_path, tree_unflatten
 
 from treesurgeon.engine.axes import Axis
 from treesurgeon.engine.calls import rebuild
+from treesurgeon.engine.constants import Constants
 from treesurgeon.engine.errors import NarrowError, StructureError
-from treesurgeon.engine.flow import is_contraction
 from treesurgeon.engine.graph import Graph, Plan
 from treesurgeon.engine.jaxprs import (
     Eqn,
@@ -30,7 +30,6 @@ from treesurgeon.engine.jaxprs import (
     bind,
     is_array,
     is_key,
-    is_sized,
     named_leaves,
     path_name,
     standing_at,
@@ -237,7 +236,7 @@ class Narrowed:
         skip = skip or {}
         env: dict[int, Any] = dict(zip(program.inputs, inputs, strict=True))
         needed = self._needed(solution, wanted, skip)
-        tables = Constants(solution)
+        tables = solution.tables()
 
         def read(v: Operand, axes: Axes) -> Any:
             if isinstance(v, Literal):
@@ -329,6 +328,8 @@ class Narrowed:
             # Hidden from whoever traces the narrow function again: it may be how many positions are summed now.
             at, _ = solution.untied[i]
             values[at] = lax.optimization_barrier(jnp.asarray(values[at], solution.program.aval(eqn.ins[at]).dtype))
+        if rule.renumber is not None:
+            values = rule.renumber(site, self.kept, values)
         params = eqn.params if rule.resize is None else {**eqn.params, **rule.resize(site, self.kept)}
         if adapt is not None:
             values = adapt(i, params, values)
@@ -353,57 +354,3 @@ class Narrowed:
     def _all_whole(self, body: Solution) -> bool:
         inner = [solution for found in body.bodies.values() for solution in found]
         return all(map(self.whole, [*body.axes, *body.uses.values()])) and all(map(self._all_whole, inner))
-
-
-class Constants:
-    """The values of a program that depend on nothing: made when something reads them."""
-
-    def __init__(self, solution: Solution):
-        self.solution = solution
-        self.makers = solution.makers
-        self.env: dict[int, Any] = dict(solution.program.consts)
-
-    def traced(self, v: int) -> Any:
-        """The value, computed where it is needed: XLA folds and fuses it; products of constants are computed here."""
-        eqns = self.solution.program.eqns
-        missing = self._missing(v, self.env)
-        if any(is_contraction(eqns[i]) for i in missing) and (known := self.concrete(v)) is not None:
-            self.env[v] = known
-            return known
-        for i in missing:
-            eqn = eqns[i]
-            with standing_at(eqn):
-                self.env.update(zip(eqn.outs, bind(eqn, eqn.params, self._read(eqn, self.env)), strict=True))
-        return self.env[v]
-
-    def concrete(self, v: int) -> np.ndarray | jax.Array | None:
-        """The value as an array at hand; None where the program belongs to a trace under way or has symbolic sizes."""
-        known = self.solution.known
-        known.update({w: x for w, x in self.solution.program.consts.items() if w not in known})
-        for i in self._missing(v, known):
-            eqn = self.solution.program.eqns[i]
-            avals = [self.solution.program.avals[w] for w in eqn.outs]
-            values = self._read(eqn, known)
-            if any(isinstance(x, Tracer) for x in values) or any(not is_sized(aval) for aval in avals):
-                return None
-            if eqn.name == "pvary":  # of what is the same everywhere; see `varying_alike`
-                known[eqn.outs[0]] = values[0]
-                continue
-            with jax.ensure_compile_time_eval():
-                known.update(zip(eqn.outs, bind(eqn, eqn.params, values), strict=True))
-        return None if isinstance(known[v], Tracer) else known[v] if is_key(known[v]) else np.asarray(known[v])
-
-    @staticmethod
-    def _read(eqn: Eqn, env: Mapping[int, Any]) -> list[Any]:
-        return [v.value if isinstance(v, Literal) else env[v] for v in eqn.ins]
-
-    def _missing(self, v: int, env: Mapping[int, Any]) -> list[int]:
-        """The equations to run, in order, before `v` is known."""
-        found: set[int] = set()
-        todo = [v]
-        while todo:
-            w = todo.pop()
-            if w not in env and self.makers[w] not in found:
-                found.add(self.makers[w])
-                todo += [u for u in self.solution.program.eqns[self.makers[w]].ins if isinstance(u, int)]
-        return sorted(found)

@@ -16,7 +16,20 @@ import jax
 from jax.tree_util import tree_unflatten
 
 from treesurgeon.engine.analysis import Analysis, analyse, solve_axes
-from treesurgeon.engine.axes import Atom, Axis, Fixed, Prod, Reason, Sum, fixed_reason, product, resolve, total
+from treesurgeon.engine.axes import (
+    Atom,
+    Axis,
+    Fixed,
+    Prod,
+    Reason,
+    Shuffled,
+    Sum,
+    fixed_reason,
+    product,
+    resolve,
+    shuffled,
+    total,
+)
 from treesurgeon.engine.calling import Call, concrete, split_call, trace_call
 from treesurgeon.engine.errors import NarrowError
 from treesurgeon.engine.graph import Graph
@@ -174,6 +187,8 @@ def _instance(axis: Axis, own: Mapping[str, Atom]) -> Axis:
         return total(_instance(part, own) for part in axis.parts)
     if isinstance(axis, Prod):
         return product(_instance(f, own) for f in axis.factors)
+    if isinstance(axis, Shuffled):
+        return shuffled(_instance(axis.axis, own), axis.order)
     return Fixed(axis.size, axis.why)
 
 

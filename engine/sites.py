@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from treesurgeon.engine.analysis import Analysis
-from treesurgeon.engine.axes import Atom, Axis, Prod, Sum, resolve
+from treesurgeon.engine.axes import Atom, Axis, Prod, Sum, atoms, resolve
 from treesurgeon.engine.errors import PlanError
 from treesurgeon.engine.flow import kernel_leaves, kernel_operand, shared_kernels
 from treesurgeon.engine.jaxprs import bind
@@ -153,7 +153,7 @@ def places_of(axis: Axis) -> dict[str, Place]:
                 place = Place(start, math.prod(sizes[:k]), f.size, math.prod(sizes[k + 1 :]))
                 found.append((f.label, place))
         start += part.size
-    count = Counter(label for label, _ in found)
+    count = Counter(atom.label for atom in atoms(axis))
     return {label: place for label, place in found if count[label] == 1}
 
 

@@ -12,16 +12,18 @@ table needs no rule.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 from jax.core import Tracer
 
-from treesurgeon.engine.axes import Axis, Reason, atoms, fresh, unify
+from treesurgeon.engine.aligning import unify
+from treesurgeon.engine.axes import Axis, Reason, atoms, fresh
+from treesurgeon.engine.constants import Constants
 from treesurgeon.engine.errors import TreesurgeonError
 from treesurgeon.engine.jaxprs import (
     Eqn,
@@ -29,6 +31,7 @@ from treesurgeon.engine.jaxprs import (
     Operand,
     Program,
     is_float,
+    is_key,
     jvp_program,
     own_rule,
     vjp_program,
@@ -69,7 +72,8 @@ class Solution:
     is one of them. `untied` has, by equation, the operand that is a constant and divides or multiplies a sum over some
     axes, and these, where it is not how many positions were summed. `lengths` holds the axis along which a `scan`
     steps, `known` constants that were computed before, `rules` derivative rules that may relate axes in ways of their
-    own.
+    own. `given` are inputs of a body that are constants outside: what depends on them alone is `settled`, and serves as
+    constant indices.
     """
 
     program: Program
@@ -82,11 +86,21 @@ class Solution:
     lengths: dict[int, Axis] = field(default_factory=dict)
     known: dict[int, Any] = field(default_factory=dict)
     rules: dict[int, Solution] = field(default_factory=dict)
+    given: Mapping[int, Callable[[], np.ndarray | None]] = field(default_factory=dict)
+
+    @cached_property
+    def settled(self) -> list[bool]:
+        """Which values depend on nothing but what is given."""
+        return constants(self.program, self.given) if self.given else self.constant
 
     @cached_property
     def makers(self) -> dict[int, int]:
         """The equation that computes each value."""
         return {v: i for i, eqn in enumerate(self.program.eqns) for v in eqn.outs}
+
+    def tables(self) -> Constants:
+        """The values that depend on nothing."""
+        return Constants(self.program, self.makers, self.known)
 
     def of(self, operand: Operand) -> Axes:
         """The axes of a value."""
@@ -105,6 +119,23 @@ class Solution:
         """Equation `i` as its rule sees it, results included."""
         return self._site(i, [self.axes[v] for v in self.program.eqns[i].outs])
 
+    def settles(self, operand: Operand) -> bool:
+        """Whether an operand is settled."""
+        return isinstance(operand, Literal) or self.settled[operand]
+
+    def value(self, operand: Operand) -> np.ndarray | None:
+        """An operand that is settled, as an array at hand."""
+        if isinstance(operand, Literal):
+            return np.asarray(operand.value)
+        if not self.settled[operand]:
+            return None
+        for v in self.given.keys() - self.known.keys():
+            self.known[v] = self.given[v]()
+        if any(self.known[v] is None for v in self.given):
+            return None
+        found = self.tables().concrete(operand)
+        return found if isinstance(found, np.ndarray) else None  # an array of keys is none
+
     def _site(self, i: int, outs: Sequence[Axes] = ()) -> Site:
         program, eqn = self.program, self.program.eqns[i]
         return Site(
@@ -114,6 +145,7 @@ class Solution:
             [program.aval(v).shape for v in eqn.ins],
             [program.avals[v].shape for v in eqn.outs],
             outs,
+            lambda k: self.value(eqn.ins[k]),
         )
 
 
@@ -128,12 +160,18 @@ class _Sums:
     scalars: dict[int, Any] = field(default_factory=dict)
 
 
-def solve(program: Program, inputs: Sequence[Axes], rules: bool = True) -> Solution:
+def solve(
+    program: Program,
+    inputs: Sequence[Axes],
+    rules: bool = True,
+    given: Mapping[int, Callable[[], np.ndarray | None]] | None = None,
+) -> Solution:
     """Find the axes of every value, given those of the inputs; refines and pins their atoms.
 
-    Without `rules` the derivative rules of custom calls are left aside: a rule may well call its own function.
+    Without `rules` the derivative rules of custom calls are left aside: a rule may well call its own function. `given`
+    has inputs that are constants outside.
     """
-    solution = Solution(program, [()] * len(program.avals), constants(program))
+    solution = Solution(program, [()] * len(program.avals), constants(program), given=given or {})
     sums = _Sums()
     for v, axes in zip(program.inputs, inputs, strict=True):
         solution.axes[v] = axes
@@ -162,10 +200,10 @@ def solve(program: Program, inputs: Sequence[Axes], rules: bool = True) -> Solut
     return solution
 
 
-def constants(program: Program) -> list[bool]:
-    """Which values depend on neither inputs nor anything outside the program."""
+def constants(program: Program, given: Iterable[int] = ()) -> list[bool]:
+    """Which values depend on neither inputs, but for those given, nor anything outside the program."""
     out = [False] * len(program.avals)
-    for v in program.consts:
+    for v in (*program.consts, *given):
         out[v] = True
     for eqn in program.eqns:
         fixed = not (eqn.effects or eqn.across) and all(not isinstance(v, int) or out[v] for v in eqn.ins)
@@ -185,7 +223,10 @@ def _solve_call(solution: Solution, i: int, rules: bool) -> list[Axes]:
     why = Reason(f"the iterations or branches of `{eqn.name}` split this axis differently", eqn.where)
     operands = solution.operands(i)
     inner = [axes[1:] if k in wires.mapped_ins else axes for k, axes in enumerate(operands)]
-    bodies = tuple(solve(body, [inner[k] for k in ins], rules) for body, ins in zip(eqn.bodies, wires.ins, strict=True))
+    bodies = tuple(
+        solve(body, [inner[k] for k in ins], rules, _given(solution, eqn, body, ins))
+        for body, ins in zip(eqn.bodies, wires.ins, strict=True)
+    )
     solution.bodies[i] = bodies
     if rules and own_rule(eqn):
         with suppress(Underivable):  # what has no derivative relates nothing by one
@@ -211,6 +252,20 @@ def _solve_call(solution: Solution, i: int, rules: bool) -> list[Axes]:
         for j in wires.mapped_outs:
             outs[j] = (along, *(outs[j] or ()))
     return [axes or () for axes in outs]
+
+
+def _given(
+    solution: Solution, eqn: Eqn, body: Program, ins: Sequence[int]
+) -> dict[int, Callable[[], np.ndarray | None]]:
+    """The inputs of a body that are the same integers each time it runs, if they are constants outside."""
+    wires, out = wiring(eqn), {}
+    changing = {*wires.carried.values(), *wires.mapped_ins}
+    for v, k in zip(body.inputs, ins, strict=True):
+        aval, operand = body.avals[v], eqn.ins[k]
+        same = k not in changing and aval.shape == solution.program.aval(operand).shape  # else a device has a part
+        if same and not is_float(aval) and not is_key(aval) and solution.settles(operand):
+            out[v] = partial(solution.value, operand)
+    return out
 
 
 class Underivable(TreesurgeonError):

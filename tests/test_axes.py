@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from treesurgeon.engine import aligning
 from treesurgeon.engine import axes as ax
 from treesurgeon.engine.masks import axis_count, axis_mask, labels, single_units, unit_index
 
@@ -32,7 +33,7 @@ class Drawn:
         return axis
 
     def same(self, a, b):
-        ax.unify(a, b, WHY)
+        aligning.unify(a, b, WHY)
         self.claims.append((lambda mask: mask(a), lambda mask: mask(b)))
 
 
@@ -45,7 +46,9 @@ def programs(draw, products=True):
     p = Drawn()
     for _ in range(draw(st.integers(2, 4))):
         p.add(ax.fresh(draw(st.integers(1, 8))))
-    ops = ["concat", "cut", "pad", "unify", "unify", "pin"] + (["merge", "factor", "unify"] if products else [])
+    ops = ["concat", "cut", "pad", "unify", "unify", "pin", "shuffle", "select"] + (
+        ["merge", "factor", "unify"] if products else []
+    )
     for op in draw(st.lists(st.sampled_from(ops), max_size=9)):
         a, b = (p.axes[draw(st.integers(0, len(p.axes) - 1))] for _ in range(2))
         if op == "concat" and a.size + b.size <= 40:
@@ -58,14 +61,23 @@ def programs(draw, products=True):
             )
         elif op == "cut":
             n = draw(st.integers(0, a.size))
-            head, tail = ax.cut_at(a, n, WHY)
+            head, tail = aligning.cut_at(a, n, WHY)
             p.add(head, lambda mask, a=a, n=n: mask(a)[:n])
             p.add(tail, lambda mask, a=a, n=n: mask(a)[n:])
+        elif op == "shuffle":
+            order = np.array(draw(st.permutations(range(a.size))), int)
+            p.add(ax.shuffled(a, order), lambda mask, a=a, order=order: mask(a)[order])
+        elif op == "select":
+            chosen = np.array(draw(st.permutations(range(a.size)))[: draw(st.integers(0, a.size))], int)
+            p.add(
+                aligning.select(a, chosen, WHY),
+                lambda mask, a=a, chosen=chosen: mask(a)[chosen],
+            )
         elif op == "merge" and a.size * b.size <= 40:
             p.add(ax.product([a, b]), lambda mask, a=a, b=b: outer(mask(a), mask(b)))
         elif op == "factor" and a.size:
             n = draw(st.sampled_from([d for d in range(1, a.size + 1) if a.size % d == 0]))
-            major, minor = ax.factor(a, n, WHY)
+            major, minor = aligning.factor(a, n, WHY)
             p.add(major)
             p.add(minor)
             p.claims.append((lambda mask, a=a: mask(a), lambda mask, m=major, n=minor: outer(mask(m), mask(n))))
@@ -192,13 +204,13 @@ def test_single_positions_are_fixed():
 
 def test_heads_refine():
     merged, heads, width = ax.fresh(6), ax.fresh(2), ax.fresh(3)
-    ax.unify(merged, ax.product([heads, width]), WHY)
+    aligning.unify(merged, ax.product([heads, width]), WHY)
     assert list(ax.atoms(merged)) == [heads, width]
 
 
 def test_a_cut_row_pins_only_itself():
     rows, columns = ax.fresh(4), ax.fresh(3)
-    head, tail = ax.cut_at(ax.product([rows, columns]), 4, WHY)
+    head, tail = aligning.cut_at(ax.product([rows, columns]), 4, WHY)
     assert (head.size, tail.size) == (4, 8)
     assert sum(atom.size for atom in ax.atoms(rows)) == 2  # rows 2 and 3; row 0 is single, row 1 is cut
 
@@ -207,26 +219,26 @@ def test_what_pins_single_positions_is_told():
     axis, rows = ax.fresh(4), ax.fresh(3)
     rest = axis
     for _ in range(3):
-        _, rest = ax.cut_at(rest, 1, WHY)
+        _, rest = aligning.cut_at(rest, 1, WHY)
     assert str(ax.fixed_reason(axis)) == "its positions were split one by one (here.py:1)"
-    ax.cut_at(ax.product([rows, ax.fresh(2)]), 3, WHY)
+    aligning.cut_at(ax.product([rows, ax.fresh(2)]), 3, WHY)
     assert str(ax.fixed_reason(rows)) == "its positions were split one by one (here.py:1)"
     pair = ax.product([ax.fresh(2), ax.fresh(4)])
-    ax.cut_at(pair, 6, WHY)
+    aligning.cut_at(pair, 6, WHY)
     joined = ax.total([ax.fresh(1), ax.fresh(1)])
     assert str(ax.fixed_reason(joined)) == "single positions end to end carry no choice"
     assert ax.fixed_reason(ax.total([ax.fresh(1), joined, ax.Fixed(2, WHY)])) is WHY
 
 
 def test_numpy_integers_are_integers():
-    head, tail = ax.cut_at(ax.fresh(7), np.int64(3), WHY)
+    head, tail = aligning.cut_at(ax.fresh(7), np.int64(3), WHY)
     assert type(head.size) is int
     assert type(tail.size) is int
 
 
 def test_what_does_not_divide_is_pinned_with_its_reason():
     axis = ax.fresh(6)
-    major, minor = ax.factor(axis, 4, WHY)
+    major, minor = aligning.factor(axis, 4, WHY)
     assert ax.fixed_reason(axis) is WHY
     assert minor.size == 4
     assert major.size == 1
@@ -247,7 +259,7 @@ def test_symbolic_sizes_are_fixed():
 @pytest.mark.parametrize(("a", "b"), [((2, 3), (3, 2)), ((4, 3), (6, 2)), ((2, 2, 3), (4, 3)), ((12,), (2, 6))])
 def test_products_of_other_shapes(a, b):
     left, right = (ax.product([ax.fresh(n) for n in sizes]) for sizes in (a, b))
-    ax.unify(left, right, WHY)
+    aligning.unify(left, right, WHY)
     sizes = label_all([left, right])
     rng = np.random.default_rng(0)
     for _ in range(8):

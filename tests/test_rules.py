@@ -123,17 +123,35 @@ ROWS = {
     "tile": ((8,), lambda p, h: (jnp.tile(h, (1, 3)) @ jnp.ones((24, 2)))[:, 1]),
     "iota": ((8,), lambda p, h: (h * jnp.sort(jnp.sin(lax.iota(jnp.float32, 8)))).sum(1)),
     "dynamic_update_slice": ((8,), lambda p, h: lax.dynamic_update_slice(h, h[:1] + 1, (1, 0)).sum(1)),
-    "dynamic_update_slice of units": ((), lambda p, h: lax.dynamic_update_slice(h, h[:, :3], (0, 2)).sum(1)),
+    "dynamic_update_slice of units": ((2, 3), lambda p, h: lax.dynamic_update_slice(h, h[:, 5:], (0, 2)).sum(1)),
+    "dynamic_update_slice of units at run time": (
+        (),
+        lambda p, h: lax.dynamic_update_slice(h, h[:, :3], (0, ints(h)[0, 0])).sum(1),
+    ),
     **{
         f"scatter-{n}": ((8,), lambda p, h, n=way: getattr(jnp.tile(h, (2, 1)).at[jnp.array([0, 2])], n)(h).sum(1))
         for n, way in {"add": "add", "mul": "multiply", "min": "min", "max": "max", "sub": "subtract"}.items()
     },
     "scatter": ((8,), lambda p, h: h.at[jnp.array([1])].set(h[:1] * 2).sum(1)),
-    "scatter of units": ((), lambda p, h: h.at[:, jnp.array([1, 4])].set(1.0).sum(1)),
+    "scatter of units": ((2, 6), lambda p, h: h.at[:, jnp.array([1, 4])].set(1.0).sum(1)),
+    "scatter of a segment of units": ((2, 3), lambda p, h: h.at[:, 2:5].set(h[:, 5:]).sum(1)),
+    "scatter-add of units": ((2, 6, 8, 6), lambda p, h: (h.at[:, [4, 1]].add(p["h"][:2]) @ p["u"]).sum(1)),
+    "scatter of units twice": ((), lambda p, h: h.at[:, jnp.array([1, 4, 1])].set(1.0).sum(1)),
+    "scatter of one unit": ((7,), lambda p, h: h.at[:, 0].set(1.0).sum(1)),
+    "scatter of units at run time": ((), lambda p, h: h.at[:, ints(h)[0, :2] % 8].set(1.0).sum(1)),
     "dynamic_slice": ((8,), lambda p, h: lax.dynamic_slice(h, (1, 0), (1, 8)).sum(1)),
-    "dynamic_slice of units": ((), lambda p, h: lax.dynamic_slice(h, (1, 2), (1, 3)).sum(1)),
+    "dynamic_slice of units": ((2, 3, 3), lambda p, h: lax.dynamic_slice(h, (1, 2), (1, 3)).sum(1)),
+    "dynamic_slice of units at run time": ((), lambda p, h: lax.dynamic_slice(h, (1, ints(h)[0, 0]), (1, 3)).sum(1)),
     "gather": ((8,), lambda p, h: h[jnp.array([1, 0, 1])].sum(1)),
-    "gather of units": ((), lambda p, h: h[:, jnp.array([1, 0, 1])].sum(1)),
+    "gather of units": ((8,), lambda p, h: (h[:, jnp.array([1, 0, 3, 2, 7, 6, 4, 5])] * p["h"]).sum(1)),
+    "gather of some units": ((3, 5), lambda p, h: h[:, np.array([5, -7, 3])].sum(1)),
+    "gather of one unit": ((7,), lambda p, h: jnp.take(h, 7, axis=1)),
+    "gather of units twice": ((), lambda p, h: h[:, jnp.array([1, 0, 1])].sum(1)),
+    "gather of units at run time": ((), lambda p, h: h[:, ints(h)[0] % 8].sum(1)),
+    "gather of shuffled groups": (
+        (2, 4, 4),
+        lambda p, h: (h[:, np.arange(8).reshape(2, 4).T.reshape(-1)].reshape(2, 4, 2).sum(2) * p["h"][:4]).sum(1),
+    ),
     "random_bits": ((8,), lambda p, h: (h * jax.random.uniform(key_of(h), (2, 8))).sum(1)),
     "random_wrap": ((8,), lambda p, h: (h * jax.random.normal(key_of(h), (8,))).sum(1)),
     "random_split": ((8,), lambda p, h: (h * jax.random.uniform(jax.random.split(key_of(h), 3)[1], (8,))).sum(1)),
@@ -158,6 +176,8 @@ ROWS = {
     "sort": ((), lambda p, h: jnp.sort(h, 1)),
     "sort of others": ((8,), lambda p, h: jnp.sort(h, 0).sum(1)),
     "rev": ((), lambda p, h: h[:, ::-1] * 2),
+    "rev of units": ((8,), lambda p, h: (h[:, ::-1] * p["h"]).sum(1)),
+    "rev of units added to them": ((), lambda p, h: (h + h[:, ::-1]).sum(1)),
     "rev of others": ((8,), lambda p, h: h[::-1].sum(1)),
     **{
         n: ((8,), lambda p, h, n=n: (getattr(lax, n)(h, 1) * h).sum(1))

@@ -427,6 +427,66 @@ def chain_of_one_width(p, x):
 # Running sums, copies, tables, indices.
 
 
+ORDER = np.array([3, 6, 0, 5, 1, 7, 2, 4])
+
+
+@case({"a": D(5, 8), "c": D(8, 3)}, X, groups={"a": "8 a/w:1 a/b:0 c/w:0"}, blocks=())
+def units_in_another_order(p, x):
+    return dense(p["c"], jax.nn.relu(dense(p["a"], x))[:, ORDER][:, ::-1])
+
+
+@case(
+    {"a": D(5, 8), "s": D(4, 4), "t": D(4, 4), "c": D(8, 3)},
+    X,
+    groups={"a[0]": "4 a/w:1 a/b:0 s/w:0 t/w:1 t/b:0 c/w:0", "a[1]": "4 a/w:1 a/b:0 s/w:1 s/b:0 t/w:0 c/w:0"},
+    blocks=("s", "t"),
+)
+def flow(p, x):
+    """Two coupling layers with a permutation before and a swap between (Dinh et al. 2017, arXiv:1605.08803)."""
+    a, b = jnp.split(dense(p["a"], x)[:, ORDER], 2, 1)
+    h = jnp.concatenate([a, b * jnp.exp(jnp.tanh(dense(p["s"], a)))], 1)
+    a, b = jnp.split(h[:, [*range(4, 8), *range(4)]], 2, 1)
+    return dense(p["c"], jnp.concatenate([a, b + dense(p["t"], a)], 1)[:, ORDER])
+
+
+@case(
+    {"a": C(1, 3, 8), "b": C(3, 4, 8), "d": C(1, 4, 6)},
+    IMG,
+    groups={"a[0]": "2 a:3 b:3 d:2", "a[1]": "4 a:3 b:2", "b": "2 b:3 d:2"},
+    blocks=(),
+)
+def shuffled_by_index(p, x):
+    """Channels of two groups dealt out in turn (Zhang et al. 2018, arXiv:1707.01083), by a list of their numbers."""
+    deal = np.arange(8).reshape(2, 4).T.reshape(-1)
+    h = jax.nn.relu(conv(x, p["a"], groups=1))[..., deal]
+    h = jax.nn.relu(conv(h, p["b"], groups=2))[..., deal]
+    return conv(h, p["d"], groups=2).max((1, 2))
+
+
+@case(
+    {"a": D(5, 8), "b": D(5, 3), "o": D(8, 2)},
+    X,
+    groups={"a[0]": "2 a/w:1 a/b:0 b/w:1 b/b:0 o/w:0", "a[1]": "3 a/w:1 a/b:0 o/w:0"},
+    blocks=(),
+)
+def placed_by_index(p, x):
+    """Written to positions that are constants: some, one by one, and a segment."""
+    h, g = dense(p["a"], x), dense(p["b"], x)
+    return dense(p["o"], jnp.tanh(h.at[:, ORDER[:3]].add(g).at[:, 5:].multiply(g)))
+
+
+@case(
+    {"i": arr(5, 6), "w": {"a": arr(3, 6, 8), "b": arr(3, 8, 6)}},
+    X,
+    groups={"i": "6 i:1 w/a:1 w/b:2", "w": "8 w/a:2 w/b:1"},
+    blocks=("w[0]", "w[1]", "w[2]"),
+)
+def scanned_with_another_order(p, x):
+    """The indices come into the loop from outside."""
+    step = lambda h, w: (h + jnp.tanh(h @ w["a"])[:, ORDER] @ w["b"], None)
+    return lax.scan(step, x @ p["i"], p["w"])[0].sum(1)
+
+
 @case({"a": D(5, 6), "c": D(6, 3)}, X, groups={"a": "6 a/w:1 a/b:0 c/w:0"}, blocks=())
 def cumulative(p, x):
     h = dense(p["a"], x)

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple, TypeAlias
 import jax.numpy as jnp
 import numpy as np
 
-from treesurgeon.engine.axes import Axis, Fixed, Reason, Size, pin, resolve, unify
+from treesurgeon.engine.aligning import unify
+from treesurgeon.engine.axes import Axis, Fixed, Reason, Size, pin, resolve
 from treesurgeon.engine.jaxprs import Eqn
 
 Axes: TypeAlias = tuple[Axis, ...]
@@ -17,7 +18,10 @@ Axes: TypeAlias = tuple[Axis, ...]
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """An equation as its rule sees it: parameters, shapes, and the axes of its operands (and results, once known)."""
+    """An equation as its rule sees it: parameters, shapes, and the axes of its operands (and results, once known).
+
+    `known` gives an operand that depends on nothing as an array, None for others.
+    """
 
     eqn: Eqn
     params: Mapping[str, Any]
@@ -25,6 +29,7 @@ class Site:
     in_shapes: Sequence[tuple[Size, ...]]
     out_shapes: Sequence[tuple[Size, ...]]
     outs: Sequence[Axes] = ()
+    known: Callable[[int], np.ndarray | None] = lambda _: None
 
     def why(self, text: str) -> Reason:
         """A reason for pinning that names this equation's source line."""
@@ -71,14 +76,16 @@ class Rule:
     """How a primitive relates axes.
 
     `axes` unifies the operands' axes and returns the results'. `resize` gives the parameters at a plan's sizes (left
-    out where no parameter holds a size). `mixes` lists what is mixed; `contraction` does so for sums of products.
-    `positional` results depend on where a position stands (random bits): they are made wide and sliced. `spreads`
-    lists the axes of the result along which an operand's values are spread, whose derivative is a sum along them;
-    `broadcasts` says that operands may be spread along axes of size 1.
+    out where no parameter holds a size), `renumber` the operands where some of them are constant positions. `mixes`
+    lists what is mixed; `contraction` does so for sums of products. `positional` results depend on where a position
+    stands (random bits): they are made wide and sliced. `spreads` lists the axes of the result along which an
+    operand's values are spread, whose derivative is a sum along them; `broadcasts` says that operands may be spread
+    along axes of size 1.
     """
 
     axes: Callable[[Site], list[Axes]]
     resize: Callable[[Site, Kept], dict[str, Any]] | None = None
+    renumber: Callable[[Site, Kept, list[Any]], list[Any]] | None = None
     mixes: Callable[[Site], list[Mix]] | None = None
     contraction: Callable[[Site], Contraction] | None = None
     positional: bool = False

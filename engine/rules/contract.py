@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from treesurgeon.engine.axes import Axis, Fixed, factor, pin, unify
+from treesurgeon.engine.aligning import factor, unify
+from treesurgeon.engine.axes import Axis, Fixed, pin
 from treesurgeon.engine.rules.base import Axes, Contraction, Kept, Rule, Site, pin_all, register
 
 

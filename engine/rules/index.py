@@ -1,25 +1,130 @@
-"""Operations that take positions by index: an axis taken whole passes through, one that is indexed is pinned."""
+"""Operations that take positions by index.
+
+An axis taken whole passes through. Constant indices (numbers or lists without repeats) take a segment of an axis, or
+some of its positions in an order of their own; indices that are known only at run time pin.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from treesurgeon.engine.axes import Axis, Fixed, pin, unify
+from treesurgeon.engine.aligning import segment, select, unify
+from treesurgeon.engine.axes import Axis, Fixed, Reason, Size, pin
 from treesurgeon.engine.rules.base import Axes, Kept, Rule, Site, register
 
 
+class Taken(NamedTuple):
+    """What constant indices take.
+
+    Either `starts`: where what is taken of each axis of the operand starts. Or `positions` along axis `dim` of it,
+    which axis `along` of the indices lists.
+    """
+
+    starts: Mapping[int, int] | None = None
+    dim: int = -1
+    along: int = -1
+    positions: np.ndarray | None = None
+
+    def of(self, axis: Axis, d: int, n: Size, why: Reason) -> Axis | None:
+        """What is taken of axis `d`, `n` positions where a segment is; None if that is not known."""
+        if self.starts is not None:
+            return segment(axis, self.starts[d], n, why)
+        return select(axis, self.positions, why) if self.positions is not None and d == self.dim else None
+
+
+NOTHING = Taken()
+
+
+def _taken(site: Site, sizes: Mapping[int, Size], indexed: Sequence[int], batching: Sequence[int]) -> Taken:
+    """What the indices of a `gather` or `scatter` take, where that is constant.
+
+    Args:
+        site: the equation; its second operand are the indices.
+        sizes: how many positions of each axis of the operand one index takes.
+        indexed: the axes that are indexed, in the order of an index.
+        batching: those that go with an axis of the indices.
+    """
+    *batch, _ = site.in_shapes[1]
+    whole = site.in_shapes[0]
+    lists = [k for k, n in enumerate(batch) if not _is(n, 1)]
+    if batching or not indexed or len(lists) > 1 or not all(isinstance(n, int) for n in (*whole, *batch)):
+        return NOTHING
+    if batch and (len(indexed) != 1 or sizes[indexed[0]] != 1 or not lists or batch[lists[0]] > whole[indexed[0]]):
+        return NOTHING
+    found = site.known(1)
+    if found is None:
+        return NOTHING
+    last = np.array([whole[d] - sizes[d] for d in indexed], np.int64)
+    found = found.astype(np.int64).reshape(-1, len(indexed))
+    if site.params["mode"] == lax.GatherScatterMode.CLIP:
+        found = np.clip(found, 0, last)
+    if (found < 0).any() or (found > last).any():
+        return NOTHING
+    if not batch:
+        return Taken(dict.fromkeys(sizes, 0) | dict(zip(indexed, found[0].tolist(), strict=True)))
+    return Taken(None, indexed[0], lists[0], found[:, 0]) if len(np.unique(found)) == len(found) else NOTHING
+
+
+def _is(size: Size, n: int) -> bool:
+    return isinstance(size, int) and size == n
+
+
+def _before(kept: Kept, axis: Axis, position: int) -> int:
+    """How many of the positions of an axis before this one are kept."""
+    mask = kept.mask(axis)
+    return position if mask is None else int(mask[:position].sum())
+
+
+def _renumber(site: Site, kept: Kept, values: list[Any], taken: Taken, indexed: Sequence[int]) -> list[Any]:
+    """The operands with constant indices counted in kept positions."""
+    operand, new = site.ins[0], None
+    if taken.starts is not None:
+        new = [_before(kept, operand[d], taken.starts[d]) for d in indexed]
+    elif taken.positions is not None and (mask := kept.mask(operand[taken.dim])) is not None:
+        listed = kept.mask(site.ins[1][taken.along])
+        positions = taken.positions if listed is None else taken.positions[listed]
+        shape = [len(positions) if k == taken.along else n for k, n in enumerate(site.in_shapes[1])]
+        new = (np.cumsum(mask) - 1)[positions].reshape(shape)
+    return values if new is None else [values[0], np.asarray(new, values[1].dtype), *values[2:]]
+
+
+def _constant_starts(site: Site, first: int, sizes: Sequence[Size]) -> dict[int, int]:
+    """Where what is taken of an axis starts, by axis, of those whose start is constant; one a scalar operand."""
+    out = {}
+    for d, (whole, n) in enumerate(zip(site.in_shapes[0], sizes, strict=True)):
+        start = site.known(first + d) if isinstance(whole, int) and isinstance(n, int) and n != whole else None
+        if start is not None:
+            out[d] = int(np.clip(start, 0, whole - n))
+    return out
+
+
+def _restart(site: Site, kept: Kept, values: list[Any], first: int, starts: Mapping[int, int]) -> list[Any]:
+    """The operands with constant starts counted in kept positions."""
+    values = list(values)
+    for d, start in starts.items():
+        new = _before(kept, site.ins[0][d], start)
+        values[first + d] = np.asarray(new, jnp.result_type(values[first + d]))
+    return values
+
+
 def dynamic_slice_axes(site: Site) -> list[Axes]:
-    """Axes taken whole pass through; a slice at an index known only at run time pins."""
-    why = site.why("a slice at a run-time index of this axis")
+    """Axes taken whole pass through; of others a slice at a constant index is a segment, any other pins."""
+    sizes, why = site.out_shapes[0], site.why("a slice at a run-time index of this axis")
+    starts = _constant_starts(site, 1, sizes)
     out: list[Axis] = []
     for d, axis in enumerate(site.ins[0]):
-        if site.out_shapes[0][d] == site.in_shapes[0][d]:
+        if sizes[d] == site.in_shapes[0][d]:
             out.append(axis)
+        elif d in starts:
+            out.append(segment(axis, starts[d], sizes[d], why))
         else:
             pin(axis, why)
-            out.append(Fixed(site.out_shapes[0][d], why))
+            out.append(Fixed(sizes[d], why))
     return [tuple(out)]
 
 
@@ -28,64 +133,107 @@ def dynamic_slice_resize(site: Site, kept: Kept) -> dict[str, Any]:
     return {"slice_sizes": tuple(kept.size(axis) for axis in site.outs[0])}
 
 
+def dynamic_slice_renumber(site: Site, kept: Kept, values: list[Any]) -> list[Any]:
+    """Constant starts in kept positions."""
+    return _restart(site, kept, values, 1, _constant_starts(site, 1, site.out_shapes[0]))
+
+
 def dynamic_update_slice_axes(site: Site) -> list[Axes]:
-    """Axes that the update covers whole are the same axes; the others are pinned."""
+    """Axes that the update covers whole are the same axes; at a constant index it covers a segment, any other pins."""
     why = site.why("an update at a run-time index of this axis")
     operand, update = site.ins[:2]
+    starts = _constant_starts(site, 2, site.in_shapes[1])
     for d, (a, b) in enumerate(zip(operand, update, strict=True)):
         if site.in_shapes[0][d] == site.in_shapes[1][d]:
             unify(a, b, why)
+        elif d in starts:
+            unify(segment(a, starts[d], site.in_shapes[1][d], why), b, why)
         else:
             pin(a, why)
             pin(b, why)
     return [tuple(operand)]
 
 
+def dynamic_update_slice_renumber(site: Site, kept: Kept, values: list[Any]) -> list[Any]:
+    """Constant starts in kept positions."""
+    return _restart(site, kept, values, 2, _constant_starts(site, 2, site.in_shapes[1]))
+
+
 def scatter_axes(site: Site) -> list[Axes]:
-    """Window dimensions that the updates cover whole pass through; the others are pinned."""
+    """Window dimensions that the updates cover whole pass through, and what constant indices take; others pin."""
     numbers = site.params["dimension_numbers"]
     operand, indices, updates = site.ins
-    why = site.why("`scatter` indexes this axis")
+    why, taken = site.why("`scatter` indexes this axis"), _scattered(site)
     pin(indices[-1], why)
-    gone = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
-    windows = [d for d in range(len(operand)) if d not in gone]
     rest = [k for k in range(len(updates)) if k not in numbers.update_window_dims]
     for axis, k in zip(indices[:-1], rest, strict=True):
         unify(axis, updates[k], why)
     for d, k in zip(numbers.operand_batching_dims, numbers.scatter_indices_batching_dims, strict=True):
         unify(operand[d], indices[k], why)
-    batched = [rest[k] for k in numbers.scatter_indices_batching_dims]
-    for k in rest:
-        if k not in batched:
-            pin(updates[k], why)
-    for d, k in zip(windows, numbers.update_window_dims, strict=True):
-        if site.in_shapes[0][d] == site.in_shapes[2][k] and d not in numbers.scatter_dims_to_operand_dims:
+    passed = {rest[k] for k in numbers.scatter_indices_batching_dims}
+    windows = _windows(site)
+    for d, k in windows.items():
+        size = site.in_shapes[2][k]
+        if site.in_shapes[0][d] == size and d not in numbers.scatter_dims_to_operand_dims:
             unify(operand[d], updates[k], why)
+        elif (part := taken.of(operand[d], d, size, why)) is not None:
+            unify(part, updates[k], why)
         else:
             pin(operand[d], why)
             pin(updates[k], why)
     for d in numbers.inserted_window_dims:
-        pin(operand[d], why)
+        part = taken.of(operand[d], d, 1, why)
+        if part is None:
+            pin(operand[d], why)
+        elif taken.positions is not None:
+            unify(part, updates[rest[taken.along]], why)
+            passed.add(rest[taken.along])
+    for k in rest:
+        if k not in passed:
+            pin(updates[k], why)
     return [tuple(operand)]
 
 
-def gather_axes(site: Site) -> list[Axes]:
-    """Window dimensions taken whole pass through; the others, and the index vector, are pinned."""
+def _windows(site: Site) -> dict[int, int]:
+    """The axes of the updates of a `scatter` by those of the operand that they are windows of."""
     numbers = site.params["dimension_numbers"]
+    gone = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
+    windows = [d for d in range(len(site.in_shapes[0])) if d not in gone]
+    return dict(zip(windows, numbers.update_window_dims, strict=True))
+
+
+def _scattered(site: Site) -> Taken:
+    numbers, windows = site.params["dimension_numbers"], _windows(site)
+    sizes = {d: site.in_shapes[2][windows[d]] if d in windows else 1 for d in range(len(site.in_shapes[0]))}
+    return _taken(site, sizes, numbers.scatter_dims_to_operand_dims, numbers.operand_batching_dims)
+
+
+def scatter_renumber(site: Site, kept: Kept, values: list[Any]) -> list[Any]:
+    """Constant indices in kept positions."""
+    indexed = site.params["dimension_numbers"].scatter_dims_to_operand_dims
+    return _renumber(site, kept, values, _scattered(site), indexed)
+
+
+def gather_axes(site: Site) -> list[Axes]:
+    """Window dimensions taken whole pass through, and what constant indices take; others, and the index vector, pin."""
+    numbers, sizes = site.params["dimension_numbers"], site.params["slice_sizes"]
     operand, indices = site.ins
-    why = site.why("`gather` indexes this axis")
+    why, taken = site.why("`gather` indexes this axis"), _gathered(site)
     pin(indices[-1], why)
     for d, k in zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True):
         unify(operand[d], indices[k], why)
     out: list[Axis | None] = [None] * len(site.out_shapes[0])
-    for d, place in zip(_window_dims(site), numbers.offset_dims, strict=True):
-        if _whole(site, d):
-            out[place] = operand[d]
-        else:
-            out[place] = Fixed(site.out_shapes[0][place], why)
-    for d in range(len(operand)):
-        if not _whole(site, d) and d not in numbers.operand_batching_dims:
-            pin(operand[d], why)
+    places = dict(zip(_window_dims(site), numbers.offset_dims, strict=True))
+    for d, axis in enumerate(operand):
+        if d in numbers.operand_batching_dims:
+            continue
+        part = axis if _whole(site, d) else taken.of(axis, d, sizes[d], why)
+        if part is None:
+            pin(axis, why)
+        elif d == taken.dim:
+            unify(indices[taken.along], part, why)
+        if d in places:
+            out[places[d]] = Fixed(sizes[d], why) if part is None else part
     batch = iter(indices[:-1])
     return [tuple(next(batch) if axis is None else axis for axis in out)]
 
@@ -95,6 +243,12 @@ def gather_spreads(site: Site) -> list[int]:
     numbers = site.params["dimension_numbers"]
     batch = [k for k in range(len(site.out_shapes[0])) if k not in numbers.offset_dims]
     return [place for k, place in enumerate(batch) if k not in numbers.start_indices_batching_dims]
+
+
+def _gathered(site: Site) -> Taken:
+    numbers = site.params["dimension_numbers"]
+    sizes = dict(enumerate(site.params["slice_sizes"]))
+    return _taken(site, sizes, numbers.start_index_map, numbers.operand_batching_dims)
 
 
 def _window_dims(site: Site) -> list[int]:
@@ -111,16 +265,20 @@ def _whole(site: Site, d: int) -> bool:
 
 
 def gather_resize(site: Site, kept: Kept) -> dict[str, Any]:
-    """The kept length of the axes that are taken whole."""
-    sizes = list(site.params["slice_sizes"])
-    for d, axis in enumerate(site.ins[0]):
-        if _whole(site, d):
-            sizes[d] = kept.size(axis)
+    """The kept length of the windows."""
+    sizes, numbers = list(site.params["slice_sizes"]), site.params["dimension_numbers"]
+    for d, place in zip(_window_dims(site), numbers.offset_dims, strict=True):
+        sizes[d] = kept.size(site.outs[0][place])
     return {"slice_sizes": tuple(sizes)}
 
 
-register("dynamic_slice", Rule(dynamic_slice_axes, resize=dynamic_slice_resize))
-register("gather", Rule(gather_axes, resize=gather_resize, spreads=gather_spreads))
-register("dynamic_update_slice", Rule(dynamic_update_slice_axes))
+def gather_renumber(site: Site, kept: Kept, values: list[Any]) -> list[Any]:
+    """Constant indices in kept positions."""
+    return _renumber(site, kept, values, _gathered(site), site.params["dimension_numbers"].start_index_map)
+
+
+register("dynamic_slice", Rule(dynamic_slice_axes, resize=dynamic_slice_resize, renumber=dynamic_slice_renumber))
+register("gather", Rule(gather_axes, resize=gather_resize, renumber=gather_renumber, spreads=gather_spreads))
+register("dynamic_update_slice", Rule(dynamic_update_slice_axes, renumber=dynamic_update_slice_renumber))
 for _name in ("scatter", "scatter-add", "scatter-mul", "scatter-min", "scatter-max", "scatter-sub"):
-    register(_name, Rule(scatter_axes))
+    register(_name, Rule(scatter_axes, renumber=scatter_renumber))

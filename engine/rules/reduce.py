@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from treesurgeon.engine.axes import Axis, Fixed, fresh, pin, unify
+import numpy as np
+
+from treesurgeon.engine.aligning import unify
+from treesurgeon.engine.axes import Axis, Fixed, fresh, pin, shuffled
 from treesurgeon.engine.rules.base import Axes, Mix, Rule, Site, fixed_axes, pin_all, register
 
 
@@ -65,6 +68,17 @@ def window_axes(site: Site) -> list[Axes]:
 def general_window_axes(site: Site) -> list[Axes]:
     """`reduce_window` with a computation of the user's: one array and its initial value, or all pinned."""
     return window_axes(site) if len(site.out_shapes) == 1 else pin_all(site, "a window over several arrays")
+
+
+def rev_axes(site: Site) -> list[Axes]:
+    """The axes `dimensions` run backwards."""
+    why, out = site.why("`rev` turns this axis round"), list(site.ins[0])
+    for d in site.params["dimensions"]:
+        if isinstance(out[d].size, int):
+            out[d] = shuffled(out[d], np.arange(out[d].size)[::-1])
+        else:
+            pin(out[d], why)
+    return [tuple(out)]
 
 
 def cumulative(identity: str) -> Rule:
@@ -128,7 +142,7 @@ for _name, _identity in {
 register("top_k", pinning(lambda s: (s.params.get("axis", len(s.ins[0]) - 1),), "`top_k` picks positions of this axis"))
 register("fft", Rule(fft_axes))
 register("sort", pinning(lambda s: (s.params["dimension"],), "`sort` runs along this axis"))
-register("rev", pinning(lambda s: tuple(s.params["dimensions"]), "`rev` turns this axis round"))
+register("rev", Rule(rev_axes))
 for _name in ("reduce_window_sum", "reduce_window_max", "reduce_window_min"):
     register(_name, Rule(window_axes))
 register("reduce_window", Rule(general_window_axes))

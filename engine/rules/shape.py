@@ -7,19 +7,8 @@ from typing import Any
 
 import jax
 
-from treesurgeon.engine.axes import (
-    Axis,
-    Fixed,
-    Reason,
-    Size,
-    cut_at,
-    factor,
-    fresh,
-    pin,
-    product,
-    total,
-    unify,
-)
+from treesurgeon.engine.aligning import cut_at, factor, segment, unify
+from treesurgeon.engine.axes import Axis, Fixed, Reason, Size, fresh, pin, product, total
 from treesurgeon.engine.jaxprs import Literal
 from treesurgeon.engine.rules.base import Axes, Kept, Rule, Site, fixed_axes, pin_all, register
 
@@ -169,8 +158,7 @@ def slice_axes(site: Site) -> list[Axes]:
             pin(axis, why)
             out.append(Fixed(site.out_shapes[0][d], why))
         else:
-            head, _ = cut_at(axis, limit, why)
-            out.append(cut_at(head, start, why)[1])
+            out.append(segment(axis, start, limit - start, why))
     return [tuple(out)]
 
 

@@ -54,6 +54,19 @@ def take(b: Builder) -> None:
 
 
 @op("gather", 2)
+def reorder(b: Builder) -> None:
+    """All positions in another order, or some of them, as a permutation, a split by parity or a shuffle makes."""
+    v = b.array()
+    d = b.axis(v)
+    n = v.shape[d]
+    order = b.s.shuffled(range(n))
+    fast = b.s.pick([m for m in range(1, n + 1) if n % m == 0])
+    shuffle = [i * fast + j for j in range(fast) for i in range(n // fast)]
+    ids = b.s.pick([order, order[: b.s.int(1, n)], sorted(order[: b.s.int(1, n)]), shuffle])
+    b.emit(b.s.pick([f"{v}[{index_text(d, f'np.array({ids})')}]", f"jnp.take({v}, jnp.array({ids}), axis={d})"]))
+
+
+@op("gather", 2)
 def take_dynamic(b: Builder) -> None:
     v = b.array()
     d = b.axis(v)
@@ -117,7 +130,9 @@ def scatter(b: Builder) -> None:
     v = b.array()
     d = b.axis(v)
     how = b.s.pick(["set", "add", "multiply", "max"])
-    at = b.s.pick([str(b.s.int(0, v.shape[d] - 1)), "np.array([0, -1])", ":1", "::2"])
+    order = b.s.shuffled(range(v.shape[d]))
+    listed = f"np.array({order[: b.s.int(1, v.shape[d])]})"
+    at = b.s.pick([str(order[0]), "np.array([0, -1])", ":1", "::2", listed, f"{order[0]}:"])
     with_ = b.s.pick(["1.5", f"{v}[{index_text(d, at)}] * 2.0", f"{v}.sum()"])
     b.emit(f"{v}.at[{index_text(d, at)}].{how}({with_})")
 
