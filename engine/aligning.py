@@ -10,6 +10,7 @@ fine the atoms are, never whether the result is safe.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Integral
 
 import numpy as np
@@ -22,13 +23,17 @@ from treesurgeon.engine.axes import (
     Prod,
     Reason,
     Shuffled,
+    Size,
     Sum,
     atoms,
     fresh,
+    is_shuffled,
     pin,
     product,
     resolve,
+    separated,
     shuffled,
+    spelled,
     total,
 )
 
@@ -49,6 +54,8 @@ def unify(a: Axis, b: Axis, why: Reason) -> None:
         _bind(a, b, why)
     elif isinstance(b, Atom):
         _bind(b, a, why)
+    elif (is_shuffled(a) or is_shuffled(b)) and _alike(a, b):
+        return
     elif isinstance(a, Shuffled):
         _unify_shuffled(a, b, why)
     elif isinstance(b, Shuffled):
@@ -74,6 +81,14 @@ def _bind(atom: Atom, axis: Axis, why: Reason) -> None:
         pin(axis, why)
     else:
         atom.bound = axis
+
+
+def _alike(a: Axis, b: Axis) -> bool:
+    """Whether the same units stand at the same positions, however the axes are written."""
+    left, right = spelled(a), spelled(b)
+    if left is None or right is None or left.keys() != right.keys():
+        return False
+    return all((units == right[atom]).all() for atom, units in left.items())
 
 
 def _unify_shuffled(a: Shuffled, b: Axis, why: Reason) -> None:
@@ -167,7 +182,11 @@ def segment(axis: Axis, start: int, n: int, why: Reason) -> Axis:
 
 
 def select(axis: Axis, positions: np.ndarray, why: Reason) -> Axis:
-    """These positions of an axis in this order, none of them twice; splits atoms where it must, or pins them."""
+    """These positions of an axis in this order, none of them twice; splits atoms where it must, or pins them.
+
+    An atom is split into those and the others in this order wherever they stand, so that a pruned model's groups come
+    in the order of the dense one's.
+    """
     axis = resolve(axis)
     n = len(positions)
     if n == 0:
@@ -178,15 +197,20 @@ def select(axis: Axis, positions: np.ndarray, why: Reason) -> Axis:
         return Fixed(n, axis.why)
     if n == axis.size:
         return shuffled(axis, positions)
-    if (positions == np.arange(positions[0], positions[0] + n)).all():
-        return segment(axis, positions[0], n, why)
     if isinstance(axis, Sum):
         return _select_sum(axis, positions, why)
+    if isinstance(axis, Prod) and (grid := separated(positions, axis.factors[-1].size)) is not None:
+        return product((select(product(axis.factors[:-1]), grid[0], why), select(axis.factors[-1], grid[1], why)))
     if isinstance(axis, Atom) and axis.label is None and axis.whole is None:
         rest = np.setdiff1d(np.arange(axis.size), positions)
         chosen, others = (_part(axis, 0, size, why) for size in (n, len(rest)))
+        for part in (chosen, others):
+            if isinstance(part, Atom):
+                part.picked = True
         axis.bound = shuffled(total((chosen, others)), np.argsort(np.concatenate([positions, rest])))
         return chosen
+    if (positions == np.arange(positions[0], positions[0] + n)).all():
+        return segment(axis, positions[0], n, why)
     pin(axis, why)
     return Fixed(n, why)
 
@@ -257,3 +281,17 @@ def _factor_sum(axis: Sum, n: int, why: Reason) -> tuple[Axis, Axis]:
     for row in rows[1:]:
         unify(rows[0], row, why)
     return Fixed(len(rows), why), resolve(rows[0])
+
+
+def regroup(merged: Axis, sizes: Sequence[Size], why: Reason) -> list[Axis]:
+    """A product of axes as one axis for each of these sizes; pins what does not divide so."""
+    if len(sizes) < 2:
+        return [merged] * len(sizes)
+    if not all(isinstance(n, int) for n in sizes):
+        pin(merged, why)
+        return [Fixed(n, why) for n in sizes]
+    pieces: list[Axis] = []
+    for size in reversed(sizes[1:]):
+        merged, minor = factor(merged, size, why)
+        pieces.append(minor)
+    return [merged, *reversed(pieces)]

@@ -55,6 +55,7 @@ class Atom:
     """A run of `size` interchangeable-looking units. `bound` is what it turned out to be, if anything.
 
     `label` is set on the atoms of a finished graph's groups; `offset` is the place of a split-off part inside `whole`.
+    `picked` parts were split off by a list of positions: which stands first may be another one in a pruned model.
     """
 
     size: int
@@ -62,6 +63,7 @@ class Atom:
     label: str | None = None
     whole: Atom | None = None
     offset: int = 0
+    picked: bool = False
     serial: int = field(default_factory=lambda: next(_serial))
 
 
@@ -149,19 +151,16 @@ def product(factors: Iterable[Axis]) -> Axis:
 
 
 def shuffled(axis: Axis, order: np.ndarray) -> Axis:
-    """An axis in another order, in normal form: whole segments that only change places are a sum again.
-
-    So are the factors of a product of two that change places: a product the other way round.
-    """
+    """An axis in another order, in normal form: segments or factors that only change places are a sum or product."""
     axis, order = resolve(axis), np.asarray(order)
     if isinstance(axis, Shuffled):
         return shuffled(axis.axis, axis.order[order])
     if isinstance(axis, Fixed) or (order == np.arange(len(order))).all():
         return axis
-    if isinstance(axis, Prod) and len(axis.factors) == 2:
-        slow, fast = axis.factors
-        if (order.reshape(fast.size, slow.size) == np.arange(axis.size).reshape(slow.size, fast.size).T).all():
-            return product((fast, slow))
+    if isinstance(axis, Prod) and (places := _transposed([f.size for f in axis.factors], order)) is not None:
+        return product(axis.factors[k] for k in places)
+    if isinstance(axis, Prod) and (grid := separated(order, axis.factors[-1].size)) is not None:
+        return product((shuffled(product(axis.factors[:-1]), grid[0]), shuffled(axis.factors[-1], grid[1])))
     if isinstance(axis, Sum):
         starts = np.cumsum([0, *(part.size for part in axis.parts)])
         place = np.searchsorted(starts, order, side="right") - 1
@@ -170,6 +169,28 @@ def shuffled(axis: Axis, order: np.ndarray) -> Axis:
             found = [int(np.searchsorted(starts, run[0], side="right")) - 1 for run in runs]
             return total(shuffled(axis.parts[k], run - starts[k]) for k, run in zip(found, runs, strict=True))
     return Shuffled(axis, order)
+
+
+def separated(positions: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """The rows and columns, in rows of `n`, that all these positions are, row by row; None if they are no grid."""
+    rows, columns = np.divmod(positions, n)
+    wide = int(np.argmax(rows != rows[0])) or len(rows)
+    rows, columns = rows[::wide], columns[:wide]
+    grid = (rows[:, None] * n + columns).ravel()
+    return (rows, columns) if np.array_equal(grid, positions) else None
+
+
+def _transposed(sizes: list[int], order: np.ndarray) -> list[int] | None:
+    """The order of a product's factors whose positions come in this order, if there is one."""
+    strides = [math.prod(sizes[k + 1 :]) for k in range(len(sizes))]
+    places: list[int] = []
+    for _ in sizes:  # the fastest first
+        step = order[math.prod(sizes[k] for k in places)] - order[0]
+        if step not in strides or strides.index(step) in places:
+            return None
+        places.insert(0, strides.index(step))
+    same = np.arange(len(order)).reshape(sizes).transpose(places).ravel() == order
+    return places if same.all() else None
 
 
 def resolve(axis: Axis) -> Axis:
@@ -206,6 +227,12 @@ def atoms(axis: Axis) -> Iterator[Atom]:
         yield from atoms(axis.axis)
 
 
+def in_order(axis: Axis) -> list[Atom]:
+    """The free atoms of an axis in an order that plans do not change: as they stand, or as they were made."""
+    found = list(atoms(axis))
+    return sorted(found, key=lambda atom: atom.serial) if any(atom.picked for atom in found) else found
+
+
 def pin(axis: Axis, why: Reason) -> None:
     """Make every position of the axis stay, for the reason given."""
     for atom in list(atoms(axis)):
@@ -226,6 +253,30 @@ def fixed_reason(axis: Axis) -> Reason | None:
     return None
 
 
+def spelled(axis: Axis) -> dict[Atom, np.ndarray] | None:
+    """The unit of each atom at every position, -1 where it has none: int[size]; None if it has two at one position."""
+    axis = resolve(axis)
+    if isinstance(axis, Atom):
+        return {axis.whole or axis: axis.offset + np.arange(axis.size)}
+    if isinstance(axis, Shuffled):
+        inner = spelled(axis.axis)
+        return None if inner is None else {atom: units[axis.order] for atom, units in inner.items()}
+    parts = axis.parts if isinstance(axis, Sum) else axis.factors if isinstance(axis, Prod) else ()
+    out: dict[Atom, np.ndarray] = {}
+    start, sizes = 0, [part.size for part in parts]
+    for k, part in enumerate(parts):
+        inner = spelled(part)
+        if inner is None or (isinstance(axis, Prod) and not inner.keys().isdisjoint(out)):
+            return None
+        for atom, units in inner.items():
+            if isinstance(axis, Sum):
+                out.setdefault(atom, np.full(axis.size, -1))[start : start + part.size] = units
+            else:
+                out[atom] = np.tile(np.repeat(units, math.prod(sizes[k + 1 :])), math.prod(sizes[:k]))
+        start += part.size
+    return out
+
+
 def same(a: Axis, b: Axis) -> bool:
     """Whether two axes are known to keep the same positions under every plan."""
     a, b = resolve(a), resolve(b)
@@ -240,3 +291,10 @@ def same(a: Axis, b: Axis) -> bool:
     if isinstance(a, Shuffled) and isinstance(b, Shuffled):
         return bool((a.order == b.order).all()) and same(a.axis, b.axis)
     return False
+
+
+def is_shuffled(axis: Axis) -> bool:
+    """Whether a part of an axis is in another order."""
+    axis = resolve(axis)
+    parts = axis.parts if isinstance(axis, Sum) else axis.factors if isinstance(axis, Prod) else ()
+    return isinstance(axis, Shuffled) or any(map(is_shuffled, parts))

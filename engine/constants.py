@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,6 +11,24 @@ from jax.core import Tracer
 
 from treesurgeon.engine.flow import is_contraction
 from treesurgeon.engine.jaxprs import Eqn, Literal, Program, bind, is_key, is_sized, standing_at
+
+
+def _broadcast(eqn: Eqn, x: np.ndarray) -> np.ndarray:
+    shape, dims = eqn.params["shape"], eqn.params["broadcast_dimensions"]
+    wide = [1] * len(shape)
+    for d, n in zip(dims, x.shape, strict=True):
+        wide[d] = n
+    return np.broadcast_to(x.reshape(wide), shape)
+
+
+# What indices go through: each would be a program to compile for every shape, which takes longer than all the rest.
+BY_HAND: dict[str, Callable[..., np.ndarray]] = {
+    "lt": lambda _, a, b: a < b,
+    "add": lambda _, a, b: a + b,
+    "select_n": lambda _, which, *cases: np.choose(which.astype(int), cases),
+    "convert_element_type": lambda _, x: x,
+    "broadcast_in_dim": _broadcast,
+}
 
 
 class Constants:
@@ -39,7 +57,6 @@ class Constants:
     def concrete(self, v: int) -> np.ndarray | jax.Array | None:
         """The value as an array at hand; None where the program belongs to a trace under way or has symbolic sizes."""
         known = self.known
-        known.update({w: x for w, x in self.program.consts.items() if w not in known})
         for i in self._missing(v, known):
             eqn = self.program.eqns[i]
             avals = [self.program.avals[w] for w in eqn.outs]
@@ -49,6 +66,10 @@ class Constants:
             if eqn.name == "pvary":  # of what is the same everywhere; see `varying_alike`
                 known[eqn.outs[0]] = values[0]
                 continue
+            if eqn.name in BY_HAND and all(self.program.aval(w).dtype.kind in "iub" for w in eqn.ins):
+                found = BY_HAND[eqn.name](eqn, *map(np.asarray, values))
+                known[eqn.outs[0]] = np.asarray(found).astype(avals[0].dtype)
+                continue
             with jax.ensure_compile_time_eval():
                 known.update(zip(eqn.outs, bind(eqn, eqn.params, values), strict=True))
         return None if isinstance(known[v], Tracer) else known[v] if is_key(known[v]) else np.asarray(known[v])
@@ -57,13 +78,22 @@ class Constants:
     def _read(eqn: Eqn, env: Mapping[int, Any]) -> list[Any]:
         return [v.value if isinstance(v, Literal) else env[v] for v in eqn.ins]
 
+    def inputs(self, v: int) -> list[int]:
+        """The inputs of the program that a value is computed from and that are not known."""
+        return [w for w in self._behind(v, self.known) if w not in self.makers]
+
     def _missing(self, v: int, env: Mapping[int, Any]) -> list[int]:
         """The equations to run, in order, before `v` is known."""
+        return sorted({self.makers[w] for w in self._behind(v, env)})
+
+    def _behind(self, v: int, env: Mapping[int, Any]) -> set[int]:
+        """The values that must be known before `v` is, and that are not."""
         found: set[int] = set()
         todo = [v]
         while todo:
             w = todo.pop()
-            if w not in env and self.makers[w] not in found:
-                found.add(self.makers[w])
-                todo += [u for u in self.program.eqns[self.makers[w]].ins if isinstance(u, int)]
-        return sorted(found)
+            if w not in env and w not in found:
+                found.add(w)
+                if w in self.makers:
+                    todo += [u for u in self.program.eqns[self.makers[w]].ins if isinstance(u, int)]
+        return found

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from treesurgeon.engine.analysis import Analysis
-from treesurgeon.engine.axes import Atom, Axis, atoms, resolve, same
+from treesurgeon.engine.axes import Atom, Axis, atoms, in_order, resolve, same
 from treesurgeon.engine.blocks import Region, common_prefix
 from treesurgeon.engine.flow import Kinds, kernel_leaves, kernel_operand
 from treesurgeon.engine.graph import Block, Tie
@@ -59,11 +59,11 @@ def name_groups(
     The name is that of the free input on which the units stand, or the module of the leaf that makes them: the first
     kernel on whose output axis they stand, else the first leaf that holds them.
     """
-    base: dict[Atom, str] = {atom: name for name, axes in inputs.items() for axis in axes for atom in atoms(axis)}
+    base: dict[Atom, str] = {atom: name for name, axes in inputs.items() for axis in axes for atom in in_order(axis)}
 
     def claim(axes: Iterable[Axis], leaf: int) -> None:
         for axis in axes:
-            for atom in atoms(axis):
+            for atom in in_order(axis):
                 base.setdefault(atom, analysis.modules[leaf] if "/" in paths[leaf] else paths[leaf])
 
     def kernels(solution: Solution, kinds: Kinds, dead: Callable[[int], bool]) -> None:

@@ -197,4 +197,9 @@ def _intact(atom: Atom) -> bool:
     axis = resolve(atom)
     if axis is atom:
         return True
-    return isinstance(axis, Sum) and all(isinstance(p, Atom) and p.whole is atom for p in axis.parts)
+    start = 0
+    for part in axis.parts if isinstance(axis, Sum) else (axis,):
+        if not isinstance(part, Atom) or part.whole is not atom or part.offset != start:  # a part may be another one
+            return False
+        start += part.size
+    return True

@@ -7,7 +7,6 @@ selectivity: it says what a unit answers to, and not how much the network needs 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 from treesurgeon.engine.criteria import Scores
 from treesurgeon.engine.graph import Graph
 from treesurgeon.engine.readings import at_sites
-from treesurgeon.engine.sites import Site, rows
+from treesurgeon.engine.sites import Site, rows, units_last
 
 
 def unit_activity(fn: Callable, graph: Graph) -> Callable:
@@ -56,10 +55,8 @@ def activity_maps(fn: Callable, graph: Graph) -> Callable:
 
     def look(site: Site, x: Any) -> Scores:
         out = {}
-        for name, (start, *shape) in site.places.items():
-            block = jax.lax.slice_in_dim(x, start, start + math.prod(shape), axis=site.dim)
-            wide = block.reshape(*x.shape[: site.dim], *shape, *x.shape[site.dim + 1 :])
-            last = jnp.abs(jnp.moveaxis(wide, site.dim + 1, -1))
+        for name, place in site.places.items():
+            last = jnp.abs(units_last(x, site.dim, place))
             out[name] = last.reshape(*(n for n in last.shape[:-1] if n != 1), last.shape[-1])
         return out
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from treesurgeon.engine.analysis import Analysis
-from treesurgeon.engine.axes import Atom, Axis, Prod, Sum, atoms, resolve
+from treesurgeon.engine.axes import Atom, Axis, Prod, Shuffled, Sum, atoms, resolve
 from treesurgeon.engine.errors import PlanError
 from treesurgeon.engine.flow import kernel_leaves, kernel_operand, shared_kernels
 from treesurgeon.engine.jaxprs import bind
@@ -29,12 +29,16 @@ MOVES = ("reshape", "squeeze", "expand_dims", "transpose", "broadcast_in_dim")  
 
 
 class Place(NamedTuple):
-    """Where a group stands on an axis: from `start`, `before` × `size` × `after` positions, the units in the middle."""
+    """Where a group stands on an axis: from `start`, `before` × `size` × `after` positions, the units in the middle.
+
+    `order` has the unit at each place in the middle, where that is not its number.
+    """
 
     start: int
     before: int
     size: int
     after: int
+    order: tuple[int, ...] | None = None
 
     @property
     def stop(self) -> int:
@@ -149,26 +153,36 @@ def places_of(axis: Axis) -> dict[str, Place]:
         factors = part.factors if isinstance(part, Prod) else (part,)
         sizes = [f.size for f in factors]
         for k, f in enumerate(factors):
-            if isinstance(f, Atom) and f.label is not None:
-                place = Place(start, math.prod(sizes[:k]), f.size, math.prod(sizes[k + 1 :]))
-                found.append((f.label, place))
+            units = f.axis if isinstance(f, Shuffled) else f
+            if isinstance(units, Atom) and units.label is not None:
+                order = tuple(f.order.tolist()) if isinstance(f, Shuffled) else None
+                place = Place(start, math.prod(sizes[:k]), f.size, math.prod(sizes[k + 1 :]), order)
+                found.append((units.label, place))
         start += part.size
     count = Counter(atom.label for atom in atoms(axis))
     return {label: place for label, place in found if count[label] == 1}
 
 
+def units_last(x: Any, dim: int, place: Place) -> Any:
+    """The part of `x` that holds a group, its units in their order as the last axis."""
+    block = jax.lax.slice_in_dim(x, place.start, place.stop, axis=dim)
+    wide = block.reshape(*x.shape[:dim], place.before, place.size, place.after, *x.shape[dim + 1 :])
+    last = jnp.moveaxis(wide, dim + 1, -1)
+    return last if place.order is None else last[..., np.argsort(place.order)]
+
+
 def rows(x: Any, dim: int, place: Place) -> Any:
     """The units of a group as columns: `[everything else, size]`."""
-    block = jax.lax.slice_in_dim(x, place.start, place.stop, axis=dim)
-    block = block.reshape(*x.shape[:dim], *place[1:], *x.shape[dim + 1 :])
-    return jnp.moveaxis(block, dim + 1, -1).reshape(-1, place.size)
+    return units_last(x, dim, place).reshape(-1, place.size)
 
 
 def apply_map(x: Any, dim: int, place: Place, matrix: Any) -> Any:
     """Replace the units of a group by combinations of them: unit j becomes the sum over i of `matrix[j, i]` unit i."""
-    block = jax.lax.slice_in_dim(x, place.start, place.stop, axis=dim)
-    wide = block.reshape(*x.shape[:dim], *place[1:], *x.shape[dim + 1 :])
-    mixed = jnp.moveaxis(jnp.tensordot(wide, matrix.astype(x.dtype), (dim + 1, 1)), -1, dim + 1).reshape(block.shape)
+    mixed = units_last(x, dim, place) @ matrix.astype(x.dtype).T
+    if place.order is not None:
+        mixed = mixed[..., np.asarray(place.order)]
+    mixed = jnp.moveaxis(mixed, -1, dim + 1)
+    mixed = mixed.reshape(*x.shape[:dim], place.stop - place.start, *x.shape[dim + 1 :])
     if place.start == 0 and place.stop == x.shape[dim]:
         return mixed
     head = jax.lax.slice_in_dim(x, 0, place.start, axis=dim)

@@ -84,9 +84,12 @@ class Solution:
     untied: dict[int, tuple[int, tuple[Axis, ...]]] = field(default_factory=dict)
     bodies: dict[int, tuple[Solution, ...]] = field(default_factory=dict)
     lengths: dict[int, Axis] = field(default_factory=dict)
-    known: dict[int, Any] = field(default_factory=dict)
+    known: dict[int, Any] = field(init=False)
     rules: dict[int, Solution] = field(default_factory=dict)
     given: Mapping[int, Callable[[], np.ndarray | None]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.known = dict(self.program.consts)
 
     @cached_property
     def settled(self) -> list[bool]:
@@ -99,8 +102,13 @@ class Solution:
         return {v: i for i, eqn in enumerate(self.program.eqns) for v in eqn.outs}
 
     def tables(self) -> Constants:
-        """The values that depend on nothing."""
+        """The values that depend on nothing, for one run."""
         return Constants(self.program, self.makers, self.known)
+
+    @cached_property
+    def at_hand(self) -> Constants:
+        """The same, as arrays at hand."""
+        return self.tables()
 
     def of(self, operand: Operand) -> Axes:
         """The axes of a value."""
@@ -129,11 +137,12 @@ class Solution:
             return np.asarray(operand.value)
         if not self.settled[operand]:
             return None
-        for v in self.given.keys() - self.known.keys():
-            self.known[v] = self.given[v]()
-        if any(self.known[v] is None for v in self.given):
-            return None
-        found = self.tables().concrete(operand)
+        for v in self.at_hand.inputs(operand):
+            found = self.given[v]()
+            if found is None:
+                return None
+            self.known[v] = found
+        found = self.at_hand.concrete(operand)
         return found if isinstance(found, np.ndarray) else None  # an array of keys is none
 
     def _site(self, i: int, outs: Sequence[Axes] = ()) -> Site:

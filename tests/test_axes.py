@@ -20,21 +20,57 @@ quiet = settings(deadline=None, derandomize=True, database=None, max_examples=30
 
 
 class Drawn:
-    """Axes, and what must hold between them once all statements are made."""
+    """Axes, and what must hold between them once all statements are made; `steps` are the statements."""
 
-    def __init__(self):
-        self.axes = []
+    def __init__(self, axes):
+        self.axes = list(axes)
         self.claims = []  # (left, right): functions of `mask` that must agree
+        self.steps, self.given = [], len(self.axes)
 
     def add(self, axis, claim=None):
         self.axes.append(axis)
         if claim is not None:
             self.claims.append((lambda mask: mask(axis), claim))
-        return axis
 
-    def same(self, a, b):
+    def do(self, op, *args):
+        """A statement about axes, which are given by number."""
+        self.steps.append((op, *args))
+        getattr(self, op)(*(self.axes[k] if isinstance(k, int) else k for k in args))
+
+    def concat(self, a, b):
+        self.add(ax.total([a, b]), lambda mask: np.concatenate([mask(a), mask(b)]))
+
+    def pad(self, a, sizes):
+        low, high = map(ax.fresh, sizes)
+        self.add(ax.total([low, a, high]), lambda mask: np.concatenate([mask(low), mask(a), mask(high)]))
+
+    def cut(self, a, at):
+        (n,) = at
+        head, tail = aligning.cut_at(a, n, WHY)
+        self.add(head, lambda mask: mask(a)[:n])
+        self.add(tail, lambda mask: mask(a)[n:])
+
+    def shuffle(self, a, order):
+        self.add(ax.shuffled(a, order), lambda mask: mask(a)[order])
+
+    def select(self, a, chosen):
+        self.add(aligning.select(a, chosen, WHY), lambda mask: mask(a)[chosen])
+
+    def merge(self, a, b):
+        self.add(ax.product([a, b]), lambda mask: outer(mask(a), mask(b)))
+
+    def factor(self, a, by):
+        major, minor = aligning.factor(a, *by, WHY)
+        self.add(major)
+        self.add(minor)
+        self.claims.append((lambda mask: mask(a), lambda mask: outer(mask(major), mask(minor))))
+
+    def unify(self, a, b):
         aligning.unify(a, b, WHY)
         self.claims.append((lambda mask: mask(a), lambda mask: mask(b)))
+
+    def pin(self, a):
+        ax.pin(a, WHY)
 
 
 def outer(a, b):
@@ -43,49 +79,28 @@ def outer(a, b):
 
 @st.composite
 def programs(draw, products=True):
-    p = Drawn()
-    for _ in range(draw(st.integers(2, 4))):
-        p.add(ax.fresh(draw(st.integers(1, 8))))
-    ops = ["concat", "cut", "pad", "unify", "unify", "pin", "shuffle", "select"] + (
-        ["merge", "factor", "unify"] if products else []
-    )
+    p = Drawn(ax.fresh(draw(st.integers(1, 8))) for _ in range(draw(st.integers(2, 4))))
+    ops = ["concat", "cut", "pad", "unify", "unify", "pin", "shuffle", "select"]
+    ops += ["merge", "factor", "unify"] if products else []
     for op in draw(st.lists(st.sampled_from(ops), max_size=9)):
-        a, b = (p.axes[draw(st.integers(0, len(p.axes) - 1))] for _ in range(2))
-        if op == "concat" and a.size + b.size <= 40:
-            p.add(ax.total([a, b]), lambda mask, a=a, b=b: np.concatenate([mask(a), mask(b)]))
+        a, b = (draw(st.integers(0, len(p.axes) - 1)) for _ in range(2))
+        n, m = p.axes[a].size, p.axes[b].size
+        if (op == "concat" and n + m <= 40) or (op == "merge" and n * m <= 40):
+            p.do(op, a, b)
         elif op == "pad":
-            low, high = ax.fresh(draw(st.integers(0, 3))), ax.fresh(draw(st.integers(0, 3)))
-            p.add(
-                ax.total([low, a, high]),
-                lambda mask, low=low, a=a, high=high: np.concatenate([mask(low), mask(a), mask(high)]),
-            )
+            p.do(op, a, (draw(st.integers(0, 3)), draw(st.integers(0, 3))))
         elif op == "cut":
-            n = draw(st.integers(0, a.size))
-            head, tail = aligning.cut_at(a, n, WHY)
-            p.add(head, lambda mask, a=a, n=n: mask(a)[:n])
-            p.add(tail, lambda mask, a=a, n=n: mask(a)[n:])
-        elif op == "shuffle":
-            order = np.array(draw(st.permutations(range(a.size))), int)
-            p.add(ax.shuffled(a, order), lambda mask, a=a, order=order: mask(a)[order])
-        elif op == "select":
-            chosen = np.array(draw(st.permutations(range(a.size)))[: draw(st.integers(0, a.size))], int)
-            p.add(
-                aligning.select(a, chosen, WHY),
-                lambda mask, a=a, chosen=chosen: mask(a)[chosen],
-            )
-        elif op == "merge" and a.size * b.size <= 40:
-            p.add(ax.product([a, b]), lambda mask, a=a, b=b: outer(mask(a), mask(b)))
-        elif op == "factor" and a.size:
-            n = draw(st.sampled_from([d for d in range(1, a.size + 1) if a.size % d == 0]))
-            major, minor = aligning.factor(a, n, WHY)
-            p.add(major)
-            p.add(minor)
-            p.claims.append((lambda mask, a=a: mask(a), lambda mask, m=major, n=minor: outer(mask(m), mask(n))))
+            p.do(op, a, (draw(st.integers(0, n)),))
+        elif op in ("shuffle", "select"):
+            order = np.array(draw(st.permutations(range(n))), int)
+            p.do(op, a, order if op == "shuffle" else order[: draw(st.integers(0, n))])
+        elif op == "factor" and n:
+            p.do(op, a, (draw(st.sampled_from([d for d in range(1, n + 1) if n % d == 0])),))
         elif op == "unify":
-            equal = [c for c in p.axes if c.size == a.size]
-            p.same(a, equal[draw(st.integers(0, len(equal) - 1))])
+            equal = [k for k, c in enumerate(p.axes) if c.size == n]
+            p.do(op, a, equal[draw(st.integers(0, len(equal) - 1))])
         elif op == "pin" and draw(st.booleans()):
-            ax.pin(a, WHY)
+            p.do(op, a)
     return p
 
 
@@ -120,6 +135,19 @@ def test_every_statement_holds_under_every_mask(p, seed):
         for axis in p.axes:
             assert mask(axis).shape == (axis.size,)
             assert axis_count(axis, units) == mask(axis).sum()
+
+
+@given(programs())
+@quiet
+def test_stating_it_again_is_no_news(p):
+    """The same statements about groups that are known, as in a function that is traced again, change nothing."""
+    again = Drawn(p.axes[: p.given])
+    label_all(p.axes)
+    own = [atom for axis in again.axes for atom in ax.atoms(axis)]
+    for op, *args in p.steps:
+        again.do(op, *args)
+    for atom in own:
+        assert ax.resolve(atom) is atom, "a known group was split or pinned"
 
 
 @given(programs(products=False))

@@ -76,21 +76,21 @@ class Rule:
     """How a primitive relates axes.
 
     `axes` unifies the operands' axes and returns the results'. `resize` gives the parameters at a plan's sizes (left
-    out where no parameter holds a size), `renumber` the operands where some of them are constant positions. `mixes`
-    lists what is mixed; `contraction` does so for sums of products. `positional` results depend on where a position
-    stands (random bits): they are made wide and sliced. `spreads` lists the axes of the result along which an
-    operand's values are spread, whose derivative is a sum along them; `broadcasts` says that operands may be spread
-    along axes of size 1.
+    out where no parameter holds a size). `mixes` lists what is mixed; `contraction` does so for sums of products.
+    `positional` results depend on where a position stands (random bits): they are made wide and sliced. `spreads`
+    lists the axes of the result along which an operand's values are spread, whose derivative is a sum along them;
+    `broadcasts` says that operands may be spread along axes of size 1. `renumber` gives the operands where some of
+    them are constant positions, counted in those that a plan keeps.
     """
 
     axes: Callable[[Site], list[Axes]]
     resize: Callable[[Site, Kept], dict[str, Any]] | None = None
-    renumber: Callable[[Site, Kept, list[Any]], list[Any]] | None = None
     mixes: Callable[[Site], list[Mix]] | None = None
     contraction: Callable[[Site], Contraction] | None = None
     positional: bool = False
     spreads: Callable[[Site], Sequence[int]] | None = None
     broadcasts: bool = False
+    renumber: Callable[[Site, Kept, list[Any]], list[Any]] | None = None
 
 
 _RULES: dict[str, Rule] = {}

@@ -6,6 +6,7 @@ some of its positions in an order of their own; indices that are known only at r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from treesurgeon.engine.aligning import segment, select, unify
+from treesurgeon.engine.aligning import regroup, segment, select, unify
 from treesurgeon.engine.axes import Axis, Fixed, Reason, Size, pin
 from treesurgeon.engine.rules.base import Axes, Kept, Rule, Site, register
 
@@ -21,57 +22,58 @@ from treesurgeon.engine.rules.base import Axes, Kept, Rule, Site, register
 class Taken(NamedTuple):
     """What constant indices take.
 
-    Either `starts`: where what is taken of each axis of the operand starts. Or `positions` along axis `dim` of it,
-    which axis `along` of the indices lists.
+    Either `starts`: where what is taken of each axis of the operand starts. Or `positions` of axis `dim` of it, one for
+    each index: an array of the shape that indices have but for their last axis.
     """
 
     starts: Mapping[int, int] | None = None
     dim: int = -1
-    along: int = -1
-    positions: np.ndarray | None = None
+    positions: np.ndarray = np.zeros(0, int)
 
-    def of(self, axis: Axis, d: int, n: Size, why: Reason) -> Axis | None:
-        """What is taken of axis `d`, `n` positions where a segment is; None if that is not known."""
-        if self.starts is not None:
-            return segment(axis, self.starts[d], n, why)
-        return select(axis, self.positions, why) if self.positions is not None and d == self.dim else None
+    def segment(self, axis: Axis, d: int, n: Size, why: Reason) -> Axis | None:
+        """The `n` positions that are taken of axis `d`; None if that is not known."""
+        if self.starts is None or not isinstance(axis.size, int):
+            return None
+        return segment(axis, self.starts[d], n, why)
+
+    def picked(self, axis: Axis, why: Reason) -> list[Axis]:
+        """What is taken of axis `dim`, an axis for each of the array of indices."""
+        return regroup(select(axis, self.positions.reshape(-1), why), self.positions.shape, why)
 
 
 NOTHING = Taken()
 
 
-def _taken(site: Site, sizes: Mapping[int, Size], indexed: Sequence[int], batching: Sequence[int]) -> Taken:
+def _taken(
+    site: Site, sizes: Mapping[int, Size], indexed: Sequence[int], gone: Sequence[int], batching: Sequence[int]
+) -> Taken:
     """What the indices of a `gather` or `scatter` take, where that is constant.
 
     Args:
         site: the equation; its second operand are the indices.
         sizes: how many positions of each axis of the operand one index takes.
         indexed: the axes that are indexed, in the order of an index.
+        gone: those of which it takes one position, which are no axes of what is taken.
         batching: those that go with an axis of the indices.
     """
     *batch, _ = site.in_shapes[1]
-    whole = site.in_shapes[0]
-    lists = [k for k, n in enumerate(batch) if not _is(n, 1)]
-    if batching or not indexed or len(lists) > 1 or not all(isinstance(n, int) for n in (*whole, *batch)):
+    whole = [site.in_shapes[0][d] for d in indexed]
+    if batching or not indexed or not all(isinstance(n, int) for n in (*whole, *batch)):
         return NOTHING
-    if batch and (len(indexed) != 1 or sizes[indexed[0]] != 1 or not lists or batch[lists[0]] > whole[indexed[0]]):
+    if batch and (len(indexed) != 1 or indexed[0] not in gone or math.prod(batch) > whole[0]):
         return NOTHING
     found = site.known(1)
     if found is None:
         return NOTHING
-    last = np.array([whole[d] - sizes[d] for d in indexed], np.int64)
-    found = found.astype(np.int64).reshape(-1, len(indexed))
-    if site.params["mode"] == lax.GatherScatterMode.CLIP:
+    last = np.array([n - sizes[d] for n, d in zip(whole, indexed, strict=True)], np.int64)
+    if site.params["mode"] == lax.GatherScatterMode.CLIP and found.dtype.kind == "i":
         found = np.clip(found, 0, last)
     if (found < 0).any() or (found > last).any():
         return NOTHING
+    found = found.astype(int)
     if not batch:
-        return Taken(dict.fromkeys(sizes, 0) | dict(zip(indexed, found[0].tolist(), strict=True)))
-    return Taken(None, indexed[0], lists[0], found[:, 0]) if len(np.unique(found)) == len(found) else NOTHING
-
-
-def _is(size: Size, n: int) -> bool:
-    return isinstance(size, int) and size == n
+        return Taken(dict.fromkeys(sizes, 0) | dict(zip(indexed, found.tolist(), strict=True)))
+    return Taken(None, indexed[0], found[..., 0]) if len(np.unique(found)) == found.size else NOTHING
 
 
 def _before(kept: Kept, axis: Axis, position: int) -> int:
@@ -80,17 +82,22 @@ def _before(kept: Kept, axis: Axis, position: int) -> int:
     return position if mask is None else int(mask[:position].sum())
 
 
-def _renumber(site: Site, kept: Kept, values: list[Any], taken: Taken, indexed: Sequence[int]) -> list[Any]:
-    """The operands with constant indices counted in kept positions."""
-    operand, new = site.ins[0], None
+def _renumber(
+    site: Site, kept: Kept, values: list[Any], taken: Taken, indexed: Sequence[int], listed: Sequence[Axis]
+) -> list[Any]:
+    """The operands with constant indices counted in kept positions; `listed` are the axes of what they pick."""
+    operand = site.ins[0]
     if taken.starts is not None:
         new = [_before(kept, operand[d], taken.starts[d]) for d in indexed]
-    elif taken.positions is not None and (mask := kept.mask(operand[taken.dim])) is not None:
-        listed = kept.mask(site.ins[1][taken.along])
-        positions = taken.positions if listed is None else taken.positions[listed]
-        shape = [len(positions) if k == taken.along else n for k, n in enumerate(site.in_shapes[1])]
-        new = (np.cumsum(mask) - 1)[positions].reshape(shape)
-    return values if new is None else [values[0], np.asarray(new, values[1].dtype), *values[2:]]
+    elif taken is not NOTHING:
+        positions, mask = taken.positions, kept.mask(operand[taken.dim])
+        for k, axis in enumerate(listed):
+            if (here := kept.mask(axis)) is not None:
+                positions = np.compress(here, positions, axis=k)
+        new = (positions if mask is None else (np.cumsum(mask) - 1)[positions])[..., None]
+    else:
+        return values
+    return [values[0], np.asarray(new, values[1].dtype), *values[2:]]
 
 
 def _constant_starts(site: Site, first: int, sizes: Sequence[Size]) -> dict[int, int]:
@@ -98,7 +105,7 @@ def _constant_starts(site: Site, first: int, sizes: Sequence[Size]) -> dict[int,
     out = {}
     for d, (whole, n) in enumerate(zip(site.in_shapes[0], sizes, strict=True)):
         start = site.known(first + d) if isinstance(whole, int) and isinstance(n, int) and n != whole else None
-        if start is not None:
+        if start is not None and (start.dtype.kind == "i" or start <= whole - n):
             out[d] = int(np.clip(start, 0, whole - n))
     return out
 
@@ -165,9 +172,10 @@ def scatter_axes(site: Site) -> list[Axes]:
     operand, indices, updates = site.ins
     why, taken = site.why("`scatter` indexes this axis"), _scattered(site)
     pin(indices[-1], why)
-    rest = [k for k in range(len(updates)) if k not in numbers.update_window_dims]
-    for axis, k in zip(indices[:-1], rest, strict=True):
-        unify(axis, updates[k], why)
+    rest = _listed(site)
+    if taken is NOTHING:  # constants are taken at the positions where they are needed, see `_renumber`
+        for axis, k in zip(indices[:-1], rest, strict=True):
+            unify(axis, updates[k], why)
     for d, k in zip(numbers.operand_batching_dims, numbers.scatter_indices_batching_dims, strict=True):
         unify(operand[d], indices[k], why)
     passed = {rest[k] for k in numbers.scatter_indices_batching_dims}
@@ -176,18 +184,18 @@ def scatter_axes(site: Site) -> list[Axes]:
         size = site.in_shapes[2][k]
         if site.in_shapes[0][d] == size and d not in numbers.scatter_dims_to_operand_dims:
             unify(operand[d], updates[k], why)
-        elif (part := taken.of(operand[d], d, size, why)) is not None:
+        elif (part := taken.segment(operand[d], d, size, why)) is not None:
             unify(part, updates[k], why)
         else:
             pin(operand[d], why)
             pin(updates[k], why)
     for d in numbers.inserted_window_dims:
-        part = taken.of(operand[d], d, 1, why)
-        if part is None:
+        if d == taken.dim:
+            for part, k in zip(taken.picked(operand[d], why), rest, strict=True):
+                unify(part, updates[k], why)
+            passed.update(rest)
+        elif taken.segment(operand[d], d, 1, why) is None:
             pin(operand[d], why)
-        elif taken.positions is not None:
-            unify(part, updates[rest[taken.along]], why)
-            passed.add(rest[taken.along])
     for k in rest:
         if k not in passed:
             pin(updates[k], why)
@@ -202,16 +210,23 @@ def _windows(site: Site) -> dict[int, int]:
     return dict(zip(windows, numbers.update_window_dims, strict=True))
 
 
+def _listed(site: Site) -> list[int]:
+    """The axes of the updates of a `scatter` that are those of the indices."""
+    windows = site.params["dimension_numbers"].update_window_dims
+    return [k for k in range(len(site.in_shapes[2])) if k not in windows]
+
+
 def _scattered(site: Site) -> Taken:
     numbers, windows = site.params["dimension_numbers"], _windows(site)
     sizes = {d: site.in_shapes[2][windows[d]] if d in windows else 1 for d in range(len(site.in_shapes[0]))}
-    return _taken(site, sizes, numbers.scatter_dims_to_operand_dims, numbers.operand_batching_dims)
+    indexed, gone = numbers.scatter_dims_to_operand_dims, numbers.inserted_window_dims
+    return _taken(site, sizes, indexed, gone, numbers.operand_batching_dims)
 
 
 def scatter_renumber(site: Site, kept: Kept, values: list[Any]) -> list[Any]:
     """Constant indices in kept positions."""
     indexed = site.params["dimension_numbers"].scatter_dims_to_operand_dims
-    return _renumber(site, kept, values, _scattered(site), indexed)
+    return _renumber(site, kept, values, _scattered(site), indexed, [site.ins[2][k] for k in _listed(site)])
 
 
 def gather_axes(site: Site) -> list[Axes]:
@@ -224,31 +239,39 @@ def gather_axes(site: Site) -> list[Axes]:
         unify(operand[d], indices[k], why)
     out: list[Axis | None] = [None] * len(site.out_shapes[0])
     places = dict(zip(_window_dims(site), numbers.offset_dims, strict=True))
+    listed: Sequence[Axis] = indices[:-1]
     for d, axis in enumerate(operand):
         if d in numbers.operand_batching_dims:
             continue
-        part = axis if _whole(site, d) else taken.of(axis, d, sizes[d], why)
+        if d == taken.dim:  # constants are taken at the positions where they are needed, see `_renumber`
+            listed = taken.picked(axis, why)
+            continue
+        part = axis if _whole(site, d) else taken.segment(axis, d, sizes[d], why)
         if part is None:
             pin(axis, why)
-        elif d == taken.dim:
-            unify(indices[taken.along], part, why)
         if d in places:
             out[places[d]] = Fixed(sizes[d], why) if part is None else part
-    batch = iter(indices[:-1])
+    batch = iter(listed)
     return [tuple(next(batch) if axis is None else axis for axis in out)]
 
 
 def gather_spreads(site: Site) -> list[int]:
     """Axes of the indices: positions there may take the same ones of the operand."""
     numbers = site.params["dimension_numbers"]
-    batch = [k for k in range(len(site.out_shapes[0])) if k not in numbers.offset_dims]
-    return [place for k, place in enumerate(batch) if k not in numbers.start_indices_batching_dims]
+    return [p for k, p in enumerate(_batch_places(site)) if k not in numbers.start_indices_batching_dims]
+
+
+def _batch_places(site: Site) -> list[int]:
+    """The axes of the result of a `gather` that are those of the indices."""
+    windows = site.params["dimension_numbers"].offset_dims
+    return [place for place in range(len(site.out_shapes[0])) if place not in windows]
 
 
 def _gathered(site: Site) -> Taken:
     numbers = site.params["dimension_numbers"]
     sizes = dict(enumerate(site.params["slice_sizes"]))
-    return _taken(site, sizes, numbers.start_index_map, numbers.operand_batching_dims)
+    gone = numbers.collapsed_slice_dims
+    return _taken(site, sizes, numbers.start_index_map, gone, numbers.operand_batching_dims)
 
 
 def _window_dims(site: Site) -> list[int]:
@@ -274,7 +297,8 @@ def gather_resize(site: Site, kept: Kept) -> dict[str, Any]:
 
 def gather_renumber(site: Site, kept: Kept, values: list[Any]) -> list[Any]:
     """Constant indices in kept positions."""
-    return _renumber(site, kept, values, _gathered(site), site.params["dimension_numbers"].start_index_map)
+    indexed = site.params["dimension_numbers"].start_index_map
+    return _renumber(site, kept, values, _gathered(site), indexed, [site.outs[0][k] for k in _batch_places(site)])
 
 
 register("dynamic_slice", Rule(dynamic_slice_axes, resize=dynamic_slice_resize, renumber=dynamic_slice_renumber))

@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 
-from treesurgeon.engine.aligning import cut_at, factor, segment, unify
-from treesurgeon.engine.axes import Axis, Fixed, Reason, Size, fresh, pin, product, total
+from treesurgeon.engine.aligning import cut_at, factor, regroup, segment, unify
+from treesurgeon.engine.axes import Axis, Fixed, Size, fresh, pin, product, total
 from treesurgeon.engine.jaxprs import Literal
-from treesurgeon.engine.rules.base import Axes, Kept, Rule, Site, fixed_axes, pin_all, register
+from treesurgeon.engine.rules.base import Axes, Kept, Rule, Site, pin_all, register
 
 
 def broadcast_axes(site: Site) -> list[Axes]:
@@ -35,7 +35,7 @@ def reshape_axes(site: Site) -> list[Axes]:
     out: list[Axis] = []
     try:
         for (i0, i), (j0, j) in _runs(old, new):
-            out += _regroup(product(axes[i0:i]), new[j0:j], why)
+            out += regroup(product(axes[i0:i]), new[j0:j], why)
     except jax.errors.InconclusiveDimensionOperation:
         return pin_all(site, "a `reshape` of symbolic sizes that cannot be compared")
     return [tuple(out)]
@@ -59,19 +59,6 @@ def _runs(old: Sequence[Size], new: Sequence[Size]) -> Iterator[tuple[tuple[int,
         yield (i0, i), (j0, j)
     if i < len(old) or j < len(new):  # what is left over has size 1
         yield (i, len(old)), (j, len(new))
-
-
-def _regroup(merged: Axis, sizes: Sequence[Size], why: Reason) -> list[Axis]:
-    if len(sizes) < 2:
-        return [merged] * len(sizes)
-    if not all(isinstance(n, int) for n in sizes):
-        pin(merged, why)
-        return list(fixed_axes(sizes, why))
-    pieces: list[Axis] = []
-    for size in reversed(sizes[1:]):
-        merged, minor = factor(merged, size, why)
-        pieces.append(minor)
-    return [merged, *reversed(pieces)]
 
 
 def squeeze_axes(site: Site) -> list[Axes]:
