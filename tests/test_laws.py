@@ -31,7 +31,10 @@ quiet = settings(
 
 
 # What runs in float32 by default; all of them run in float64 (test_laws_x64.py).
-BASIC = {"dense_chain", "layer_norm", "softmax_units", "activations", "dropout", "half_precision", "mlp", "resnet20"}
+BASIC = {
+    "dense_chain", "layer_norm", "softmax_units", "activations", "dropout", "half_precision", "shuffled_by_index",
+    "mlp", "resnet20",
+}  # fmt: skip
 # Where narrowing twice is tried by default.
 TWICE = {
     "dense_chain", "conv_grouped", "layer_norm", "residual", "residual_zero_padded", "dense_net", "flatten_dense",
