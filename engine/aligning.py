@@ -85,7 +85,7 @@ def _bind(atom: Atom, axis: Axis, why: Reason) -> None:
 
 def _alike(a: Axis, b: Axis) -> bool:
     """Whether the same units stand at the same positions, however the axes are written."""
-    left, right = spelled(a), spelled(b)
+    left, right = (spelled(axis) if isinstance(axis.size, int) else None for axis in (a, b))
     if left is None or right is None or left.keys() != right.keys():
         return False
     return all((units == right[atom]).all() for atom, units in left.items())

@@ -170,3 +170,21 @@ def test_modes(mode):
         bench.law2_and_5(Plan({"a[0]": np.array([0, 2]), "a[1]": np.array([1, 2])}))
     else:
         assert not engine.trace(outside, P, X).groups
+
+
+def test_reordered_positions_in_front_of_any_number():
+    """Prompts are read in an order of their own, and tokens, of which nobody knows how many, follow them."""
+
+    def fn(p, x):
+        lead = [jnp.broadcast_to(p[name][ORDER], (x.shape[0], 8, 5)) for name in ("t", "u")]
+        first, second = (jnp.concatenate([one, x], 1) for one in lead)
+        return (first * second).sum(1)
+
+    params = {"t": P["a"].T, "u": P["a"].T + 1}
+    x = RNG.normal(size=(2, 3, 5)).astype(np.float32)
+    graph = engine.trace(fn, params, x)
+    plan = Plan({"t": np.array([0, 3, 5])})
+    small, cut = engine.narrow(fn, graph, plan), engine.cut(params, graph, plan)
+    b, n = export.symbolic_shape("b, n")
+    exported = export.export(jax.jit(small))(cut, jax.ShapeDtypeStruct((b, n, 5), np.float32))
+    np.testing.assert_allclose(exported.call(cut, x), small(cut, x), rtol=1e-6)
