@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import quick
@@ -152,14 +153,18 @@ EXACT = {
 
 
 def rounded(closed: Any, key: Any) -> Callable:
-    """A jaxpr as a function whose every arithmetic result is off by a few units in the last place."""
+    """A jaxpr as a function whose every arithmetic result is off by a few units in the last place.
+
+    A loop's is off by as many as those of the shortest numbers that it computes with: a mean of bools is a float32.
+    """
     counter = itertools.count()
 
-    def blur(x: Any) -> Any:
+    def blur(x: Any, least: float) -> Any:
         if not hasattr(x, "dtype") or not jax.dtypes.issubdtype(x.dtype, np.floating):
             return x
         noise = jax.random.uniform(jax.random.fold_in(key, next(counter)), jnp.shape(x), jnp.float32, -1, 1)
-        return x * (1 + 4 * float(jnp.finfo(x.dtype).eps) * noise.astype(jnp.float64)).astype(x.dtype)
+        eps = max(least, float(jnp.finfo(x.dtype).eps))
+        return x * (1 + 4 * eps * noise.astype(jnp.float64)).astype(x.dtype)
 
     def run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
         env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
@@ -177,11 +182,22 @@ def rounded(closed: Any, key: Any) -> Callable:
                 outs = eqn.primitive.bind(*ins, **eqn.primitive.get_bind_params(dict(eqn.params)))
                 outs = list(outs) if eqn.primitive.multiple_results else [outs]
                 if name not in EXACT:
-                    outs = [blur(x) for x in outs]
+                    outs = [blur(x, coarsest(eqn)) for x in outs]
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(v) for v in jaxpr.outvars]
 
     return lambda *args: run(closed.jaxpr, closed.consts, args)
+
+
+def coarsest(eqn: Any) -> float:
+    """The largest unit in the last place, relative to one, of the numbers inside an equation's programs."""
+    found = [0.0]
+    for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+        for each in inner.eqns:
+            dtypes = [v.aval.dtype for v in each.outvars if hasattr(v.aval, "dtype")]
+            found += [float(jnp.finfo(d).eps) for d in dtypes if jax.dtypes.issubdtype(d, np.floating)]
+            found.append(coarsest(each))
+    return max(found)
 
 
 def unsettled(bench: Bench) -> bool:
