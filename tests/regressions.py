@@ -346,7 +346,8 @@ def running_mean_of_a_norm_called_twice(p, x):
 @case({"a": arr(5, 6), "o": arr(6, 3)}, arr(3, 5))
 def loops_that_end_one_by_one(p, x):
     """Under `vmap` the test of a loop has an axis, and those that are done wait for the others."""
-    grow = lambda u: lax.while_loop(lambda u: u.max() < 3, lambda u: u + 0.5 + 0.1 * u.mean(), u)
+    going = lambda s: (s[0] < 12) & (s[1].max() < 3)  # not for ever, whatever junk a candidate may read
+    grow = lambda u: lax.while_loop(going, lambda s: (s[0] + 1, s[1] + 0.5 + 0.1 * s[1].mean()), (0, u))[1]
     return jax.vmap(grow)(lax.stop_gradient(x @ p["a"])) @ p["o"]
 
 
