@@ -134,11 +134,13 @@ def _telling(a: Reason, b: Reason) -> Reason:
 
 
 def product(factors: Iterable[Axis]) -> Axis:
-    """A row-major product in normal form: flat, no size-1 factors, neighbouring fixed factors joined."""
+    """A row-major product in normal form: flat, no size-1 factors, neighbouring fixed factors joined, or nothing."""
     flat: list[Axis] = []
     for factor in factors:
         factor = resolve(factor)
         for f in factor.factors if isinstance(factor, Prod) else (factor,):
+            if isinstance(f.size, int) and f.size == 0:
+                return Fixed(0, WHOLE)
             if isinstance(f.size, int) and f.size == 1:
                 continue
             if flat and isinstance(f, Fixed) and isinstance(flat[-1], Fixed):

@@ -258,6 +258,13 @@ def test_what_pins_single_positions_is_told():
     assert ax.fixed_reason(ax.total([ax.fresh(1), joined, ax.Fixed(2, WHY)])) is WHY
 
 
+def test_products_with_nothing_are_nothing():
+    empty = [ax.product([ax.fresh(a), ax.fresh(b), ax.fresh(c)]) for a, b, c in [(2, 0, 3), (4, 3, 0), (0, 2, 5)]]
+    for a, b in itertools.combinations(empty, 2):
+        aligning.unify(a, b, WHY)
+    assert all(isinstance(axis, ax.Fixed) and axis.size == 0 for axis in empty)
+
+
 def test_numpy_integers_are_integers():
     head, tail = aligning.cut_at(ax.fresh(7), np.int64(3), WHY)
     assert type(head.size) is int
