@@ -22,6 +22,12 @@ from treesurgeon.search.evaluate import answering, measurer
 from treesurgeon.search.finetune import Recipe, fit, objective
 from treesurgeon.search.setting import DISTILL, Setting, prepare
 
+TEACHERS = {
+    "labels": "labels alone",
+    "checkpoint": "and the checkpoint's answers",
+    "dense": "and the fine-tuned dense model's",
+}
+
 
 @dataclass
 class Options:
@@ -35,6 +41,7 @@ class Options:
     epochs: int
     images: int
     seed: int
+    learn: list[str]
 
 
 def main() -> None:
@@ -48,6 +55,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--images", type=int, default=2000, help="images of test, at most")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--learn", nargs="+", choices=TEACHERS, default=list(TEACHERS), help="what the variant learns")
     options = Options(**vars(parser.parse_args()))
     setting = prepare(Config(options.model, options.checkpoint, options.data, out="unused", max_train=options.train))
     setting = replace(setting, roles=replace(setting.roles, test=first(setting.roles.test, options.images)))
@@ -67,13 +75,10 @@ def main() -> None:
 
     dense, tuned = fine_tuned(setting, whole, subject.variables, recipe, options.seed)
     add("dense, labels alone", 1.0, dense)
-    teachers = {
-        "labels alone": None,
-        "and the checkpoint's answers": answers(subject.variables),
-        "and the fine-tuned dense model's": answers(tuned),
-    }
-    for name, teacher in teachers.items():
-        add(f"selected, {name}", factor, fine_tuned(setting, plan, model.variables, recipe, options.seed, teacher)[0])
+    for name in options.learn:
+        teacher = None if name == "labels" else answers(tuned if name == "dense" else subject.variables)
+        accuracies, _ = fine_tuned(setting, plan, model.variables, recipe, options.seed, teacher)
+        add(f"selected, {TEACHERS[name]}", factor, accuracies)
     steps = recipe.epochs * -(-len(train) // recipe.batch_size)
     publish(
         f"finetuning-{options.model}-{steps}",
