@@ -33,6 +33,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/throughput.py
 	$(BIN)/python benchmarks/tracing.py
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/stepping.py
 	$(BIN)/python benchmarks/certificate.py
 
 docs: $(READY)

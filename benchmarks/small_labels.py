@@ -47,6 +47,7 @@ class Options:
     augment: AugmentName
     learning_rate: float
     epochs: int | None
+    scratch_epochs: int | None
     finalists: int
     labels: list[int]
     seeds: int
@@ -103,6 +104,7 @@ def main() -> None:
     parser.add_argument("--augment", default="none", help="what is done to the images of a batch")
     parser.add_argument("--learning-rate", type=float, default=0.01, help="its peak")
     parser.add_argument("--epochs", type=int, help="of fine-tuning; default: as the search sees fit")
+    parser.add_argument("--scratch-epochs", type=int, help="of what starts from random weights; default: as many")
     parser.add_argument("--finalists", type=int, default=3, help="variants that are fine-tuned")
     parser.add_argument("--labels", type=int, nargs="+", default=[20], help="labels a class, for train and search")
     parser.add_argument("--seeds", type=int, default=5, help="runs for each")
@@ -155,6 +157,7 @@ def trial(options: Options, data: str, labels: int, seed: int) -> Trial:
         augment=options.augment,
         learning_rate=options.learning_rate,
         epochs=options.epochs,
+        scratch_epochs=options.scratch_epochs,
         finalists=options.finalists,
         generations=options.generations,
         formats=False,

@@ -27,6 +27,7 @@ from jax.tree_util import keystr
 
 from treesurgeon.engine.errors import TreesurgeonError
 from treesurgeon.search.augment import flip
+from treesurgeon.search.room import memory, size_of
 from treesurgeon.search.streaming import Feed, Streamed
 from treesurgeon.search.tasks import CLASSIFICATION, Task
 
@@ -35,6 +36,8 @@ Batch = Mapping[str, Array]
 TrainApply = Callable[[Params, Array, Array], tuple[Array, Any]]
 LossAndUpdates = Callable[[Params, Batch, Array], tuple[Array, Any]]
 Evaluate = Callable[[Params], tuple[Any, Any]]
+
+BETWEEN = 8  # one part in so many of the memory may hold what lies between the two programs of a step
 
 
 class FinetuneError(TreesurgeonError, ValueError):
@@ -131,24 +134,23 @@ def fit(
     optimizer = transformation(recipe, recipe.epochs * steps, _decayed(params, trainable), factors)
     given = dict(given or {})
 
-    def step(state: Any, batch: Batch, key: Array) -> Any:
-        trained, frozen, memory = state
+    def ahead(state: Any, batch: Batch, given: Any, key: Array) -> Any:
+        trained, frozen, _ = state
 
         def loss(trained: Any) -> tuple[Array, Any]:
-            return loss_and_updates(join(trained, frozen), batch, key)
+            return loss_and_updates(join(trained, frozen), {**given, **batch}, key)
 
-        (value, updates), slopes = jax.value_and_grad(loss, has_aux=True)(trained)
+        return jax.vjp(loss, trained, has_aux=True)
+
+    def learn(state: Any, value: Array, back: Any, updates: Any) -> Any:
+        trained, frozen, memory = state
+        (slopes,) = back(jnp.ones_like(value))
         change, memory = optimizer.update(slopes, memory, trained)
         trained = optax.apply_updates(trained, change)
         frozen = _divide(replace(join(trained, frozen), updates), trainable)[1]
-        return (trained, frozen, memory), value
+        return trained, frozen, memory
 
-    # One compiled step and a loop on the host: inside `lax.scan`, XLA's CPU backend runs the gradients of convolutions
-    # many times slower.
-    @jax.jit
-    def update(state: Any, batch: Batch, given: Any, key: Array) -> Any:
-        return step(state, {**given, **batch}, key)
-
+    update = stepping(ahead, learn, memory() / BETWEEN if jax.default_backend() == "cpu" else 0)
     take = jax.jit(lambda arrays, index: {name: array[index] for name, array in arrays.items()})
 
     @jax.jit
@@ -194,6 +196,42 @@ def fit(
         if recipe.patience is not None and number - best_epoch >= recipe.patience:
             break
     return FitResult(best, tuple(history), best_epoch)
+
+
+def stepping(
+    ahead: Callable[..., tuple[Array, Any, Any]], learn: Callable[..., Any], room: float
+) -> Callable[..., tuple[Any, Array]]:
+    """`(state, *batch) -> (state, loss)`, a compiled step of fine-tuning; every batch has the shapes of the first.
+
+    XLA's CPU backend computes activations again, and again what they come from, inside of the transpositions that
+    gradients of convolutions begin with. Nothing is computed across the border of two programs, which are twice as fast
+    for a ResNet-56 (`benchmarks/stepping.py`). Inside `lax.scan` these gradients are many times slower still.
+
+    Args:
+        ahead: `(state, *batch) -> (loss, back, updates)`, as `jax.vjp` returns them.
+        learn: `(state, loss, back, updates) -> state`.
+        room: bytes that may lie between the two programs. Where it would be more, or with 0, they are one.
+    """
+
+    def joined(ahead: Callable[..., Any], learn: Callable[..., Any]) -> Callable[..., tuple[Any, Array]]:
+        def step(state: Any, *batch: Any) -> tuple[Any, Array]:
+            value, back, updates = ahead(state, *batch)
+            return learn(state, value, back, updates), value
+
+        return step
+
+    first, then, step = jax.jit(ahead), jax.jit(learn), None
+
+    def update(state: Any, *batch: Any) -> tuple[Any, Array]:
+        nonlocal step
+        if step is None:
+            apart = room and size_of(first.eval_shape(state, *batch)) <= room
+            step = joined(first, then) if apart else jax.jit(joined(ahead, learn))
+        if room:
+            jax.block_until_ready(state)  # or what lies between would be there for many steps at once
+        return step(state, *batch)
+
+    return update
 
 
 def objective(

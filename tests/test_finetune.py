@@ -180,6 +180,37 @@ def test_an_epoch_is_compiled_once():
     assert len(traced) == once
 
 
+@pytest.mark.parametrize("spare, programs", [(0, ["ahead", "learn"]), (-1, ["step"])])
+def test_a_step_is_two_programs_where_there_is_room_for_what_lies_between(monkeypatch, spare, programs):
+    def ahead(state, x):
+        return jax.vjp(lambda w: (jnp.tanh(x @ w).sum(), x.mean()), state, has_aux=True)
+
+    def learn(state, value, back, updates):
+        return state - 0.1 * back(jnp.ones_like(value))[0] + updates
+
+    compiled, jit = [], jax.jit
+
+    def counted(fun):
+        def traced(*args):
+            compiled.append(fun.__name__)
+            return fun(*args)
+
+        return jit(traced)
+
+    state, x = jnp.ones((4, 3)), jnp.asarray(X)
+    needed = finetune.size_of(jax.eval_shape(ahead, state, x))
+    monkeypatch.setattr(jax, "jit", counted)
+    step = finetune.stepping(ahead, learn, needed + spare)
+    for _ in range(3):
+        value, back, updates = ahead(state, x)
+        expected = learn(state, value, back, updates), value
+        found = step(state, x)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
+        state = found[0]
+    assert compiled[-len(programs) :] == programs
+    assert compiled.count(programs[-1]) == 1
+
+
 def test_weight_decay_spares_scales_and_biases():
     p = params()
     assert finetune._decayed(p, trainable(p)) == [False, True, False]  # bias, kernel, scale of shape [1, 4]
