@@ -26,27 +26,22 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 import torch_resnet
 from finetuning import fine_tuned
 from front import first
 from harness import bars, numbers, publish, wilson
+from serial import BEST, candidate, loss_of, together
 
 from treesurgeon import engine
-from treesurgeon.search import baselines, pipeline, racing, timings
+from treesurgeon.search import baselines, pipeline, timings
 from treesurgeon.search.config import Config
-from treesurgeon.search.data import Split
-from treesurgeon.search.evaluate import Evaluator, answering, batches
+from treesurgeon.search.evaluate import answering
 from treesurgeon.search.finetune import Recipe
 from treesurgeon.search.setting import Setting, prepare
 from treesurgeon.search.space import build
-from treesurgeon.search.tasks import CLASSIFICATION
 
-BEST = 10
-BATCH = 50  # ranking: images that candidates are shown at once, after which the race is judged
 SHOWN = 5000  # training images that a search is given
 LEARNING_RATE = 0.01
 TAUGHT = "the same, with the fine-tuned dense model as teacher"
@@ -290,7 +285,6 @@ def ranking(options: Options) -> None:
     setting = prepare(config)
     subject, graph = setting.subject, setting.subject.graph
     split = first(setting.roles.search, options.images)
-    data = batches(split, BATCH)
     net = torch_resnet.load(options.checkpoint)
     inner = {g for g in graph.groups if g.endswith("/conv1") and "/" in g}
     scores = {g: np.asarray(s) for g, s in engine.importance("l2", graph, subject.variables).items()}
@@ -311,23 +305,12 @@ def ranking(options: Options) -> None:
 
     def one_by_one() -> tuple[np.ndarray, float]:
         losses = [
-            loss_of(torch_resnet.answers(torch_resnet.keep_inner(net, p.keep), split.images), split) for p in plans
+            loss_of(split, torch_resnet.answers(torch_resnet.keep_inner(net, p.keep), split.images)) for p in plans
         ]
         return np.array(losses), 1.0
 
     def population(race: bool) -> tuple[np.ndarray, float]:
-        masks = jax.jit(jax.vmap(space.decode))(genomes)
-        one = jax.tree.map(lambda mask: mask[0], masks)
-        evaluator = Evaluator(subject, one, None, data, population=len(genomes))
-        nobody = racing.References.empty(0, evaluator.count)
-
-        def keep(losses: np.ndarray) -> np.ndarray:
-            size = np.zeros(len(losses))
-            return racing.judge(size, losses, nobody, looks=len(data.images), best=BEST)
-
-        losses, _, _ = evaluator(masks, keep if race else None)
-        if evaluator.compiled != 1:
-            raise RuntimeError(f"compiled {evaluator.compiled} programs instead of one")
+        losses = together(subject, space, genomes, split, race)
         whole = np.where(np.isnan(losses).any(1), np.inf, losses.mean(1))
         return whole, float(np.isfinite(losses).mean())
 
@@ -345,20 +328,6 @@ def ranking(options: Options) -> None:
         f"Inner widths drawn at random, L2 order, loss at the best temperature on {len(split):,} images of `search`. "
         f"Wall time, compilation included; one run each. torch {torch.__version__}, {torch.get_num_threads()} threads.",
     )
-
-
-def candidate(rng: np.random.Generator, cards: np.ndarray) -> np.ndarray:
-    """A genome some of whose genes are drawn, a different share for each."""
-    drawn = rng.random(len(cards)) < rng.random()
-    return np.where(drawn, rng.integers(0, cards), 0)
-
-
-def loss_of(logits: np.ndarray, split: Split) -> float:
-    """The mean cross-entropy at the temperature that is best on the first batch, as the evaluator has it."""
-    head = slice(0, BATCH)
-    right = jax.nn.one_hot(split.labels, logits.shape[-1])
-    factor = CLASSIFICATION.sharpness(jnp.asarray(logits[head]), right[head], jnp.ones(BATCH))
-    return float(-(jax.nn.log_softmax(logits * factor) * right).sum(-1).mean())
 
 
 if __name__ == "__main__":
