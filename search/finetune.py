@@ -130,6 +130,7 @@ def fit(
     sizes = [min(size, count) for (_, size), count in zip(parts, rows, strict=True)]
     steps = recipe.steps or max(-(-count // size) for count, size in zip(rows, sizes, strict=True))
     trained, frozen, join = _divide(jax.tree.map(jnp.asarray, params), trainable)
+    _check_real(params, trainable)
     factors = None if rates is None else _divide(rates, trainable)[0]
     optimizer = transformation(recipe, recipe.epochs * steps, _decayed(params, trainable), factors)
     given = dict(given or {})
@@ -140,7 +141,10 @@ def fit(
         def loss(trained: Any) -> tuple[Array, Any]:
             return loss_and_updates(join(trained, frozen), {**given, **batch}, key)
 
-        return jax.vjp(loss, trained, has_aux=True)
+        value, back, updates = jax.vjp(loss, trained, has_aux=True)
+        if value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
+            raise FinetuneError(f"the loss has to be one real number, got {value.dtype}{list(value.shape)}")
+        return value, back, updates
 
     def learn(state: Any, value: Array, back: Any, updates: Any) -> Any:
         trained, frozen, memory = state
@@ -356,6 +360,13 @@ def _divide(params: Params, trainable: Params) -> tuple[list[Any], list[Any], Ca
 
     pairs = list(zip(leaves, flags, strict=True))
     return [x for x, flag in pairs if flag], [x for x, flag in pairs if not flag], join
+
+
+def _check_real(params: Params, trainable: Params) -> None:
+    """Refuse to train what has no gradient."""
+    for (path, leaf), flag in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(trainable), strict=True):
+        if flag and not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            raise FinetuneError(f"trainable{keystr(path)}: {jnp.result_type(leaf)} has no gradient; mark it False")
 
 
 def _decayed(params: Params, trainable: Params) -> list[bool]:

@@ -180,7 +180,7 @@ def test_an_epoch_is_compiled_once():
     assert len(traced) == once
 
 
-@pytest.mark.parametrize("spare, programs", [(0, ["ahead", "learn"]), (-1, ["step"])])
+@pytest.mark.parametrize(("spare", "programs"), [(0, ["ahead", "learn"]), (-1, ["step"])])
 def test_a_step_is_two_programs_where_there_is_room_for_what_lies_between(monkeypatch, spare, programs):
     def ahead(state, x):
         return jax.vjp(lambda w: (jnp.tanh(x @ w).sum(), x.mean()), state, has_aux=True)
@@ -264,6 +264,9 @@ def test_distillation_is_the_divergence_from_softened_answers():
         (lambda: run(loss=objective(train_apply, distill=0.5)), r"pass data\['teacher'\]"),
         (lambda: run(dataclasses.replace(SGD, optimizer="lion")), "expected 'sgd' or 'adamw', got 'lion'"),
         (lambda: run(frozen=("",)), "none of the 5 leaves is"),
+        (lambda: run(frozen=("mean",)), r"trainable\['batch_stats'\]\['steps'\]: int32 has no gradient"),
+        (lambda: run(loss=lambda p, batch, key: (apply(p, batch["x"])[:, 0], None)), r"real number, got float32\[8\]"),
+        (lambda: run(loss=lambda p, batch, key: (batch["y"].sum(), None)), r"real number, got int32\[\]"),
         (
             lambda: fit(objective(train_apply), params(), {"params": True}, DATA, SGD, jax.random.key(0), evaluate),
             "expected a bool for each leaf",
