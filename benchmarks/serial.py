@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from front import first
 from harness import publish, spread
+from throughput import alone
 
 from treesurgeon import engine
 from treesurgeon.search import racing
@@ -33,6 +34,7 @@ from treesurgeon.search.tasks import CLASSIFICATION
 
 BATCH = 50  # images that candidates are shown at once, after which the race is judged
 BEST = 10
+TOGETHER = 125  # images that the loop's models see at once
 
 
 def main() -> None:
@@ -85,10 +87,8 @@ def candidate(rng: np.random.Generator, cards: np.ndarray) -> np.ndarray:
 def one(subject: Subject, space: Space, genome: np.ndarray, split: Split) -> tuple[float, float]:
     """The loss of a candidate that is cut, compiled and run, and how many of its kind that makes a second."""
     start = time.perf_counter()
-    plan = space.to_plan(genome)
-    small = engine.cut(subject.variables, subject.graph, plan)
-    fast = jax.jit(engine.narrow(subject.infer, subject.graph, plan))
-    logits = jnp.concatenate([fast(small, x) for x in np.split(split.images, len(split) // 125)])
+    images = [split.images[i : i + TOGETHER] for i in range(0, len(split), TOGETHER)]
+    logits = jnp.concatenate(alone(subject, space.to_plan(genome), images))
     loss = loss_of(split, logits)
     return loss, 1 / (time.perf_counter() - start)
 

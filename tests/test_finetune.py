@@ -211,6 +211,16 @@ def test_a_step_is_two_programs_where_there_is_room_for_what_lies_between(monkey
     assert compiled.count(programs[-1]) == 1
 
 
+@pytest.mark.parametrize(("backend", "share"), [("cpu", 1 / finetune.BETWEEN), ("gpu", 0)])
+def test_steps_have_room_for_what_lies_between_on_a_cpu(monkeypatch, backend, share):
+    rooms, stepping = [], finetune.stepping
+    monkeypatch.setattr(finetune, "memory", lambda: 10**9)
+    monkeypatch.setattr(finetune.jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(finetune, "stepping", lambda *parts: rooms.append(parts[-1]) or stepping(*parts))
+    run()
+    assert rooms == [share * 10**9]
+
+
 def test_weight_decay_spares_scales_and_biases():
     p = params()
     assert finetune._decayed(p, trainable(p)) == [False, True, False]  # bias, kernel, scale of shape [1, 4]
