@@ -209,7 +209,7 @@ def stepping(
 
     XLA's CPU backend computes activations again, and again what they come from, inside of the transpositions that
     gradients of convolutions begin with. Nothing is computed across the border of two programs: for a ResNet-56 they
-    are 1.5 to 1.9 times as fast (`benchmarks/stepping.py`). Inside `lax.scan` these gradients are many times slower still.
+    are 1.5 to 1.9 times as fast (`benchmarks/stepping.py`). In `lax.scan` these gradients are many times slower still.
 
     Args:
         ahead: `(state, *batch) -> (loss, back, updates)`, as `jax.vjp` returns them.
