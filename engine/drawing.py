@@ -117,7 +117,7 @@ def dot(graph: Graph) -> str:
     return "\n".join([*out, "}"])
 
 
-ROW, GAP, CHAR, MOST = 20, 6, 7.3, 72  # pixels; characters of a label
+ROW, GAP, CHAR, MOST, TOP = 20, 6, 7.3, 72, 36  # pixels; characters of a label
 HUES = (("#1f6fb4", "#6cb6ff"), ("#c2410c", "#ff9a5c"), ("#15803d", "#5fd38d"), ("#7e3bbd", "#c69bff"),
         ("#b4235a", "#ff8fb6"), ("#7a6200", "#e3c34c"), ("#0f766e", "#4fd6c8"), ("#57606a", "#a9b4c0"))  # fmt: skip
 STYLE = """
@@ -143,20 +143,30 @@ def svg(graph: Graph) -> str:
     start = left + 180  # where leaves begin
     shown = {path: f"{_short(path)} {_shape(graph, path)}" for path in frame.leaves()}
     wide = CHAR * max(map(len, shown.values()), default=0) + 12
-    right = start + wide + 12 * (_depth(frame) + 1)
+    heads = _heads(graph)
+    right = start + max(wide + 12 * (_depth(frame) + 1), CHAR * len(heads[2]))
     boxes: list[str] = []
     at: dict[str, tuple[float, float]] = {}
-    bottom = _boxes(graph, frame, shown, (start, right), 16, boxes, at)
+    bottom = _boxes(graph, frame, shown, (start, right), TOP, boxes, at)
     middles = [sum(at[path][1] for path, _ in node.held) / max(len(node.held), 1) for node in nodes]
     order = sorted(range(len(nodes)), key=lambda k: middles[k])
-    heights = dict(zip(order, _apart([middles[k] for k in order], ROW + GAP, 16 + ROW / 2), strict=True))
+    heights = dict(zip(order, _apart([middles[k] for k in order], ROW + GAP, TOP + ROW / 2), strict=True))
     lines = [_group(graph, node, names[k], k % len(HUES), (left, heights[k]), at) for k, node in enumerate(nodes)]
     height = max([bottom, *(y + ROW for y in heights.values())]) + 16
     title = f"{len(graph.groups)} groups, {len(graph.blocks)} blocks, {len(graph.leaves)} leaves"
     size = f'width="{right + 16:.0f}" height="{height:.0f}" viewBox="0 0 {right + 16:.0f} {height:.0f}"'
     style = f"<style>{STYLE}{_hues(0)}@media (prefers-color-scheme: dark) {{{DARK}{_hues(1)}}}</style>"
-    head = [f'<svg xmlns="http://www.w3.org/2000/svg" {size}>', f"<title>{title}</title>", style]
-    return "\n".join([*head, *boxes, *lines, "</svg>"])
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" {size}>', f"<title>{title}</title>", style]
+    for x, text in zip((16, start - CHAR * (len(heads[1]) + 1), start + 6), heads, strict=True):
+        out.append(_text(x, TOP - 18, text, "quiet"))
+    return "\n".join([*out, *boxes, *lines, "</svg>"])
+
+
+def _heads(graph: Graph) -> tuple[str, str, str]:
+    """What stands in the picture's columns: groups, numbers on lines, leaves."""
+    groups = "groups: units" + ("; dashed: stacks of steps" if graph.steps else "")
+    leaves = "leaves and sizes" + ("; dashed: inputs" if graph.inputs else "") + ("; in blocks" if graph.blocks else "")
+    return groups, "axis", leaves
 
 
 def _hues(mode: int) -> str:

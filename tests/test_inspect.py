@@ -117,6 +117,16 @@ def test_the_picture_shows_every_group_leaf_and_block(name):
             assert (x < u < x + w and y < v and v + t < y + h) == (path in inside)
 
 
+def test_the_picture_says_what_its_columns_are():
+    def heads(name):
+        root = ET.fromstring(Bench({**ZOO, **ODD}[name].subject).graph.svg())
+        return [text.text for text in root.findall(f"{NS}text")]
+
+    assert heads("scanned_stack")[0] == "groups: units; dashed: stacks of steps"
+    assert heads("free_inputs") == ["groups: units", "axis", "leaves and sizes; dashed: inputs; in blocks"]
+    assert heads("nested_residuals")[2] == "leaves and sizes; in blocks"
+
+
 def test_the_picture_says_why_an_axis_is_pinned():
     drawn, _, _ = picture(engine.trace(fn, P, X))
     assert "d, 4×2\naxis 0: b\naxis 1: an axis of the output" in drawn["leaf"]
