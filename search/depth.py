@@ -20,10 +20,10 @@ import tyro
 from treesurgeon.search import report
 from treesurgeon.search.config import AUTO, Config, RunError
 from treesurgeon.search.data import SHARES
-from treesurgeon.search.depth_chart import depths
+from treesurgeon.search.depth_chart import OWN, depths
 from treesurgeon.search.pictures import write_pictures
 from treesurgeon.search.setting import open_parts
-from treesurgeon.search.survey import Cut, HeadName, survey
+from treesurgeon.search.survey import Cut, HeadName, own_head, survey
 from treesurgeon.search.tasks import CLASSIFICATION, TaskName
 from treesurgeon.search.transfer import adapted
 
@@ -78,7 +78,7 @@ def depth(options: Depth, say: Callable[[str], None]) -> list[Cut]:
     """
     if options.max_train < 2:
         raise RunError(f"--max-train {options.max_train}: expected at least 2")
-    config = Config.like(options, head="fit")
+    config = Config.like(options, head="auto")
     config.check()
     opened = open_parts(config)
     subject, roles, classes = opened.subject, opened.roles, len(opened.labels.names)
@@ -92,6 +92,8 @@ def depth(options: Depth, say: Callable[[str], None]) -> list[Cut]:
     cuts = survey(subject, roles, classes, options.head)
     if not cuts:
         raise RunError(f"--model {options.model}: it has no boundary of blocks at which it could be truncated")
+    if not opened.labels.replaced and roles.task.name != "regression":
+        cuts.append(own_head(subject, roles))
     finish(options, cuts, say, roles.task.score)
     return cuts
 
@@ -104,9 +106,10 @@ def finish(options: Depth, cuts: Sequence[Cut], say: Callable[[str], None], scor
         for cut in (whole, *cuts[:-1])
     ]
     report.show(lines)
+    whole_is = "model, with its own head" if whole.point == OWN else "depth, with such a head"
     say(
         f"Best on search: {best.point}, {best.search:.2%} with {best.params / whole.params:.0%} of the parameters and "
-        f"{best.macs / whole.macs:.0%} of the multiply-accumulates; the whole depth, with such a head, "
+        f"{best.macs / whole.macs:.0%} of the multiply-accumulates; the whole {whole_is}, "
         f"{whole.search:.2%}."
     )
     report.write_depth(

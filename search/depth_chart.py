@@ -8,6 +8,7 @@ from xml.sax.saxutils import escape
 
 from treesurgeon.search.charts import CHAR, LABEL, Chart, text
 
+OWN = "its own head"  # the place where the model is whole
 STEP, HEIGHT, LEFT, TOP, FOOT = 44, 280, 56, 40, 24  # pixels
 LEAST = 360  # of the picture's width
 SLOPE = 60  # degrees, of the names below

@@ -10,7 +10,7 @@ from typing import Any
 
 from treesurgeon.search import charts
 from treesurgeon.search.charts import Bar, Chart, Point, short
-from treesurgeon.search.depth_chart import depths
+from treesurgeon.search.depth_chart import OWN, depths
 from treesurgeon.search.markup import Html, element, escape, join, table
 from treesurgeon.search.metrics import ACCURACY
 from treesurgeon.search.records import Row, Run, known, number, numbers, picture
@@ -374,8 +374,8 @@ def depth(run: Run) -> Html:
     ]
     score = run.task.score[:1].upper() + run.task.score[1:]
     caption = (
-        f"{score} against depth: the checkpoint cut at every block, with a head in closed form on its features; "
-        "the last row is its whole depth with such a head, not its own"
+        f"{score} against depth: the checkpoint cut at every block, with a head in closed form on its features; the "
+        + ("last row is the whole model" if whole["point"] == OWN else "last row is its whole depth with such a head")
     )
     head = ("cut at", "parameters", "MACs", "on search", "train", "search", "gap, points")
     found = table(caption, head, cells, "wnnwnnn", [best])

@@ -15,7 +15,8 @@ import jax
 import numpy as np
 
 from treesurgeon import engine
-from treesurgeon.search.data import Roles
+from treesurgeon.search.data import Roles, Split
+from treesurgeon.search.depth_chart import OWN
 from treesurgeon.search.heads import best_head, quick_head
 from treesurgeon.search.subject import Subject
 from treesurgeon.search.transfer import by_batch
@@ -28,20 +29,20 @@ class Cut:
     """A truncated model with its head.
 
     Attributes:
-        point: where it is cut.
-        features: how many there are.
+        point: where it is cut; `OWN` for the whole model.
+        features: how many there are; None for the whole model.
         cost: of all that is left, its head included, see `engine.cost`.
         train, search: the score, one less the mean of `Task.wrong`: for classes accuracy, a share.
-        penalty: of the head.
+        penalty: of the head; None where none was fitted.
         spread: the standard error of `search`.
     """
 
     point: str
-    features: int
+    features: int | None
     cost: Mapping[str, int]
     train: float
     search: float
-    penalty: float
+    penalty: float | None
     spread: float
 
     @property
@@ -93,6 +94,20 @@ def survey(subject: Subject, roles: Roles, classes: int, head: HeadName = "ridge
             )
         )
     return cuts
+
+
+def own_head(subject: Subject, roles: Roles) -> Cut:
+    """The whole model with the head it has, whose labels are those of the data."""
+    answer = jax.jit(subject.infer)
+
+    def wrong(split: Split) -> np.ndarray:
+        answers = by_batch(lambda x: answer(subject.variables, x), split)
+        return np.asarray(roles.task.wrong(answers, split.labels), float)
+
+    train, search = wrong(roles.train), wrong(roles.search)
+    cost = {name: int(value) for name, value in engine.cost(subject.graph, engine.Plan())._asdict().items()}
+    spread = float(search.std() / math.sqrt(len(search)))
+    return Cut(OWN, None, cost, 1 - float(train.mean()), 1 - float(search.mean()), None, spread)
 
 
 def _with_head(stem: Any, features: int, classes: int) -> dict[str, int]:

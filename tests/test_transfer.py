@@ -22,7 +22,7 @@ from treesurgeon.search.depth_chart import depths
 from treesurgeon.search.setting import fingerprint, prepare
 from treesurgeon.search.sources import Source
 from treesurgeon.search.subject import Subject, SubjectError, open_subject
-from treesurgeon.search.transfer import Labels, count_argument, match_labels, replaceable, with_new_head
+from treesurgeon.search.transfer import Labels, adapted, count_argument, match_labels, replaceable, with_new_head
 
 RNG = np.random.default_rng(0)
 SMALL = {"population": 4, "generations": 1, "search_images": 32, "calibration_images": 8, "refit_images": 32,
@@ -291,6 +291,25 @@ def test_depth_by_the_command_line(place, capsys):
     texts = [node.text for node in root.iter() if node.text]
     assert [text for text in texts if text in rows] == list(rows)
     assert sum(node.tag.endswith("circle") for node in root.iter()) == 2 * len(rows)
+
+
+def test_depth_shows_the_own_head_where_labels_are_the_checkpoints(place, capsys):
+    names = np.array([str(k) for k in range(10)])
+    with np.load(place / "counted.npz") as arrays:
+        np.savez(place / "known.npz", **arrays, label_names=names)
+    main(["depth", "--model", "digits_cnn", "--checkpoint", str(place / "checkpoint"),
+          "--data", f"npz:{place / 'known.npz'}", "--out", str(place / "own")])  # fmt: skip
+    assert "the whole model, with its own head, " in capsys.readouterr().out
+    with (place / "own/depth.csv").open() as file:
+        *cuts, own = csv.DictReader(file)
+    assert all(cut["features"] and cut["penalty"] for cut in cuts)
+    assert (own["point"], own["features"], own["penalty"]) == ("its own head", "", "")
+    assert (own["params"], own["macs"]) == (cuts[-1]["params"], cuts[-1]["macs"])
+    setting = prepare(config(place, "known"))
+    subject = adapted(setting.subject, setting.roles.train.images)
+    answers = np.asarray(subject.infer(subject.variables, setting.roles.search.images)).argmax(1)
+    assert float(own["search_accuracy"]) == pytest.approx((answers == setting.roles.search.labels).mean())
+    assert "its own head" in (place / "own/depth.svg").read_text()
 
 
 def test_depths_stand_where_their_values_are():
