@@ -12,9 +12,8 @@ false claim is at most δ, however many candidates the search has looked at. S. 
 trials", 1991; A. Angelopoulos et al.: "Learn then test", 2021 (arXiv 2110.01052).
 
 Errors of two models on the same images are paired, and the test is the metric's (see metrics.py). For accuracy that is
-T. Tango's score test: "Equivalence test and confidence interval for the difference in proportions for the paired-
-sample design", Statistics in Medicine 1998. It is asymptotic; `benchmarks/certificate.py` measures how often it claims
-falsely. Failing to find a difference is no evidence that there is none, so McNemar's test would not do.
+an exact one by T. Tango's score (see `paired.exact`); `benchmarks/certificate.py` measures how often the certificate
+claims falsely. Failing to find a difference is no evidence that there is none, so McNemar's test would not do.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from typing import Any
 
 from treesurgeon.search.metrics import ACCURACY, Metric
 from treesurgeon.search.openings import claim_opening
+from treesurgeon.search.paired import exact as p_value
 from treesurgeon.search.paired import images_needed, smallest_margin
-from treesurgeon.search.paired import tango as p_value
 from treesurgeon.search.selection import Finalist
 
 __all__ = [

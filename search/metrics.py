@@ -24,11 +24,11 @@ import numpy as np
 from treesurgeon.search.judging import Answers, ByLabel, Comparison, Metric, MetricError, MetricName, only_one
 from treesurgeon.search.paired import (
     betting,
+    exact,
     images_needed,
     smallest_margin,
     smallest_stratified_margin,
     stratified,
-    tango,
 )
 from treesurgeon.search.resampling import F1, Auroc
 from treesurgeon.search.tasks import CLASSIFICATION, Task
@@ -45,7 +45,7 @@ class Accuracy(Metric):
 
     name = "accuracy"
     noun = "error"
-    test = "Tango's score test (asymptotic)"
+    test = "exact unconditional score test"
     description = "Accuracies are shares of right answers"
 
     def observe(self, answers: Answers) -> np.ndarray:
@@ -57,9 +57,9 @@ class Accuracy(Metric):
         return float(np.count_nonzero(seen) / len(seen))
 
     def compare(self, seen: np.ndarray, dense: np.ndarray) -> Comparison:
-        """By Tango's test."""
+        """By the exact test."""
         worse, better = only_one(seen, dense)
-        test = partial(tango, worse, better, len(dense))
+        test = partial(exact, worse, better, len(dense))
         return Comparison(worse, better, (worse - better) / len(dense), test)
 
     def smallest_margin(self, labels: np.ndarray, delta: float) -> float:

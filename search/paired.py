@@ -5,10 +5,12 @@ The claim that it is below the margin holds at every level above the p-value.
 
 | test | of | holds |
 |---|---|---|
-| `tango` | shares of wrong answers | asymptotically (score test) |
+| `exact` | shares of wrong answers | for any number of independent images |
 | `stratified` | weighted sums of such shares | asymptotically in the images of each class |
 | `betting` | means of bounded values | for any number of independent images |
 | `Bootstrap` | any statistic | approximately (BCa) |
+
+`unseen` is what disagreements that did not turn up leave open: a floor for the p-values of the approximate ones.
 """
 
 from __future__ import annotations
@@ -16,12 +18,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 from scipy.optimize import root_scalar
+from scipy.special import bdtr, betaincinv
+from scipy.stats import binom
 
 POWER = 0.8
+OUTSIDE = 1e-4  # chance that the share of gained images is not among those that `exact` tries
+SHARES = 64  # that it tries
+TAIL = 1e-10  # of a binomial distribution, that is left out
+FINE = 256  # cells of `unseen`'s lattice up to the largest stake
 BETS = 24
 SMALLEST_BET = 1e-3  # of the largest one
 HALVINGS = 50
@@ -29,11 +39,41 @@ ENDS = 30  # halvings for the ends of an interval
 NORMAL = NormalDist()
 
 
-def tango(worse: int, better: int, count: int, margin: float) -> float:
-    """Tango's test of H0: the difference of two error rates on the same images is at least `margin`.
+def score(worse: Any, better: Any, count: int, margin: float) -> np.ndarray:
+    """Tango's statistic: the difference of two error rates on the same images less the margin, in standard deviations.
 
+    The deviation is the one where the answers are likeliest among those whose expected difference is the margin.
     T. Tango: "Equivalence test and confidence interval for the difference in proportions for the paired-sample design",
     Statistics in Medicine 1998.
+
+    Args:
+        worse: images that only the variant gets wrong, a number or an array of them.
+        better: images that only the dense model gets wrong, likewise.
+        count: images.
+        margin: above -1 and below 1.
+    """
+    if margin < 0:  # the models exchanged: the constrained estimate is then that of the other cell
+        return -score(better, worse, count, -margin)
+    a = 2 * count
+    b = -worse - better + (2 * count - worse + better) * margin
+    c = -better * margin * (1 - margin)
+    only_dense = (np.sqrt(np.maximum(b * b - 4 * a * c, 0.0)) - b) / (2 * a)
+    variance = count * (2 * only_dense + margin * (1 - margin))
+    above = worse - better - count * margin
+    return np.where(variance > 0, above / np.sqrt(np.where(variance > 0, variance, 1)), 0.0)
+
+
+@lru_cache(maxsize=1 << 14)
+def exact(worse: int, better: int, count: int, margin: float) -> float:
+    """An exact test of H0: the difference of two error rates on the same images is at least `margin`.
+
+    The chance of a score (see `score`) as low as the observed one, the largest over what H0 leaves open: the share of
+    images that the variant gains. Of these shares, those within an interval of confidence 1 - `OUTSIDE` are tried, on a
+    grid, and `OUTSIDE` is added. The score by itself, against the normal distribution, is asymptotic: of a variant that
+    only loses images it claims falsely up to twice as often as its level says.
+
+    K. Sidik: "Exact unconditional tests for testing non-inferiority in matched-pairs design", Statistics in Medicine
+    2003. R. Berger, D. Boos: "P values maximized over a confidence set for the nuisance parameter", JASA 1994.
 
     Args:
         worse: images that only the variant gets wrong.
@@ -46,22 +86,73 @@ def tango(worse: int, better: int, count: int, margin: float) -> float:
     """
     if not -1 < margin < 1:
         return 0.0 if margin >= 1 else 1.0
-    if margin < 0:  # the same test with the models exchanged: the constrained estimate is then that of the other cell
-        return 1 - tango(better, worse, count, -margin)
-    a = 2 * count
-    b = -worse - better + (2 * count - worse + better) * margin
-    c = -better * margin * (1 - margin)
-    only_dense = (math.sqrt(max(b * b - 4 * a * c, 0.0)) - b) / (2 * a)
-    variance = count * (2 * only_dense + margin * (1 - margin))
-    if variance <= 0:
-        return 1.0
-    return NORMAL.cdf((worse - better - count * margin) / math.sqrt(variance))
+    least = betaincinv(better, count - better + 1, OUTSIDE / 2) if better else 0.0
+    most = betaincinv(better + 1, count - better, 1 - OUTSIDE / 2) if better < count else 1.0
+    ends = np.clip([least, most], max(-margin, 0.0), (1 - margin) / 2)
+    gained = np.linspace(*np.sqrt(ends), SHARES) ** 2
+    first, last = int(binom.ppf(TAIL, count, gained[0])), int(binom.ppf(1 - TAIL, count, gained[-1]))
+    gains = np.arange(first, last + 1)
+    as_low = float(score(worse, better, count, margin)) + 1e-9
+    losses, most_losses = np.full(len(gains), -1), count - gains  # the most with a score as low
+    while (losses < most_losses).any():
+        middle = (losses + most_losses + 1) // 2
+        lower = score(middle, gains, count, margin) <= as_low
+        losses, most_losses = np.where(lower, middle, losses), np.where(lower, most_losses, middle - 1)
+    lost = np.clip((gained + margin) / np.maximum(1 - gained, 1e-300), 0, 1)[:, None]  # of the images not gained
+    chances = np.where(losses < 0, 0.0, bdtr(np.maximum(losses, 0), count - gains, lost))
+    return float(min(1.0, (binom.pmf(gains, count, gained[:, None]) * chances).sum(1).max() + OUTSIDE))
 
 
 def smallest_margin(count: int, delta: float) -> float:
-    """The least ε at which a variant passes that answers every one of `count` images as the dense model does."""
-    z = NORMAL.inv_cdf(1 - delta)
-    return z * z / (count + z * z)
+    """The least ε at which a variant passes `exact` that answers each of `count` images as the dense model does."""
+    return _least(lambda margin: exact(0, 0, count, margin), delta)
+
+
+def unseen(stakes: np.ndarray, counts: np.ndarray, observed: float, margin: float) -> float:
+    """The chance to lose no more than `observed` where nothing is gained and the expected loss is `margin`.
+
+    An image that answers otherwise than the dense model's costs its stake. How likely each kind of image does is what
+    makes it likeliest that none is seen; for one kind this is the binomial distribution's tail.
+
+    Args:
+        stakes: `float[K]`, what an image of each kind costs at most; on a lattice of 1/256 of the largest.
+        counts: `float[K]`, images of each kind.
+        observed: the loss. Of one below 0 it is asked what it would take to bring it to the margin: nothing was seen of
+            that.
+        margin: the expected loss.
+    """
+    observed, margin = max(observed, 0.0), margin - min(observed, 0.0)
+    unit = float(np.max(stakes)) / FINE
+    cells, kind = np.unique(np.rint(np.asarray(stakes) / unit).astype(int), return_inverse=True)
+    cells, counts = cells[::-1], np.bincount(kind, counts)[::-1]  # the largest stakes first
+    counts, cells, wanted = counts[cells > 0], cells[cells > 0], margin / unit
+    if wanted <= 0 or wanted >= (cells * counts).sum():
+        return 0.0 if wanted > 0 else 1.0
+    # Chances of 1 - 1/(tilt·stake), where that is above 0, by a Lagrange multiplier: those of the largest stakes alone.
+    held, many = (cells * counts).cumsum(), counts.cumsum()
+    tilts = np.where(held > wanted, many / np.maximum(held - wanted, 1e-300), np.inf)
+    tilt = tilts[np.argmax(tilts * np.append(cells[1:], 0) <= 1)]
+    chances = np.maximum(0, 1 - 1 / (tilt * cells))
+    reach = math.floor(observed / unit + 1e-6)
+    spread = math.sqrt((counts * chances * (1 - chances) * cells**2).sum())
+    size = 1 << math.ceil(math.log2(wanted + 12 * spread + 12 * FINE + reach))
+    turns = 2j * np.pi * np.arange(size) / size
+    logs = sum(n * np.log1p(p * np.expm1(turns * k)) for n, p, k in zip(counts, chances, cells, strict=True) if p > 0)
+    return float(np.clip(np.fft.fft(np.exp(logs)).real[: reach + 1].sum() / size, 0, 1))
+
+
+def smallest_unseen(stakes: np.ndarray, counts: np.ndarray, delta: float) -> float:
+    """The least margin of which `unseen` is at most δ where nothing was lost."""
+    return _least(lambda margin: unseen(stakes, counts, 0.0, margin), delta)
+
+
+def _least(p_value: Callable[[float], float], delta: float, most: float = 1.0) -> float:
+    """The least margin with a p-value of δ or less."""
+    low, high = 0.0, most
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if p_value(middle) <= delta else (middle, high)
+    return high
 
 
 def images_needed(margin: float, delta: float, disagreement: float, power: float = POWER) -> int:
@@ -74,16 +165,18 @@ def images_needed(margin: float, delta: float, disagreement: float, power: float
         power: the chance to pass.
     """
     spread = math.sqrt(max(disagreement, margin * (1 - margin)))
-    return math.ceil(((NORMAL.inv_cdf(1 - delta) + NORMAL.inv_cdf(power)) * spread / margin) ** 2)
+    passing = ((NORMAL.inv_cdf(1 - delta) + NORMAL.inv_cdf(power)) * spread / margin) ** 2
+    return math.ceil(max(passing, math.log(delta) / math.log1p(-min(margin, 0.99))))  # or so many, if none disagrees
 
 
 def stratified(worse: np.ndarray, better: np.ndarray, counts: np.ndarray, margin: float) -> float:
-    """Tango's test for the mean over classes of the difference of two error rates; the same test where there is one.
+    """A score test for the mean over classes of the difference of two error rates; with one class, by Tango's `score`.
 
     The score statistic: the mean difference less the margin, over its standard deviation at the probabilities that make
     the answers likeliest among those whose mean difference is the margin. These come from one Lagrange multiplier, and
     within a class from the one that makes its probabilities sum to 1; both are roots of monotone functions.
-    Asymptotic in the number of images of every class.
+    Asymptotic in the number of images of every class. No p-value is below what disagreements that did not turn up leave
+    open (see `unseen`), which alone would break the level where a variant only loses images of the smallest classes.
 
     Args:
         worse: `int[classes]`, images that only the variant gets wrong.
@@ -105,23 +198,15 @@ def stratified(worse: np.ndarray, better: np.ndarray, counts: np.ndarray, margin
     variance = ((p + q - difference**2) / counts).sum() / len(counts) ** 2
     if variance <= 0:
         return 1.0
-    observed = ((worse - better) / counts).mean()
-    return NORMAL.cdf((observed - margin) / math.sqrt(variance))
+    observed = float(((worse - better) / counts).mean())
+    stakes = 1 / (len(counts) * counts)
+    return max(NORMAL.cdf((observed - margin) / math.sqrt(variance)), unseen(stakes, counts, observed, margin))
 
 
 def smallest_stratified_margin(counts: np.ndarray, delta: float) -> float:
-    """The least ε at which a variant passes `stratified` that answers every image as the dense model does.
-
-    Without a disagreement the multiplier has a closed form: the smallest classes take all of the margin.
-    """
-    counts = np.asarray(counts, np.float64)
-    z, low, high = NORMAL.inv_cdf(1 - delta), 0.0, 1.0
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        p = np.maximum(0, 1 - counts * (1 - middle) / counts.min())
-        passes = p.sum() > z * math.sqrt((p * (1 - p) / counts).sum())
-        low, high = (low, middle) if passes else (middle, high)
-    return float(np.maximum(0, 1 - counts * (1 - high) / counts.min()).mean())
+    """The least ε at which a variant passes `stratified` that answers every image as the dense model does."""
+    none, counts = np.zeros(len(counts)), np.asarray(counts, np.float64)
+    return _least(lambda margin: stratified(none, none, counts, margin), delta)
 
 
 def _tilted(

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from treesurgeon.search.judging import Answers, Comparison, Metric, only_one
-from treesurgeon.search.paired import Bootstrap, smallest_stratified_margin, stratified
-from treesurgeon.search.tasks import class_counts
+from treesurgeon.search.paired import Bootstrap, smallest_unseen, unseen
 
 REPLICATES = 2000
 DECIMALS = 9  # of log-odds, so that what is equal but for rounding is a tie
@@ -26,14 +25,14 @@ class Marked:
         there: `bool[N, K]`: whether it is there.
         wrong: `bool[N]`: whether the answer is wrong.
         strata: `int[N]`: within which images are drawn again.
-        counts: see `class_counts`.
+        several: whether an image can have several labels.
     """
 
     value: np.ndarray
     there: np.ndarray
     wrong: np.ndarray
     strata: np.ndarray
-    counts: np.ndarray
+    several: bool
 
     def __len__(self) -> int:
         return len(self.there)
@@ -41,10 +40,10 @@ class Marked:
     @classmethod
     def of(cls, answers: Answers, value: np.ndarray) -> Marked:
         """With what is known of the images."""
-        labels, counts = answers.labels, class_counts(answers.labels)
-        if labels.ndim == 2:
-            return cls(value, labels > 0.5, answers.wrong > 0, np.zeros(len(labels), int), counts)
-        return cls(value, labels[:, None] == np.arange(value.shape[1]), answers.wrong, labels, counts)
+        labels = answers.labels
+        several = labels.ndim == 2
+        strata = np.zeros(len(labels), int) if several else labels
+        return cls(value, marks(labels, value.shape[1]), answers.wrong > 0, strata, several)
 
     @property
     def present(self) -> np.ndarray:
@@ -52,14 +51,20 @@ class Marked:
         return np.flatnonzero(self.there.any(0))
 
 
+def marks(labels: np.ndarray, classes: int | None = None) -> np.ndarray:
+    """Which class, or labels, each image has: `bool[N, K]`."""
+    if labels.ndim == 2:
+        return labels > 0.5
+    return labels[:, None] == (np.unique(labels) if classes is None else np.arange(classes))
+
+
 class Resampled(Metric):
     """A metric whose only test is the bootstrap: images are drawn again within their classes, as the split was made.
 
     Images with several labels are drawn again from all.
 
-    A bootstrap that meets no disagreement would claim anything. So no p-value is below that of the stratified score
-    test for a variant that disagrees nowhere and a margin as far above the observed difference: what so many images
-    leave open, whatever the metric.
+    A bootstrap that meets no disagreement, or few, would claim too much. So no p-value is below what disagreements that
+    did not turn up leave open (see `paired.unseen`), where an image costs as much as it can.
     """
 
     trust = (
@@ -79,6 +84,14 @@ class Resampled(Metric):
     def influence(self, seen: Marked) -> np.ndarray:
         """What each image does to the error, up to a factor: `float[N]`."""
 
+    @abstractmethod
+    def stakes(self, there: np.ndarray, several: bool) -> np.ndarray:
+        """The most that the answer to each image can add to the error where all others are right: `float[N]`.
+
+        Args:
+            there, several: see `Marked`.
+        """
+
     def error(self, seen: Marked) -> float:
         """The error on all images."""
         return float(self.errors(seen, np.ones((1, len(seen))))[0])
@@ -93,19 +106,18 @@ class Resampled(Metric):
             parts.append(self.errors(seen, weights) - self.errors(dense, weights))
         observed = self.error(seen) - self.error(dense)
         found = Bootstrap(observed, np.concatenate(parts), self.influence(seen) - self.influence(dense))
-        none = np.zeros(len(dense.counts))
+        stakes, counts = np.unique(self.stakes(dense.there, dense.several), return_counts=True)
         worse, better = only_one(seen.wrong, dense.wrong)
 
         def p_value(margin: float) -> float:
-            above = margin - observed
-            least = stratified(none, none, dense.counts, above) if above > 0 else 0.5
-            return max(found.p_value(margin), least)
+            return max(found.p_value(margin), unseen(stakes, counts, observed, margin))
 
         return Comparison(worse, better, observed, p_value)
 
     def smallest_margin(self, labels: np.ndarray, delta: float) -> float:
-        """By the convention that no disagreement leaves what the stratified test leaves."""
-        return smallest_stratified_margin(class_counts(labels), delta)
+        """What no disagreement leaves open."""
+        stakes = self.stakes(marks(labels), labels.ndim == 2)
+        return smallest_unseen(*np.unique(stakes, return_counts=True), delta)
 
     def outlook(self, epsilon: float, delta: float) -> str:
         """Nothing exact is known."""
@@ -145,6 +157,14 @@ class F1(Resampled):
             answered, there = seen.value[:, label], seen.there[:, label]
             out -= 2 * (answered & there) / total - 2 * hits / total**2 * (answered.astype(float) + there)
         return _centred(out, seen.strata)
+
+    def stakes(self, there: np.ndarray, several: bool) -> np.ndarray:
+        """A hit less of what is there, and a false alarm: for the rarest other class, or for all other labels."""
+        count = there.sum(0)
+        miss = np.where(count > 0, 1 / np.maximum(2 * count - 1, 1), 0)
+        alarm = np.where(count > 0, 1 / (2 * count + 1), 0)
+        alarms = np.where(there, 0, alarm)
+        return ((there * miss).sum(1) + (alarms.sum(1) if several else alarms.max(1))) / (count > 0).sum()
 
     @staticmethod
     def _counts(seen: Marked, weights: np.ndarray, label: int) -> tuple[np.ndarray, np.ndarray]:
@@ -204,6 +224,13 @@ class Auroc(Resampled):
             out[there] += (above - above.mean()) / len(positive)
             out[~there] += (below - below.mean()) / len(negative)
         return _centred(out, seen.strata)
+
+    def stakes(self, there: np.ndarray, several: bool) -> np.ndarray:
+        """From one end of the order to the other, for every class or label."""
+        count, rest = there.sum(0), (~there).sum(0)
+        both = (count > 0) & (rest > 0)
+        each = np.where(there, 1 / np.maximum(count, 1), 1 / np.maximum(rest, 1))
+        return (each * both).sum(1) / max(both.sum(), 1)
 
 
 def resampled(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from scipy.optimize import minimize_scalar
-from scipy.stats import norm
+from scipy.optimize import brentq, minimize_scalar
+from scipy.stats import binom, multinomial, norm
 
 from treesurgeon.search.certificate import certify, images_needed, p_value, smallest_margin, undominated
+from treesurgeon.search.paired import OUTSIDE, score
 from treesurgeon.search.selection import Finalist
 
 RNG = np.random.default_rng(0)
@@ -24,12 +25,64 @@ def by_definition(worse, better, count, margin):
     return norm.cdf((worse - better - count * margin) / deviation)
 
 
-@pytest.mark.parametrize(
+CASES = pytest.mark.parametrize(
     ("worse", "better", "count", "margin"),
     [(5, 3, 100, 0.05), (0, 0, 50, 0.1), (12, 30, 400, 0.01), (9, 4, 200, -0.02), (0, 7, 60, -0.05), (3, 0, 80, 0.2)],
 )
-def test_the_p_value_is_tangos(worse, better, count, margin):
-    assert p_value(worse, better, count, margin) == pytest.approx(by_definition(worse, better, count, margin), abs=1e-4)
+
+
+@CASES
+def test_the_score_is_tangos(worse, better, count, margin):
+    found = norm.cdf(float(score(worse, better, count, margin)))
+    assert found == pytest.approx(by_definition(worse, better, count, margin), abs=1e-4)
+
+
+def outcomes(count, margin, gained):
+    """Every outcome on so many images, and its chance where the excess is the margin and so many are gained."""
+    b, c = np.meshgrid(np.arange(count + 1), np.arange(count + 1), indexing="ij")
+    b, c = b[b + c <= count], c[b + c <= count]
+    cells = np.stack([b, c, count - b - c], -1)
+    return b, c, multinomial.pmf(cells, count, [gained + margin, gained, 1 - 2 * gained - margin])
+
+
+@pytest.mark.parametrize(
+    ("worse", "better", "count", "margin"), [(0, 0, 40, 0.05), (3, 2, 60, 0.1), (2, 9, 60, -0.05), (6, 1, 50, 0.3)]
+)
+def test_the_p_value_is_the_largest_chance_of_so_low_a_score(worse, better, count, margin):
+    """By adding up all outcomes, at shares of gained images between those that are as good as excluded."""
+    low = binom_bound(better - 1, count, 1 - OUTSIDE / 2) if better else 0.0
+    high = binom_bound(better, count, OUTSIDE / 2)
+    chances = []
+    for gained in np.linspace(max(low, -margin, 0), min(high, (1 - margin) / 2), 400):
+        b, c, chance = outcomes(count, margin, gained)
+        chances.append(chance[score(b, c, count, margin) <= score(worse, better, count, margin) + 1e-9].sum())
+    assert p_value(worse, better, count, margin) == pytest.approx(max(chances) + OUTSIDE, abs=3e-4)
+
+
+def binom_bound(successes, count, chance):
+    """The share at which so many successes, or fewer, have this chance."""
+    return brentq(lambda share: binom.cdf(successes, count, share) - chance, 0, 1)
+
+
+@pytest.mark.parametrize("delta", [0.01, 0.05, 0.1])
+@pytest.mark.parametrize(("count", "margin"), [(40, 0.1), (80, 0.034), (30, -0.05)])
+def test_the_level_holds_whatever_is_gained(count, margin, delta):
+    """Exactly, by adding up all outcomes; the score by itself breaks it where nothing is gained."""
+    b, c, _ = outcomes(count, margin, 0.1)
+    passed = np.array([p_value(int(i), int(j), count, margin) <= delta for i, j in zip(b, c, strict=True)])
+    for gained in np.linspace(max(0, -margin), 0.4, 23):
+        assert outcomes(count, margin, gained)[2][passed].sum() <= delta
+    alone = norm.cdf(score(b, c, count, margin)) <= delta
+    if (count, delta) == (80, 0.05):
+        assert outcomes(count, margin, 0.0)[2][passed].sum() == 0
+        assert outcomes(count, margin, 0.0)[2][alone].sum() == pytest.approx((1 - margin) ** count)
+        assert (1 - margin) ** count > 1.2 * delta
+
+
+def test_with_many_disagreements_the_test_is_as_good_as_the_score():
+    for worse, better in ((300, 250), (250, 260)):
+        alone = norm.cdf(float(score(worse, better, 10_000, 0.01)))
+        assert p_value(worse, better, 10_000, 0.01) == pytest.approx(alone, abs=1e-3)
 
 
 def test_p_values_fall_with_the_margin_and_rise_with_the_losses():
@@ -44,6 +97,7 @@ def test_the_smallest_margin_is_where_no_disagreement_passes():
     for count in (20, 300, 4000):
         margin = smallest_margin(count, 0.05)
         assert p_value(0, 0, count, 1.001 * margin) < 0.05 < p_value(0, 0, count, 0.999 * margin)
+        assert margin == pytest.approx(1 - 0.05 ** (1 / count), rel=2e-3)  # nobody else could claim less
 
 
 def test_images_needed_give_the_power_promised():

@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 from laws import leaves_of
 from orbax.checkpoint import v1 as ocp
+from scipy import stats
 
 from treesurgeon import engine, models
 from treesurgeon.search import contenders
 from treesurgeon.search.config import Config
 from treesurgeon.search.contenders import Contrast, contrast, record, scratch, sentence
 from treesurgeon.search.metrics import ACCURACY, METRICS, Answers
-from treesurgeon.search.paired import interval, tango
+from treesurgeon.search.paired import interval, score
 from treesurgeon.search.setting import make_recipe, prepare
 from treesurgeon.search.transfer import head_features
 from treesurgeon.search.tuning import Tuned
@@ -120,6 +121,10 @@ def test_contrasts_have_their_difference_inside_and_turn_round(name):
     assert found.difference == pytest.approx(metric.error(good) - metric.error(bad))
     assert back.difference == pytest.approx(-found.difference)
     assert (back.low, back.high) == pytest.approx((-found.high, -found.low), abs=1e-4)
+
+
+def tango(worse, better, count, margin):
+    return stats.norm.cdf(score(worse, better, count, margin)) if -1 < margin < 1 else float(margin < 0)
 
 
 def test_intervals_are_what_the_tests_leave():

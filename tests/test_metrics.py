@@ -11,10 +11,11 @@ from treesurgeon.search.metrics import METRICS, Answers, MetricError
 from treesurgeon.search.paired import (
     Bootstrap,
     betting,
-    smallest_margin,
+    score,
     smallest_stratified_margin,
+    smallest_unseen,
     stratified,
-    tango,
+    unseen,
 )
 from treesurgeon.search.selection import Finalist, WithinMargins
 
@@ -90,7 +91,8 @@ def test_p_values_fall_with_the_margin_and_nobody_beats_identical_answers_for_fr
 @pytest.mark.parametrize(("worse", "better", "count", "margin"), [(5, 3, 99, 0.05), (0, 7, 60, -0.05), (3, 0, 80, 0.2)])
 def test_with_one_class_the_stratified_test_is_tangos(worse, better, count, margin):
     found = stratified(np.array([worse]), np.array([better]), np.array([count]), margin)
-    assert found == pytest.approx(tango(worse, better, count, margin), abs=1e-6)
+    alone = float(stats.norm.cdf(score(worse, better, count, margin)))
+    assert found == pytest.approx(max(alone, stats.binom.cdf(max(worse - better, 0), count, max(margin, 0))), abs=1e-6)
 
 
 @pytest.mark.parametrize("margin", [-0.1, 0.0, 0.03, 0.2])
@@ -116,14 +118,90 @@ def test_the_stratified_test_is_the_score_test(worse, better, counts, margin):
     )  # fmt: skip
     p, q = best.x[:k], best.x[k:]
     deviation = np.sqrt(((p + q - (p - q) ** 2) / n).sum()) / k
-    expected = stats.norm.cdf((((b - c) / n).mean() - margin) / deviation)
+    observed = ((b - c) / n).mean()
+    expected = max(stats.norm.cdf((observed - margin) / deviation), unseen(1 / (k * n), n, observed, margin))
     assert stratified(b, c, n, margin) == pytest.approx(expected, abs=2e-3)
 
 
 def test_small_classes_decide_what_can_be_shown():
-    assert smallest_stratified_margin(np.array([300]), 0.05) == pytest.approx(smallest_margin(300, 0.05))
+    assert smallest_stratified_margin(np.array([300]), 0.05) == pytest.approx(1 - 0.05 ** (1 / 300))
     even, uneven = (smallest_stratified_margin(np.array(c), 0.05) for c in ([150, 150], [290, 10]))
     assert uneven > 2 * even
+
+
+# --- what did not turn up ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("observed", "margin"), [(0.0, 0.02), (0.011, 0.03), (0.03, 0.05)])
+def test_what_is_unseen_of_one_kind_is_binomial(observed, margin):
+    found = unseen(np.array([1 / 300]), np.array([300]), observed, margin)
+    assert found == pytest.approx(stats.binom.cdf(np.floor(300 * observed + 1e-9), 300, margin), abs=1e-12)
+
+
+@pytest.mark.parametrize("observed", [0.0, 0.004, 0.02])
+def test_what_is_unseen_of_several_kinds(observed):
+    """The chances against a general optimiser, the loss's distribution by drawing it."""
+    stakes, counts, margin = np.array([0.001, 0.004, 0.002]), np.array([200, 20, 80]), 0.04
+    best = optimize.minimize(
+        lambda p: -(counts * np.log1p(-p)).sum(), np.full(3, 0.1), method="SLSQP", bounds=[(0, 0.99)] * 3,
+        constraints=[{"type": "eq", "fun": lambda p: (stakes * counts * p).sum() - margin}], options={"ftol": 1e-14},
+    )  # fmt: skip
+    drawn = np.random.default_rng(0).binomial(counts, best.x, (40_000, 3)) @ stakes
+    assert unseen(stakes, counts, observed, margin) == pytest.approx((drawn <= observed + 1e-9).mean(), abs=0.008)
+    assert unseen(stakes, counts, -0.01, margin) == unseen(stakes, counts, 0.0, margin + 0.01)
+    assert (unseen(stakes, counts, 0.0, 0.0), unseen(stakes, counts, 0.0, 0.45)) == (1, 0)
+    least = smallest_unseen(stakes, counts, 0.05)
+    assert unseen(stakes, counts, 0.0, 1.001 * least) < 0.05 < unseen(stakes, counts, 0.0, 0.999 * least)
+
+
+@pytest.mark.parametrize("name", ["f1", "auroc"])
+def test_stakes_are_what_the_worst_answer_costs(name):
+    """Of a dense model that is always right: the largest rise of the error that any other answer makes."""
+    metric, labels = METRICS[name], np.repeat([0, 1, 2], [12, 6, 3])
+    right = 5 * np.eye(3)[labels]
+    dense = metric.observe(Answers(right, labels))
+    stakes = metric.stakes(dense.there, dense.several)
+    for image in (0, 13, 20):
+        costs = []
+        for worst in 9 * np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, -9], [1, -9, 1], [-9, 1, 1]]):
+            changed = right.copy()
+            changed[image] = worst
+            costs.append(metric.error(metric.observe(Answers(changed, labels))) - metric.error(dense))
+        assert 0.45 * stakes[image] < max(costs) <= stakes[image] + 1e-12
+    if name == "f1":
+        assert max(costs) == pytest.approx(stakes[20])
+
+
+@pytest.mark.parametrize("name", ["balanced_accuracy", "f1", "auroc"])
+@pytest.mark.parametrize("counts", [(190, 10), (60, 60)])
+def test_a_variant_that_only_loses_is_not_claimed_too_often(name, counts, monkeypatch):
+    """Images of the last class are lost, wherever that leaves the least that so many images can show."""
+    monkeypatch.setattr(resampling, "REPLICATES", 200)
+    metric, labels, delta, rounds = METRICS[name], np.repeat([0, 1], counts), 0.1, 150
+    right = 5 * np.eye(2)[labels]
+    dense = metric.observe(Answers(right, labels))
+    margin = 1.001 * metric.smallest_margin(labels, delta)
+    last = counts[1]
+    rng = np.random.default_rng(0)
+
+    def error(share):
+        """The expected error where each image of the last class is lost with this chance; it is all but linear."""
+        lost = [right.copy() for _ in range(2)]
+        lost[1][labels == 1] = [9, 0]
+        return share * (metric.error(metric.observe(Answers(lost[1], labels))) if name != "f1" else f1_loss(share))
+
+    def f1_loss(share):
+        hits = last * (1 - share)
+        first = 2 * counts[0] / (2 * counts[0] + last - hits)
+        return (1 - (first + 2 * hits / (hits + last)) / 2) / share
+
+    share = optimize.brentq(lambda s: error(s) - margin, 1e-9, 1 - 1e-9)
+    claims = 0
+    for _ in range(rounds):
+        logits = right.copy()
+        logits[(labels == 1) & (rng.random(len(labels)) < share)] = [9, 0]
+        claims += metric.compare(metric.observe(Answers(logits, labels)), dense).p_value(margin) <= delta
+    assert claims / rounds < delta + 3 * np.sqrt(delta * (1 - delta) / rounds)
 
 
 # --- betting ----------------------------------------------------------------------------------------------
@@ -234,7 +312,7 @@ def test_resolutions_say_what_can_be_said():
     labels = np.arange(900) % 3
     said = {name: metric.resolution(labels, 0.01, 0.05) for name, metric in METRICS.items()}
     assert said["accuracy"] == (
-        "certify has 900 images: at level 0.05 no ε below 0.3 points can be certified; "
+        "certify has 900 images: at level 0.05 no ε below 0.33 points can be certified; "
         "for yours (1) expect to need 3,092 if 5% of the answers change"
     )
     assert "or more" in said["balanced_accuracy"]
