@@ -142,12 +142,19 @@ def shares(count: int, delta: float, case: Case, good: int) -> tuple[float, floa
     bad = {name for name, _ in VARIANTS[good:]}
     models = [Finalist(name, {"params": size}, train[name], 0.0) for name, size in VARIANTS]
     whole = Finalist("dense", {"params": 6}, 0.0, 0.0)
-    margins = {"epsilon": EPSILON, "eta": EPSILON, "delta": delta}
     false = naive = power = 0
     for _ in range(ROUNDS):
         drawn = rng.integers(0, POPULATION, count)
         seen = {name: values[drawn] for name, values in wrong.items()}
-        found = certify(models, whole, lambda f, seen=seen: seen[f.name], **margins, measure="params")
+        found = certify(
+            models,
+            whole,
+            lambda f, seen=seen: seen[f.name],
+            epsilon=EPSILON,
+            eta=EPSILON,
+            delta=delta,
+            measure="params",
+        )
         above = {name: seen[name].mean() - seen["dense"].mean() for name, _ in VARIANTS}
         within = [n for n, _ in VARIANTS if above[n] <= EPSILON and above[n] - train[n] <= EPSILON]
         false += found.selected in bad

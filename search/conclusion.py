@@ -21,7 +21,7 @@ from treesurgeon.search.crossval import Estimate, cross_validate
 from treesurgeon.search.data import Split
 from treesurgeon.search.evaluate import answering, measurer
 from treesurgeon.search.metrics import ACCURACY, Metric
-from treesurgeon.search.openings import claim_opening, record_opening
+from treesurgeon.search.openings import REGISTER, claim_opening, record_opening
 from treesurgeon.search.selection import Finalist, Verdict, WithinMargins
 from treesurgeon.search.selective import write_selective
 from treesurgeon.search.setting import Setting
@@ -218,7 +218,7 @@ def estimate(setting: Setting, dense: Tuned, tuned: Sequence[Tuned]) -> dict[str
     if not tuned or not crossval.needed(setting):
         return {}
     config, certify = setting.config, setting.roles.certify
-    record_opening(*_register(setting), certify.digests)
+    record_opening(*register(setting), certify.digests)
     answers = answering(dense.infer, crossval.pool(setting.roles))(dense.variables)
     shape = {"folds": crossval.fold_count(setting), "repeats": config.cv_repeats}
     return {
@@ -237,12 +237,13 @@ def _judged(
     return [replace(f, search_error=estimates[f.name].error) for f in finalists], replace(dense, search_error=error)
 
 
-def _register(setting: Setting) -> tuple[Path, str, str, str]:
-    """Of opened images: the file, what would be opened, which run this is, and where."""
+def register(setting: Setting, finalists: Sequence[Finalist] = ()) -> tuple[Path, str, str, str]:
+    """Of opened images: the file, what would be opened, which run this is and what it tests, and where."""
     directory = setting.config.directory
-    identity = hashlib.sha256((directory / "config.json").read_bytes()).hexdigest()
+    tested = [(each.name, sorted(each.cost.items()), each.train_error, each.search_error) for each in finalists]
+    identity = hashlib.sha256((directory / "config.json").read_bytes() + repr(tested).encode()).hexdigest()
     fingerprint = setting.roles.fingerprints["certify"]
-    return directory.parent / "certify-openings.jsonl", fingerprint, identity, str(directory)
+    return directory.parent / REGISTER, fingerprint, identity, str(directory)
 
 
 def error_on(each: Tuned, split: Split, metric: Metric) -> float:
@@ -255,7 +256,8 @@ def find_certificate(
 ) -> Certificate:
     """The certificate, or why there is none; opens `certify` where it can say something.
 
-    Variants that a smaller one beats on `search` are not tested (see `certificate.undominated`).
+    Variants that are not smaller than the dense model, and those that a smaller one beats on `search`, are not tested
+    (see `certificate.undominated`).
     """
     config, roles = setting.config, setting.roles
     count, name, metric = len(roles.certify), verdict.selected.name, config.judged_by
@@ -273,17 +275,22 @@ def find_certificate(
     if least > config.epsilon:
         wanted, can = f"{metric.scale * config.epsilon:g} {metric.unit}", f"{metric.scale * least:.2g}"
         return none(f"{count:,} images cannot show ε = {wanted}, only {can} or more")
-    opened = claim_opening(*_register(setting), roles.certify.digests)
+    only = name if budget.limits else None
+    tested = finalists
+    if not only:
+        smaller = [each for each in finalists if each.cost[budget.measure] < dense.cost[budget.measure]]
+        tested = undominated(smaller, dense, config.epsilon, config.eta, budget.measure)
+        if not tested:
+            return none("no finalist is smaller than the dense model, so that there is nothing to test")
+    opened = claim_opening(*register(setting, finalists), roles.certify.digests)
     if opened is not None:
         return none(f"{opened}, so that a claim from them would not hold its level")
     margins = {"epsilon": config.epsilon, "eta": config.eta, "delta": config.delta}
-    only = name if budget.limits else None
 
     def observed(finalist: Finalist) -> Any:
         each: Tuned = finalist.ref
         return metric.observe(answering(each.infer, roles.certify)(each.variables))
 
-    tested = finalists if only else undominated(finalists, dense, config.epsilon, config.eta, budget.measure)
     return certify(tested, dense, observed, **margins, measure=budget.measure, only=only, metric=metric)
 
 

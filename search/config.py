@@ -254,7 +254,7 @@ class Config:
             "population": 2, "generations": 1, "search_images": 1, "calibration_images": 0, "chunk": 1,
             "finalists": 1, "refit_images": 1, "epochs": 0, "batch_size": 1, "max_train": 1, "seed": 0,
             "unlabelled_images": 1, "latency_batch": 1, "cv_folds": 2, "cv_repeats": 1,
-            "epsilon": 0, "eta": 0, "weight_decay": 0, "clip": 0, "scratch_epochs": 1, "truncations": 0,
+            "epsilon": 0, "weight_decay": 0, "clip": 0, "scratch_epochs": 1, "truncations": 0,
         }  # fmt: skip
         for name, bound in least.items():
             if getattr(self, name) is not None and not getattr(self, name) >= bound:
@@ -277,6 +277,8 @@ class Config:
             raise RunError("--unlabelled-weight is about the images of --unlabelled, which is not given")
         if self.metric not in (AUTO, *METRICS):
             raise RunError(f"--metric {self.metric}: expected one of {', '.join(METRICS)}")
+        if not self.eta > 0:
+            raise RunError(f"--eta {self.eta}: expected more than 0: no test shows that two gaps are the same")
         if not 0 < self.delta < 1:
             raise RunError(f"--delta {self.delta}: expected a number between 0 and 1, such as 0.05")
         for name, value in (self.budget | self.measured).items():

@@ -67,6 +67,7 @@ class Roles:
         clean: whether `search`, `certify` and `test` hold nothing the checkpoint was fitted on, as far as it
             was declared. No gap is claimed where it is False.
         label_names: names of the classes, by label; or of the labels, or numbers, of an image.
+        twice: images that were left out of a role because one before it has the same, pixel for pixel.
     """
 
     train: Split
@@ -75,6 +76,7 @@ class Roles:
     test: Split
     clean: bool
     label_names: tuple[str, ...]
+    twice: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def task(self) -> Task:
@@ -106,6 +108,9 @@ def split_roles(
 ) -> Roles:
     """Give every image of a dataset one role, and read the images.
 
+    An image that is stored twice has the first of its roles alone: what was fitted or chosen on it would else be judged
+    on it.
+
     Args:
         source: an open dataset.
         fitted: the splits the checkpoint was fitted on; `train` comes from them and the rest from the others.
@@ -136,6 +141,8 @@ def split_roles(
         plan = {ROLES: shares}
 
     splits: dict[str, Split] = {}
+    twice: dict[str, int] = {}
+    taken = np.zeros(0, np.uint64)
     for stream, (roles, weights) in enumerate(plan.items()):
         origin = origins[roles[0]]
         labels = _read_labels(source, origin, num_classes)
@@ -143,8 +150,18 @@ def split_roles(
         order = np.argsort(np.random.PCG64([seed, stream]).random_raw(len(labels)), kind="stable")
         parts = _divide(source, origin, strata, order, roles, weights, caps or {})
         for role, indices in parts.items():
-            splits[role] = _read_split(source, origin, indices, labels[indices], input_shape, mean, std, hold)
-    return Roles(**splits, clean=fitted is not None, label_names=source.label_names)
+            found = _read_split(source, origin, indices, labels[indices], input_shape, mean, std, hold)
+            if (again := np.isin(found.digests, taken)).any():
+                twice[role], kept = int(again.sum()), indices[~again]
+                if not len(kept):
+                    raise DataError(
+                        f"data {source.spec!r}: all images of {role} are, pixel for pixel, images of the roles before "
+                        f"it ({', '.join(splits)}): add others"
+                    )
+                found = _read_split(source, origin, kept, labels[kept], input_shape, mean, std, hold)
+            taken = np.concatenate([taken, found.digests])
+            splits[role] = found
+    return Roles(**splits, clean=fitted is not None, label_names=source.label_names, twice=twice)
 
 
 def sample_images(

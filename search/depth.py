@@ -20,10 +20,9 @@ import tyro
 from treesurgeon.search import report
 from treesurgeon.search.config import AUTO, Config, RunError
 from treesurgeon.search.data import SHARES
-from treesurgeon.search.depth_chart import OWN, depths
-from treesurgeon.search.pictures import write_pictures
+from treesurgeon.search.depth_chart import OWN
 from treesurgeon.search.setting import open_parts
-from treesurgeon.search.survey import Cut, HeadName, own_head, survey
+from treesurgeon.search.survey import Cut, HeadName, own_head, survey, write_cuts
 from treesurgeon.search.tasks import CLASSIFICATION, TaskName
 from treesurgeon.search.transfer import adapted
 
@@ -112,24 +111,5 @@ def finish(options: Depth, cuts: Sequence[Cut], say: Callable[[str], None], scor
         f"{best.macs / whole.macs:.0%} of the multiply-accumulates; the whole {whole_is}, "
         f"{whole.search:.2%}."
     )
-    report.write_depth(
-        options.directory / "depth.csv",
-        [
-            {
-                "point": cut.point,
-                "features": cut.features,
-                "params": cut.params,
-                "macs": cut.macs,
-                "train_accuracy": cut.train,
-                "search_accuracy": cut.search,
-                "gap": cut.train - cut.search,
-                "penalty": cut.penalty,
-            }
-            for cut in cuts
-        ],
-    )
-    told = [f"{cut.point}: {cut.params:,} parameters, {cut.macs:,} multiply-accumulates" for cut in cuts]
-    shares = {"train": [cut.train for cut in cuts], "search": [cut.search for cut in cuts]}
-    chart = depths(f"{options.model}: {score} against depth", [cut.point for cut in cuts], shares, told)
-    write_pictures(options.directory, "depth", [chart])
+    write_cuts(options.directory, options.model, cuts, score)
     say(f"wrote {options.directory / 'depth.csv'}, depth.svg and depth.png")

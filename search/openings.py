@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 
 from treesurgeon.search.config import RunError
+
+REGISTER = "certify-openings.jsonl"
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ def claim_opening(
     Args:
         register: the file.
         fingerprint: of the images and labels.
-        identity: of the run: one that is resumed, or repeated as it was, may open again what it has opened.
+        identity: of the run and what it tests: one that is resumed, or repeated with the same finalists, may open again
+            what it has opened.
         where: its directory.
         digests: of each image, see `data.Split`.
     """
@@ -64,11 +67,18 @@ def opened_before(register: Path, fingerprint: str, identity: str, digests: Iter
     records = _read(register)
     if any(record["certify"] == fingerprint and record["run"] == identity for record in records):
         return None
+    return _shared([record for record in records if record["run"] != identity], fingerprint, digests)
+
+
+def opened_elsewhere(register: Path, fingerprint: str, where: str, digests: Iterable[int] = ()) -> Opened | None:
+    """What runs in other directories have opened of these images, before it is known what this one will test."""
+    return _shared([record for record in _read(register) if record["where"] != where], fingerprint, digests)
+
+
+def _shared(records: Iterable[Mapping[str, Any]], fingerprint: str, digests: Iterable[int]) -> Opened | None:
     ours = np.fromiter(digests, np.uint64)
     seen, where = np.zeros(len(ours), bool), []
     for record in records:
-        if record["run"] == identity:
-            continue
         same = np.full(len(ours), True) if record["certify"] == fingerprint else np.isin(ours, _digests(record))
         if record["certify"] == fingerprint or same.any():
             seen |= same
@@ -101,5 +111,5 @@ def _read(register: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _digests(record: dict[str, Any]) -> np.ndarray:
+def _digests(record: Mapping[str, Any]) -> np.ndarray:
     return np.frombuffer(base64.b64decode(record.get("images", "")), "<u8")

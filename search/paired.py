@@ -89,7 +89,7 @@ def exact(worse: int, better: int, count: int, margin: float) -> float:
     least = betaincinv(better, count - better + 1, OUTSIDE / 2) if better else 0.0
     most = betaincinv(better + 1, count - better, 1 - OUTSIDE / 2) if better < count else 1.0
     ends = np.clip([least, most], max(-margin, 0.0), (1 - margin) / 2)
-    gained = np.linspace(*np.sqrt(ends), SHARES) ** 2
+    gained = np.linspace(math.sqrt(ends[0]), math.sqrt(ends[1]), SHARES) ** 2
     first, last = int(binom.ppf(TAIL, count, gained[0])), int(binom.ppf(1 - TAIL, count, gained[-1]))
     gains = np.arange(first, last + 1)
     as_low = float(score(worse, better, count, margin)) + 1e-9

@@ -29,6 +29,7 @@ from treesurgeon.search.evaluate import Batches, in_precision
 from treesurgeon.search.finalists import finish, pick, received, refine
 from treesurgeon.search.live import Generation
 from treesurgeon.search.lock import alone
+from treesurgeon.search.openings import REGISTER, opened_elsewhere
 from treesurgeon.search.page import write_page
 from treesurgeon.search.pool import Pool
 from treesurgeon.search.room import roomy
@@ -49,6 +50,7 @@ from treesurgeon.search.unlabelled import taught
 from treesurgeon.search.workers import Crew, Job
 
 Say = Callable[[str], None]
+UNEVEN = 3  # times as many images of a class as of another are worth a word
 
 
 def run(config: Config, say: Say = print, pool: Pool | None = None) -> Outcome:
@@ -91,16 +93,21 @@ def _found(setting: Setting, say: Say, pool: Pool, layout: Layout | None, took: 
     say(
         f"{config.data}: {counts} images" + ("" if roles.clean else "; it is unknown what the checkpoint was fitted on")
     )
+    if roles.twice:
+        again = ", ".join(f"{count:,} of {role}" for role, count in roles.twice.items())
+        say(f"left out, since a role before has the same image: {again}")
     if setting.unlabelled:
         say(
             f"{config.unlabelled}: {len(setting.unlabelled):,} images without labels, for norm statistics, kernels and "
             f"the dense model's answers, which score candidates too where search is small (--unlabelled)"
         )
-    if config.task != CLASSIFICATION.name:
-        names = ", ".join(roles.label_names[:12]) + (", …" if len(roles.label_names) > 12 else "")
-        say(f"{config.task}: each image has {names}; judged by {config.metric} (--task, --metric)")
+    for line in choices(setting):
+        say(line)
     if config.certify and roles.clean:
         say(config.judged_by.resolution(roles.certify.labels, config.epsilon, config.delta))
+        at = config.directory.parent / REGISTER, roles.fingerprints["certify"], str(config.directory)
+        if before := opened_elsewhere(*at, roles.certify.digests):
+            say(f"{before}: a claim from them would not hold its level; none is made, unless this repeats that run")
     if crossval.needed(setting):
         say("which is too few for yours: cross-validation on search and certify will take the certificate's place")
     content = identity(config, {"data": setting.fingerprints, "checkpoint": setting.checkpoint})
@@ -113,6 +120,29 @@ def _found(setting: Setting, say: Say, pool: Pool, layout: Layout | None, took: 
         timings = Timings(config.directory / "timings.csv" if hosts.lead() else None)
         timings.add("opening", took)
         return go_on(setting, say, pool, layout, timings)
+
+
+def choices(setting: Setting) -> list[str]:
+    """What errors are of and how finalists are fine-tuned, with the flags that say otherwise."""
+    config, roles, recipe = setting.config, setting.roles, setting.recipe
+    if config.task != CLASSIFICATION.name:
+        names = ", ".join(roles.label_names[:12]) + (", …" if len(roles.label_names) > 12 else "")
+        lines = [f"{config.task}: each image has {names}; judged by {config.metric} (--task, --metric)"]
+    else:
+        counts = np.unique(roles.train.labels, return_counts=True)[1]
+        uneven = (
+            f"; classes have {counts.min():,} to {counts.max():,} images of train, and balanced_accuracy, f1 and auroc "
+            f"count them alike"
+        )
+        rare = counts.max() >= UNEVEN * counts.min() and not config.judged_by.per_class
+        lines = [f"judged by {config.metric} (--metric){uneven if rare else ''}"]
+    if recipe.epochs:
+        lines.append(
+            f"finalists are fine-tuned for {recipe.epochs} epochs in batches of {recipe.batch_size}, at a peak rate of "
+            f"{recipe.learning_rate:g}, and are as they were at their best on search (--epochs, --batch-size, "
+            f"--learning-rate)"
+        )
+    return lines
 
 
 def opened(config: Config, hold: int | None) -> Setting:

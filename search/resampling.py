@@ -135,10 +135,11 @@ class F1(Resampled):
     description = "F1 scores are means over the classes, or labels (macro F1)"
 
     def observe(self, answers: Answers) -> Marked:
-        """Which class, or which labels the answers have."""
+        """Which class, or which labels the answers have; none where a logit is no number."""
         logits = answers.logits
         several = answers.labels.ndim == 2
-        return Marked.of(answers, logits > 0 if several else logits.argmax(-1)[:, None] == np.arange(logits.shape[1]))
+        value = logits > 0 if several else logits.argmax(-1)[:, None] == np.arange(logits.shape[1])
+        return Marked.of(answers, value & ~np.isnan(logits).any(-1, keepdims=True))
 
     def errors(self, seen: Marked, weights: np.ndarray) -> np.ndarray:
         """From weighted counts of hits, answers and labels."""

@@ -6,9 +6,10 @@ Linear probes: G. Alain, Y. Bengio: "Understanding intermediate layers using lin
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -16,8 +17,10 @@ import numpy as np
 
 from treesurgeon import engine
 from treesurgeon.search.data import Roles, Split
-from treesurgeon.search.depth_chart import OWN
+from treesurgeon.search.depth_chart import OWN, depths
 from treesurgeon.search.heads import best_head, quick_head
+from treesurgeon.search.pictures import write_pictures
+from treesurgeon.search.report import write_depth
 from treesurgeon.search.subject import Subject
 from treesurgeon.search.transfer import by_batch
 
@@ -108,6 +111,34 @@ def own_head(subject: Subject, roles: Roles) -> Cut:
     cost = {name: int(value) for name, value in engine.cost(subject.graph, engine.Plan())._asdict().items()}
     spread = float(search.std() / math.sqrt(len(search)))
     return Cut(OWN, None, cost, 1 - float(train.mean()), 1 - float(search.mean()), None, spread)
+
+
+def write_cuts(directory: Path, model: str, cuts: Sequence[Cut], score: str) -> None:
+    """Write them as `depth.csv`, `depth.svg` and `depth.png`, which a run's report shows.
+
+    Args:
+        directory: where.
+        model, score: what the picture is of.
+        cuts: in order.
+    """
+    rows = [
+        {
+            "point": cut.point,
+            "features": cut.features,
+            "params": cut.params,
+            "macs": cut.macs,
+            "train_accuracy": cut.train,
+            "search_accuracy": cut.search,
+            "gap": cut.train - cut.search,
+            "penalty": cut.penalty,
+        }
+        for cut in cuts
+    ]
+    write_depth(directory / "depth.csv", rows)
+    told = [f"{cut.point}: {cut.params:,} parameters, {cut.macs:,} multiply-accumulates" for cut in cuts]
+    shares = {"train": [cut.train for cut in cuts], "search": [cut.search for cut in cuts]}
+    chart = depths(f"{model}: {score} against depth", [cut.point for cut in cuts], shares, told)
+    write_pictures(directory, "depth", [chart])
 
 
 def _with_head(stem: Any, features: int, classes: int) -> dict[str, int]:

@@ -16,6 +16,7 @@ neural networks", ICML 2017. Numbers have no temperature.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -129,8 +130,8 @@ class Classification(Task):
         return top + np.log(np.exp(outputs - top[:, None]).sum(1)) - right
 
     def wrong(self, outputs: Any, targets: Any) -> Any:
-        """Whether another class has the largest logit."""
-        return outputs.argmax(-1) != targets
+        """Whether another class has the largest logit, or one is no number."""
+        return (outputs.argmax(-1) != targets) | ~(outputs.max(-1) > -math.inf)
 
     def divergence(self, dense: Array, outputs: Array) -> Array:
         """Kullback and Leibler's."""
@@ -172,8 +173,8 @@ class Multilabel(Task):
         return (np.logaddexp(0, outputs) - outputs * targets).mean(-1)
 
     def wrong(self, outputs: Any, targets: Any) -> Any:
-        """Share of labels with log-odds of the wrong sign."""
-        return ((outputs > 0) != (targets > 0.5)).mean(-1)
+        """Share of labels with log-odds of the wrong sign, or that are no number."""
+        return (((outputs > 0) != (targets > 0.5)) | ~(abs(outputs) >= 0)).mean(-1)
 
     def divergence(self, dense: Array, outputs: Array) -> Array:
         """Mean over labels of Kullback and Leibler's."""

@@ -27,7 +27,7 @@ from treesurgeon.search.latency import profile
 from treesurgeon.search.setting import Setting
 from treesurgeon.search.space import in_words
 from treesurgeon.search.subject import Subject
-from treesurgeon.search.survey import Cut, survey
+from treesurgeon.search.survey import Cut, survey, write_cuts
 from treesurgeon.search.transfer import adapted, feature_finder
 from treesurgeon.search.tuning import Tuned
 
@@ -57,7 +57,8 @@ def truncations(
     answered = setting.roles.task.answered
     told = ", ".join(f"{cut.point} ({cut.search:.1%} {answered} on search)" for cut in chosen)
     found = f"{told} become finalists, against {cuts[-1].search:.1%} at full depth" if chosen else "none is smaller"
-    say(f"{len(cuts)} depths tried with linear heads on one forward pass: {found}")
+    say(f"{len(cuts)} depths tried with linear heads on one forward pass: {found} (--truncations; depth.csv)")
+    hosts.together(lambda: write_cuts(config.directory, config.model, cuts, setting.roles.task.score))
     starts = []
     for cut in chosen:
         subject = headed(setting, cut.point, budget, say)

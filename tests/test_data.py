@@ -135,6 +135,19 @@ def test_images_are_scaled_normalised_and_stay_with_their_labels(npz):
         assert split.labels.dtype == np.int32
 
 
+def test_an_image_that_is_stored_twice_has_one_role(npz):
+    x, y = arrays(140)
+    again = {"x_train": x[:40], "y_train": y[:40], "x_test": np.r_[x[:20], x[40:]], "y_test": np.r_[y[:20], y[40:]]}
+    roles = split_roles(npz(**again), ("train",))
+    assert len(roles.train) == 40
+    digests = np.concatenate([getattr(roles, role).digests for role in ROLES])
+    assert len(np.unique(digests)) == len(digests) == 140
+    assert sum(roles.twice.values()) == 20
+    assert split_roles(npz(), ("train",)).twice == {}
+    with pytest.raises(DataError, match=r"all images of search are, pixel for pixel, .* \(train\): add others"):
+        split_roles(npz(**{**again, "x_test": x[:40], "y_test": y[:40]}), ("train",))
+
+
 def test_prefixes_are_mixed(npz):
     x, _ = arrays(1000)
     roles = split_roles(npz(x=x, y=np.repeat(np.arange(5), 200)), None)

@@ -66,6 +66,14 @@ def test_a_large_loss_counts_as_the_cap_and_so_does_one_that_is_not_a_number():
     assert METRICS["cross_entropy"].observe(Answers(logits, np.array([0, 0]))).tolist() == [metrics.MOST_NATS] * 2
 
 
+@pytest.mark.parametrize("name", ["accuracy", "balanced_accuracy", "f1"])
+def test_an_answer_that_is_not_a_number_is_wrong(name):
+    found = answers(60, 3)
+    broken = Answers(np.where(np.arange(3) == 1, np.nan, found.logits), found.labels)
+    assert found.task.wrong(broken.logits, broken.labels).all()
+    assert METRICS[name].error(METRICS[name].observe(broken)) == 1
+
+
 @pytest.mark.parametrize("name", METRICS)
 def test_p_values_fall_with_the_margin_and_nobody_beats_identical_answers_for_free(name, monkeypatch):
     monkeypatch.setattr(resampling, "REPLICATES", 400)
@@ -92,7 +100,9 @@ def test_p_values_fall_with_the_margin_and_nobody_beats_identical_answers_for_fr
 def test_with_one_class_the_stratified_test_is_tangos(worse, better, count, margin):
     found = stratified(np.array([worse]), np.array([better]), np.array([count]), margin)
     alone = float(stats.norm.cdf(score(worse, better, count, margin)))
-    assert found == pytest.approx(max(alone, stats.binom.cdf(max(worse - better, 0), count, max(margin, 0))), abs=1e-6)
+    gained = max(better - worse, 0)
+    floor = stats.binom.cdf(max(worse - better, 0), count, margin + gained / count)
+    assert found == pytest.approx(max(alone, floor), abs=1e-6)
 
 
 @pytest.mark.parametrize("margin", [-0.1, 0.0, 0.03, 0.2])

@@ -5,7 +5,7 @@ import json
 import numpy as np
 
 from treesurgeon.search import open_source, split_roles
-from treesurgeon.search.openings import Opened, claim_opening, opened_before, record_opening
+from treesurgeon.search.openings import Opened, claim_opening, opened_before, opened_elsewhere, record_opening
 
 
 def test_certify_is_opened_once(tmp_path):
@@ -38,6 +38,14 @@ def test_what_is_recorded_all_the_same_counts(tmp_path):
     assert opened_before(register, "c", "3", [2, 3]) == Opened(("two",), 1, 2)
 
 
+def test_what_others_opened_is_known_before_anything_is_tested(tmp_path):
+    register = tmp_path / "openings.jsonl"
+    assert opened_elsewhere(register, "a", "one", [1, 2]) is None
+    record_opening(register, "a", "1", "one", [1, 2])
+    assert opened_elsewhere(register, "a", "one", [1, 2]) is None  # itself
+    assert opened_elsewhere(register, "b", "two", [2, 3]) == Opened(("one",), 1, 2)
+
+
 def test_old_records_are_known_by_their_fingerprint(tmp_path):
     register = tmp_path / "openings.jsonl"
     register.write_text(json.dumps({"certify": "abc", "run": "1", "where": "old"}) + "\n")
@@ -50,13 +58,13 @@ def test_old_records_are_known_by_their_fingerprint(tmp_path):
 def test_digests_are_those_of_the_images_whatever_the_seed_and_the_normalisation(tmp_path):
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 256, (300, 4, 4, 1), np.uint8), np.arange(300) % 3
-    np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x[::-1][:60], y_test=y[::-1][:60])
+    np.savez(tmp_path / "a.npz", x_train=x[:240], y_train=y[:240], x_test=x[240:], y_test=y[240:])
     source = open_source(f"npz:{tmp_path / 'a.npz'}")
     roles = [split_roles(source, ("train",), seed=seed, mean=(mean,)) for seed, mean in ((0, 0.0), (1, 0.5))]
     by_image = {}
     for split in (part for r in roles for part in (r.train, r.search, r.certify, r.test)):
         assert len(split.digests) == len(split)
         for origin, index, digest in zip([split.origin] * len(split), split.indices, split.digests, strict=True):
-            at = int(index) if origin == ("train",) else 299 - int(index)
+            at = int(index) if origin == ("train",) else 240 + int(index)
             assert by_image.setdefault(at, digest) == digest
     assert len(set(by_image.values())) == len(by_image) == 300

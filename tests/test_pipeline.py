@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -28,11 +29,12 @@ from treesurgeon.models import ModelError
 from treesurgeon.search import Config, RunError, open_source, run, split_roles
 from treesurgeon.search.budget import Budget
 from treesurgeon.search.cli import main
-from treesurgeon.search.conclusion import find_certificate
+from treesurgeon.search.conclusion import find_certificate, register
 from treesurgeon.search.config import Criterion
 from treesurgeon.search.data import SHARES
 from treesurgeon.search.latency import profile_plan
 from treesurgeon.search.openings import claim_opening
+from treesurgeon.search.pipeline import choices
 from treesurgeon.search.ranking import rank
 from treesurgeon.search.records import images_again, numbers, open_run
 from treesurgeon.search.selection import Finalist, Verdict
@@ -389,6 +391,7 @@ def zoo(place):
         ({"macs": 1e-9}, "cannot be met"),
         ({"macs": -1.0}, "--macs"),
         ({"delta": 0.0}, "--delta"),
+        ({"eta": 0.0}, "--eta 0.0: expected more than 0"),
         ({"latency": -1.0}, "--latency"),
         ({"activation_bytes": 1e-9}, "--activation-bytes: .* cannot be met"),
         ({"population": 1}, "--population"),
@@ -406,10 +409,10 @@ def zoo(place):
 def test_bad_input(zoo, monkeypatch, changes, message):
     monkeypatch.chdir(zoo)
     rng = np.random.default_rng(0)
-    x, y = rng.random((200, 8, 8, 1), np.float32), np.arange(200) % 10
-    np.savez("labels.npz", x_train=x, y_train=y + 1, x_test=x, y_test=y)
-    np.savez("shape.npz", x_train=x[:, 1:], y_train=y, x_test=x[:, 1:], y_test=y)
-    np.savez("lacking.npz", x_train=x, y_train=y, x_test=x[y != 3], y_test=y[y != 3])
+    x, more, y = *rng.random((2, 200, 8, 8, 1), np.float32), np.arange(200) % 10
+    np.savez("labels.npz", x_train=x, y_train=y + 1, x_test=more, y_test=y)
+    np.savez("shape.npz", x_train=x[:, 1:], y_train=y, x_test=more[:, 1:], y_test=y)
+    np.savez("lacking.npz", x_train=x, y_train=y, x_test=more[y != 3], y_test=y[y != 3])
     np.savez("empty.npz", x_train=x[:0], y_train=y[:0], x_test=x[:0], y_test=y[:0])
     given = config(zoo, **changes)
     with pytest.raises((TreesurgeonError, ModelError), match=message) as caught:
@@ -567,9 +570,9 @@ def test_what_is_not_certified_and_why(zoo, tmp_path, why):
     if why in ("opened before", "overlap"):
         (tmp_path / "run").mkdir()
         (tmp_path / "run/config.json").write_text("{}")
-        register = tmp_path / "certify-openings.jsonl"
+        openings = tmp_path / "certify-openings.jsonl"
         theirs = setting.roles if why == "opened before" else prepare(config(zoo, seed=1)).roles
-        claim_opening(register, theirs.fingerprints["certify"], "another", "runs/other", theirs.certify.digests)
+        claim_opening(openings, theirs.fingerprints["certify"], "another", "runs/other", theirs.certify.digests)
         if why == "overlap":
             ours, others = ({x.tobytes() for x in roles.certify.images} for roles in (setting.roles, theirs))
             assert ours & others
@@ -578,6 +581,33 @@ def test_what_is_not_certified_and_why(zoo, tmp_path, why):
     found = find_certificate(setting, budget, finalists, dense, Verdict(small, True, {}, ""))
     assert not found.valid
     assert why in found.sentence
+
+
+def test_other_finalists_make_another_run_and_larger_ones_are_not_tested(zoo, tmp_path):
+    setting = prepare(config(zoo, epsilon=0.3, out=str(tmp_path / "run")))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text("{}")
+    dense, small = Finalist("dense", {"params": 2}, 0.1, 0.1), Finalist("v1", {"params": 1}, 0.1, 0.1)
+    large = Finalist("t1", {"params": 3}, 0.1, 0.1)
+    _, _, first, _ = register(setting, [small])
+    assert first == register(setting, [small])[2] != register(setting, [replace(small, search_error=0.2)])[2]
+    budget = Budget(setting.subject.graph, {}, {}, {})
+    found = find_certificate(setting, budget, [large], dense, Verdict(large, True, {}, ""))
+    assert (found.valid, found.steps) == (False, ())
+    assert "no finalist is smaller than the dense model" in found.sentence
+    assert not (tmp_path / "certify-openings.jsonl").exists()
+
+
+def test_choices_are_said_with_their_flags(zoo):
+    setting = prepare(config(zoo, epochs=3))
+    judged, tuned = choices(setting)
+    assert judged == "judged by accuracy (--metric)"
+    assert tuned.startswith("finalists are fine-tuned for 3 epochs in batches of ")
+    roles = setting.roles.map(lambda split: replace(split, labels=np.arange(len(split)) % 10 // 9))
+    judged = choices(replace(setting, roles=roles))[0]
+    assert "; classes have " in judged
+    assert "balanced_accuracy" in judged
+    assert len(choices(prepare(config(zoo, epochs=0)))) == 1
 
 
 @pytest.mark.slow

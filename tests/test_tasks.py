@@ -109,6 +109,12 @@ def test_strata_hold_enough_images_and_rare_labels_have_their_own():
     assert all(numbers[bins == i].max() < numbers[bins == i + 1].min() for i in range(9))
 
 
+def test_a_label_that_is_not_a_number_is_wrong():
+    labels = np.array([[0.0, 0, 1]])
+    assert MULTILABEL.wrong(np.array([[np.nan, -1, 1]]), labels) == pytest.approx(1 / 3)
+    assert MULTILABEL.wrong(jnp.array([[jnp.nan, jnp.nan, jnp.nan]]), labels) == 1
+
+
 # --- data -------------------------------------------------------------------------------------------------------------
 
 

@@ -148,11 +148,14 @@ def test_a_truncation_is_selected_saved_and_loaded(place):
 
 
 def test_a_truncation_comes_with_the_widths_of_a_variant_as_well(place, tmp_path):
-    setting, said = prepare(config(place, epochs=0, truncations=1, head_widths=(0,))), []
+    setting, said = prepare(config(place, epochs=0, truncations=1, head_widths=(0,), out=str(tmp_path))), []
     graph = setting.subject.graph
     plan = engine.Plan({name: np.arange(max(1, group.size // 2)) for name, group in graph.groups.items()})
     none = Budget(None, {}, {}, {})
     deep, narrow = truncating.truncations(setting, none, said.append, plan)
+    with (setting.config.directory / "depth.csv").open() as file:
+        depths = [row["point"] for row in csv.DictReader(file)]
+    assert depths == list(engine.points(setting.subject.infer, setting.subject.graph, setting.subject.spec.example))
     assert [deep.name, narrow.name] == ["t1", "t2"]
     assert deep.subject is narrow.subject
     assert not deep.plan.keep
