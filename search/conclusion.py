@@ -270,7 +270,7 @@ def find_certificate(
     if not config.certify:
         return none("certify was left closed")
     if not roles.clean:
-        return none("it is unknown what the checkpoint was fitted on")
+        return none(roles.doubt)
     least = metric.smallest_margin(roles.certify.labels, config.delta)
     if least > config.epsilon:
         wanted, can = f"{metric.scale * config.epsilon:g} {metric.unit}", f"{metric.scale * least:.2g}"

@@ -67,6 +67,7 @@ class Roles:
         clean: whether `search`, `certify` and `test` hold nothing the checkpoint was fitted on, as far as it
             was declared. No gap is claimed where it is False.
         label_names: names of the classes, by label; or of the labels, or numbers, of an image.
+        doubt: why `clean` is False, in words; empty where it is not.
         twice: images that were left out of a role because one before it has the same, pixel for pixel.
     """
 
@@ -76,6 +77,7 @@ class Roles:
     test: Split
     clean: bool
     label_names: tuple[str, ...]
+    doubt: str = ""
     twice: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -109,7 +111,7 @@ def split_roles(
     """Give every image of a dataset one role, and read the images.
 
     An image that is stored twice has the first of its roles alone: what was fitted or chosen on it would else be judged
-    on it.
+    on it. A role of which nothing would be left keeps its images, and then nothing is clean.
 
     Args:
         source: an open dataset.
@@ -143,6 +145,7 @@ def split_roles(
     splits: dict[str, Split] = {}
     twice: dict[str, int] = {}
     taken = np.zeros(0, np.uint64)
+    doubt = "it is unknown what the checkpoint was fitted on" if fitted is None else ""
     for stream, (roles, weights) in enumerate(plan.items()):
         origin = origins[roles[0]]
         labels = _read_labels(source, origin, num_classes)
@@ -151,17 +154,15 @@ def split_roles(
         parts = _divide(source, origin, strata, order, roles, weights, caps or {})
         for role, indices in parts.items():
             found = _read_split(source, origin, indices, labels[indices], input_shape, mean, std, hold)
-            if (again := np.isin(found.digests, taken)).any():
+            again = np.isin(found.digests, taken)
+            if again.all():
+                doubt = f"all images of {role} are, pixel for pixel, images of {' or '.join(splits)}"
+            elif again.any():
                 twice[role], kept = int(again.sum()), indices[~again]
-                if not len(kept):
-                    raise DataError(
-                        f"data {source.spec!r}: all images of {role} are, pixel for pixel, images of the roles before "
-                        f"it ({', '.join(splits)}): add others"
-                    )
                 found = _read_split(source, origin, kept, labels[kept], input_shape, mean, std, hold)
             taken = np.concatenate([taken, found.digests])
             splits[role] = found
-    return Roles(**splits, clean=fitted is not None, label_names=source.label_names, twice=twice)
+    return Roles(**splits, clean=not doubt, label_names=source.label_names, doubt=doubt, twice=twice)
 
 
 def sample_images(

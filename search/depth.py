@@ -83,7 +83,7 @@ def depth(options: Depth, say: Callable[[str], None]) -> list[Cut]:
     subject, roles, classes = opened.subject, opened.roles, len(opened.labels.names)
     say(
         f"{options.data}: {classes} classes, train {len(roles.train):,} and search {len(roles.search):,} images"
-        + ("" if roles.clean else "; it is unknown what the checkpoint was fitted on, so that gaps may be too small")
+        + ("" if roles.clean else f"; {roles.doubt}, so that gaps may be too small")
     )
     if options.head == "logistic" and roles.task.name == "regression":
         raise RunError("--head logistic: labels that are numbers take --head ridge")

@@ -90,9 +90,7 @@ def _found(setting: Setting, say: Say, pool: Pool, layout: Layout | None, took: 
     say(f"{config.model}: {dense.params:,} parameters, {dense.macs:,} multiply-accumulates for one image")
     say(f"{len(graph.groups)} groups of units, {len(graph.blocks)} droppable blocks")
     counts = ", ".join(f"{role} {len(getattr(roles, role)):,}" for role in ("train", "search", "certify", "test"))
-    say(
-        f"{config.data}: {counts} images" + ("" if roles.clean else "; it is unknown what the checkpoint was fitted on")
-    )
+    say(f"{config.data}: {counts} images" + ("" if roles.clean else f"; {roles.doubt}"))
     if roles.twice:
         again = ", ".join(f"{count:,} of {role}" for role, count in roles.twice.items())
         say(f"left out, since a role before has the same image: {again}")
