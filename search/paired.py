@@ -31,6 +31,7 @@ POWER = 0.8
 OUTSIDE = 1e-4  # chance that the share of gained images is not among those that `exact` tries
 SHARES = 64  # that it tries
 TAIL = 1e-10  # of a binomial distribution, that is left out
+FAR = 12  # standard deviations, beyond which nothing is left
 FINE = 256  # cells of `unseen`'s lattice up to the largest stake
 BETS = 24
 SMALLEST_BET = 1e-3  # of the largest one
@@ -125,7 +126,10 @@ def unseen(stakes: np.ndarray, counts: np.ndarray, observed: float, margin: floa
     unit = float(np.max(stakes)) / FINE
     cells, kind = np.unique(np.rint(np.asarray(stakes) / unit).astype(int), return_inverse=True)
     cells, counts = cells[::-1], np.bincount(kind, counts)[::-1]  # the largest stakes first
-    counts, cells, wanted = counts[cells > 0], cells[cells > 0], margin / unit
+    counts, cells = counts[cells > 0], cells[cells > 0]
+    common = np.gcd.reduce(cells)
+    cells, unit = cells // common, unit * common
+    wanted = margin / unit
     if wanted <= 0 or wanted >= (cells * counts).sum():
         return 0.0 if wanted > 0 else 1.0
     # Chances of 1 - 1/(tilt·stake), where that is above 0, by a Lagrange multiplier: those of the largest stakes alone.
@@ -135,9 +139,13 @@ def unseen(stakes: np.ndarray, counts: np.ndarray, observed: float, margin: floa
     chances = np.maximum(0, 1 - 1 / (tilt * cells))
     reach = math.floor(observed / unit + 1e-6)
     spread = math.sqrt((counts * chances * (1 - chances) * cells**2).sum())
-    size = 1 << math.ceil(math.log2(wanted + 12 * spread + 12 * FINE + reach))
+    if abs(reach - wanted) > FAR * spread:
+        return float(reach > wanted)
+    size = 1 << math.ceil(math.log2(wanted + FAR * (spread + cells[0]) + reach))
     turns = 2j * np.pi * np.arange(size) / size
-    logs = sum(n * np.log1p(p * np.expm1(turns * k)) for n, p, k in zip(counts, chances, cells, strict=True) if p > 0)
+    with np.errstate(divide="ignore"):  # a factor of 0 has the logarithm -∞
+        kinds = zip(counts, chances, cells, strict=True)
+        logs = sum(n * np.log1p(p * np.expm1(turns * k)) for n, p, k in kinds if p > 0)
     return float(np.clip(np.fft.fft(np.exp(logs)).real[: reach + 1].sum() / size, 0, 1))
 
 
