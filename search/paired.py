@@ -154,9 +154,9 @@ def smallest_unseen(stakes: np.ndarray, counts: np.ndarray, delta: float) -> flo
     return _least(lambda margin: unseen(stakes, counts, 0.0, margin), delta)
 
 
-def _least(p_value: Callable[[float], float], delta: float, most: float = 1.0) -> float:
-    """The least margin with a p-value of δ or less."""
-    low, high = 0.0, most
+def _least(p_value: Callable[[float], float], delta: float) -> float:
+    """The least margin from 0 to 1 with a p-value of δ or less."""
+    low, high = 0.0, 1.0
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         low, high = (low, middle) if p_value(middle) <= delta else (middle, high)
@@ -183,8 +183,8 @@ def stratified(worse: np.ndarray, better: np.ndarray, counts: np.ndarray, margin
     The score statistic: the mean difference less the margin, over its standard deviation at the probabilities that make
     the answers likeliest among those whose mean difference is the margin. These come from one Lagrange multiplier, and
     within a class from the one that makes its probabilities sum to 1; both are roots of monotone functions.
-    Asymptotic in the number of images of every class. No p-value is below what disagreements that did not turn up leave
-    open (see `unseen`), which alone would break the level where a variant only loses images of the smallest classes.
+    Asymptotic in the number of images of every class. By itself it claims too often of a variant that only loses images
+    of the smallest classes; so no p-value is below what disagreements that did not turn up leave open (see `unseen`).
 
     Args:
         worse: `int[classes]`, images that only the variant gets wrong.
