@@ -71,7 +71,7 @@ def exact(worse: int, better: int, count: int, margin: float) -> float:
     The chance of a score (see `score`) as low as the observed one, the largest over what H0 leaves open: the share of
     images that the variant gains. Of these shares, those within an interval of confidence 1 - `OUTSIDE` are tried, on a
     grid, and `OUTSIDE` is added. The score by itself, against the normal distribution, is asymptotic: of a variant that
-    only loses images it claims falsely up to twice as often as its level says.
+    only loses images it claims falsely up to about twice as often as its level says.
 
     K. Sidik: "Exact unconditional tests for testing non-inferiority in matched-pairs design", Statistics in Medicine
     2003. R. Berger, D. Boos: "P values maximized over a confidence set for the nuisance parameter", JASA 1994.

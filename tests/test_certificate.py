@@ -25,13 +25,10 @@ def by_definition(worse, better, count, margin):
     return norm.cdf((worse - better - count * margin) / deviation)
 
 
-CASES = pytest.mark.parametrize(
+@pytest.mark.parametrize(
     ("worse", "better", "count", "margin"),
     [(5, 3, 100, 0.05), (0, 0, 50, 0.1), (12, 30, 400, 0.01), (9, 4, 200, -0.02), (0, 7, 60, -0.05), (3, 0, 80, 0.2)],
 )
-
-
-@CASES
 def test_the_score_is_tangos(worse, better, count, margin):
     found = norm.cdf(float(score(worse, better, count, margin)))
     assert found == pytest.approx(by_definition(worse, better, count, margin), abs=1e-4)

@@ -195,15 +195,12 @@ def test_a_variant_that_only_loses_is_not_claimed_too_often(name, counts, monkey
     rng = np.random.default_rng(0)
 
     def error(share):
-        """The expected error where each image of the last class is lost with this chance; it is all but linear."""
-        lost = [right.copy() for _ in range(2)]
-        lost[1][labels == 1] = [9, 0]
-        return share * (metric.error(metric.observe(Answers(lost[1], labels))) if name != "f1" else f1_loss(share))
-
-    def f1_loss(share):
+        """The expected error where each image of the last class is lost with this chance."""
+        if name != "f1":  # in proportion
+            return share * metric.error(metric.observe(Answers(np.where(labels[:, None], [9, 0], right), labels)))
         hits = last * (1 - share)
         first = 2 * counts[0] / (2 * counts[0] + last - hits)
-        return (1 - (first + 2 * hits / (hits + last)) / 2) / share
+        return 1 - (first + 2 * hits / (hits + last)) / 2
 
     share = optimize.brentq(lambda s: error(s) - margin, 1e-9, 1 - 1e-9)
     claims = 0
