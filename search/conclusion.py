@@ -219,8 +219,8 @@ def estimate(setting: Setting, dense: Tuned, tuned: Sequence[Tuned]) -> dict[str
         return {}
     config, certify = setting.config, setting.roles.certify
     record_opening(*register(setting), certify.digests)
-    answers = answering(dense.infer, crossval.pool(setting.roles))(dense.variables)
-    shape = {"folds": crossval.fold_count(setting), "repeats": config.cv_repeats}
+    answers = answering(dense.infer, crossval.pool(setting))(dense.variables)
+    shape = {"folds": crossval.fold_count(setting), "repeats": config.cv_repeats, "judges": setting.held}
     return {
         each.name: cross_validate(each.trail, answers, config.judged_by, **shape, seed=config.seed, delta=config.delta)
         for each in tuned
@@ -348,6 +348,7 @@ def _curves(tuned: Sequence[Tuned]) -> list[dict[str, Any]]:
             "search_loss": epoch.search_loss,
             "search_error": epoch.search_error,
             "best": epoch.number == each.fitted.best_epoch,
+            "judges": each.judges,
         }
         for each in tuned
         if each.fitted

@@ -111,10 +111,10 @@ class Config:
     test then says whether the inputs are shifted. By default the checkpoint's norm statistics are compared."""
     unlabelled: str = ""
     """More images like those that the model is meant for, as for --data: labels are not looked at. Norm statistics and
-    kernels are fitted to them as to those of `train`, fine-tuning learns the dense model's answers to them, and where
-    `search` has fewer images than --search-images, candidates are scored by these answers as well. Images that have a
-    role already are left out, if they are the same pixel for pixel. An npz may hold `x` alone, a folder images at any
-    depth."""
+    kernels are fitted to them as to those of `train`, and fine-tuning learns the dense model's answers to them. Where
+    `search` has fewer images than --search-images, candidates are scored by these answers as well, and up to a fifth of
+    the images is held out of fine-tuning, to tell its best epoch. Images that have a role already are left out, if they
+    are the same pixel for pixel. An npz may hold `x` alone, a folder images at any depth."""
     unlabelled_images: int = 5000
     """Of these, how many are used at most."""
     unlabelled_weight: float | None = None
@@ -172,9 +172,10 @@ class Config:
     """Widths of a hidden layer that the new head of a truncated model may have; one that is better than a linear head
     on `search`, beyond what chance explains, is taken. 0: always a linear head."""
     epochs: int | None = None
-    """Epochs of fine-tuning for each finalist; the one that is best on `search` is kept. 0 only re-estimates
-    statistics. Default: 2, and where `train` is small as many as make 80 steps, but no more than 30. With --unlabelled
-    an epoch goes over the larger of both, and baselines that have labels alone take as many steps."""
+    """Epochs of fine-tuning for each finalist; the one that is best on `search` is kept (and on unlabelled images that
+    are held out, see --unlabelled). 0 only re-estimates statistics. Default: 2, and where `train` is small as many as
+    make 80 steps, but no more than 30. With --unlabelled an epoch goes over the larger of both, and baselines that have
+    labels alone take as many steps."""
     learning_rate: float = 0.01
     """Peak learning rate of fine-tuning (SGD with Nesterov momentum, cosine schedule)."""
     batch_size: int | None = None

@@ -23,11 +23,11 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from treesurgeon.search.data import Roles, Split
+from treesurgeon.search.data import Split
 from treesurgeon.search.metrics import Answers, Metric
 from treesurgeon.search.setting import Setting
-from treesurgeon.search.streaming import joined
 from treesurgeon.search.tasks import class_counts
+from treesurgeon.search.unlabelled import answered, merged
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,10 @@ def needed(setting: Setting) -> bool:
     return config.judged_by.smallest_margin(roles.certify.labels, config.delta) > config.epsilon
 
 
-def pool(roles: Roles) -> Split:
-    """The images of `search` and `certify`."""
-
-    def both(name: str) -> np.ndarray:
-        return np.concatenate([getattr(roles.search, name), getattr(roles.certify, name)])
-
-    images = joined(roles.search.images, roles.certify.images)
-    return Split(images, both("labels"), both("indices"), roles.search.origin, "", both("digests"), roles.task)
+def pool(setting: Setting) -> Split:
+    """The images of `search` and `certify`; after them those without labels that fine-tuning is judged on."""
+    both = merged(setting.roles.search, setting.roles.certify)
+    return merged(both, answered(setting, setting.held)) if setting.held else both
 
 
 def fold_count(setting: Setting) -> int:
@@ -90,7 +86,15 @@ def deal(strata: np.ndarray, count: int, seed: int, repeat: int) -> np.ndarray:
 
 
 def cross_validate(
-    trail: Sequence[Answers], dense: Answers, metric: Metric, *, folds: int, repeats: int, seed: int, delta: float
+    trail: Sequence[Answers],
+    dense: Answers,
+    metric: Metric,
+    *,
+    folds: int,
+    repeats: int,
+    seed: int,
+    delta: float,
+    judges: int = 0,
 ) -> Estimate:
     """Compare a finalist with the dense model.
 
@@ -102,20 +106,23 @@ def cross_validate(
         repeats: 1 or more, each with other folds.
         seed: of the folds.
         delta: level of either end of the interval.
+        judges: the last so many images are in no fold: every choice of an epoch is made with them.
     """
-    differences, dense_errors, kept, strata = [], [], [], dense.task.strata(dense.labels)
+    count = len(dense.labels) - judges
+    differences, dense_errors, kept, strata = [], [], [], dense.task.strata(dense.labels[:count])
     for repeat in range(repeats):
         at = deal(strata, folds, seed, repeat)
         for fold in range(folds):
-            held, others = np.flatnonzero(at == fold), np.flatnonzero(at != fold)
+            held = np.flatnonzero(at == fold)
+            others = np.setdiff1d(np.arange(count + judges), held)
             best = min(range(len(trail)), key=lambda epoch, rows=others: _merit(trail[epoch][rows], metric))
             errors = [metric.error(metric.observe(answers[held])) for answers in (trail[best], dense)]
             differences.append(errors[0] - errors[1])
             dense_errors.append(errors[1])
             kept.append(best)
-    count, mean = len(differences), float(np.mean(differences))
-    deviation = math.sqrt(np.var(differences, ddof=1) * (1 / count + 1 / (folds - 1)))
-    half = float(stats.t.ppf(1 - delta, count - 1)) * deviation
+    tries, mean = len(differences), float(np.mean(differences))
+    deviation = math.sqrt(np.var(differences, ddof=1) * (1 / tries + 1 / (folds - 1)))
+    half = float(stats.t.ppf(1 - delta, tries - 1)) * deviation
     return Estimate(mean, mean - half, mean + half, float(np.mean(dense_errors)), tuple(kept))
 
 

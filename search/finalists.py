@@ -23,6 +23,7 @@ from treesurgeon.search.setting import Setting
 from treesurgeon.search.space import Space
 from treesurgeon.search.subject import Subject
 from treesurgeon.search.tuning import Tuned, tune
+from treesurgeon.search.unlabelled import judging
 
 HOPELESS = 1.5  # nats above the best loss of the front, before any fine-tuning
 
@@ -90,7 +91,7 @@ def shortlisted(config: Config) -> int:
 
 
 def appraise(setting: Setting, plan: engine.Plan, epochs: int = 0, start: Tuned | None = None) -> tuple[float, Tuned]:
-    """A candidate's loss on `search`, at the temperature that suits it best, and the candidate as it starts.
+    """A candidate's loss on what judges, at the temperature that suits it best, and the candidate as it starts.
 
     Args:
         setting: the run's.
@@ -101,7 +102,7 @@ def appraise(setting: Setting, plan: engine.Plan, epochs: int = 0, start: Tuned 
     start = found = start or variant(setting, setting.subject, "", plan)
     if epochs:
         found = tune(setting, start, lambda line: None, epochs=epochs, **as_finalists(setting))
-    answers = answering(found.infer, setting.roles.search)(found.variables)
+    answers = answering(found.infer, judging(setting))(found.variables)
     task, logits = answers.task, jnp.asarray(answers.logits)
     wanted = task.wanted(jnp.asarray(answers.labels), logits.shape[-1])
     factor = task.sharpness(logits, wanted, jnp.ones(len(logits)))
@@ -167,7 +168,7 @@ def fine_tuned(setting: Setting, start: Tuned, say: Callable[[str], None]) -> Tu
     Where a cross-validation has to take the certificate's place, what it answers to the pool is noted after each epoch;
     fine-tuning does not look at that.
     """
-    note = answering(start.infer, crossval.pool(setting.roles)) if crossval.needed(setting) else None
+    note = answering(start.infer, crossval.pool(setting)) if crossval.needed(setting) else None
     if not setting.recipe.epochs:
         return replace(start, trail=(note(start.variables),)) if note else start
     return tune(setting, start, say, note=note, **as_finalists(setting))
@@ -187,6 +188,7 @@ class Refined(NamedTuple):
     fitted: FitResult | None
     cost: Mapping[str, float]
     trail: tuple[Answers, ...]
+    judges: str
     said: tuple[str, ...]
 
 
@@ -196,7 +198,7 @@ def refine(setting: Setting, name: str, plan: engine.Plan, measured: Mapping[str
     found = finish(setting, name, plan, measured, said.append)
     variables = jax.tree.map(np.asarray, found.variables)
     fitted = replace(found.fitted, params=variables) if found.fitted else None
-    return Refined(name, plan, variables, fitted, found.cost, found.trail, tuple(said))
+    return Refined(name, plan, variables, fitted, found.cost, found.trail, found.judges, tuple(said))
 
 
 def received(setting: Setting, found: Refined, say: Callable[[str], None]) -> Tuned:
@@ -205,4 +207,5 @@ def received(setting: Setting, found: Refined, say: Callable[[str], None]) -> Tu
         say(line)
     subject = setting.subject
     infer = engine.narrow(subject.infer, subject.graph, found.plan)
-    return Tuned(found.name, found.plan, found.variables, infer, found.fitted, found.cost, subject, found.trail)
+    parts = found.fitted, found.cost, subject, found.trail, found.judges
+    return Tuned(found.name, found.plan, found.variables, infer, *parts)

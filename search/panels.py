@@ -320,7 +320,8 @@ def learning(run: Run) -> list[tuple[str, Chart, Html]]:
         best = next(i for i, row in enumerate(rows) if row["best"] == "True")
         start = overfitting(train, search)
         words = "no overfitting is seen" if start is None else f"overfitting starts at epoch {start}"
-        label = f"{name}: loss on search from {search[0]:.3g} to {search[-1]:.3g}, epoch {best} is kept, {words}"
+        where = rows[0].get("judges") or "search"
+        label = f"{name}: loss on {where} from {search[0]:.3g} to {search[-1]:.3g}, epoch {best} is kept, {words}"
         head = ("epoch", "train loss", "search loss", "search error")
         cells = [
             (

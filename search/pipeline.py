@@ -95,9 +95,11 @@ def _found(setting: Setting, say: Say, pool: Pool, layout: Layout | None, took: 
         again = ", ".join(f"{count:,} of {role}" for role, count in roles.twice.items())
         say(f"left out, since a role before has the same image: {again}")
     if setting.unlabelled:
+        count, held = len(setting.unlabelled), setting.held
         say(
-            f"{config.unlabelled}: {len(setting.unlabelled):,} images without labels, for norm statistics, kernels and "
-            f"the dense model's answers, which score candidates too where search is small (--unlabelled)"
+            f"{config.unlabelled}: {count:,} images without labels, for norm statistics, kernels and the dense model's "
+            f"answers, which score candidates too where search is small; finalists learn from {count - held:,} of them "
+            f"and are judged on {held:,}, beside search (--unlabelled)"
         )
     for line in choices(setting):
         say(line)
@@ -137,8 +139,8 @@ def choices(setting: Setting) -> list[str]:
     if recipe.epochs:
         lines.append(
             f"finalists are fine-tuned for {recipe.epochs} epochs in batches of {recipe.batch_size}, at a peak rate of "
-            f"{recipe.learning_rate:g}, and are as they were at their best on search (--epochs, --batch-size, "
-            f"--learning-rate)"
+            f"{recipe.learning_rate:g}, and are as they were at their best on {setting.judges} (--epochs, "
+            f"--batch-size, --learning-rate)"
         )
     return lines
 

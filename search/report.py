@@ -40,7 +40,7 @@ GROUP_COLUMNS = (
 )
 BLOCK_COLUMNS = ("block", "parent", "searched", "leaves")
 PIN_COLUMNS = ("axis", "reason")
-CURVE_COLUMNS = ("variant", "epoch", "train_loss", "search_loss", "search_error", "best")
+CURVE_COLUMNS = ("variant", "epoch", "train_loss", "search_loss", "search_error", "best", "judges")
 SPLITS = ("train", "search", "test")
 ENDS = ("difference", "low", "high")  # of a cross-validated estimate
 RESULT_COLUMNS = (

@@ -30,6 +30,7 @@ CALIBRATION = 256  # images that units are ranked on
 BATCH, SMALLEST_BATCH, STEPS_AN_EPOCH = 128, 16, 16  # of fine-tuning, where nothing else is said
 STEPS, MOST_EPOCHS = 80, 30
 BESIDE = 64  # unlabelled images a step
+HELD = 5  # one unlabelled image in so many, at most, is held out to judge fine-tuning by
 DISTILL = 0.5  # weight of the teacher's answers, where nothing else is said
 
 
@@ -114,9 +115,18 @@ class Setting:
     @property
     def scored(self) -> int:
         """How many images score a candidate."""
-        search = self.roles.search
-        more = 0 if isinstance(search.images, Streamed) else len(self.unlabelled or ())  # many images, then
-        return min(self.config.search_images, len(search) + more)
+        more = scarce(self.config, self.roles, self.unlabelled)
+        return min(self.config.search_images, len(self.roles.search)) + more
+
+    @property
+    def held(self) -> int:
+        """How many unlabelled images, the first ones, are held out of fine-tuning to judge it beside `search`."""
+        return held_out(self.config, self.roles, self.unlabelled)
+
+    @property
+    def judges(self) -> str:
+        """What tells the best epoch of a model that learns from unlabelled images, and a shortlist apart, in words."""
+        return f"search and {self.held:,} unlabelled images" if self.held else "search"
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,7 +221,8 @@ def _fitted_together(opened: Opened, hold: int | None) -> Setting:
     policy = make_policy(subject, config.freeze, config.layer_decay)
     dense = engine.cost(subject.graph, engine.Plan())._asdict()
     budget = limits(config.budget, dense)
-    recipe = make_recipe(config, len(roles.train), len(unlabelled or ()))
+    learnt = len(unlabelled or ()) - held_out(config, roles, unlabelled)
+    recipe = make_recipe(config, len(roles.train), learnt)
     config = replace(config, epochs=recipe.epochs, batch_size=recipe.batch_size)
     parts = roles, opened.mean, opened.std, budget, checkpoint, opened.fitted, recipe
     original = opened.subject if head else None
@@ -223,6 +234,18 @@ def calibration(roles: Roles, unlabelled: Split | None, count: int) -> np.ndarra
     images = np.asarray(roles.train.images[:count])
     more = count - len(images)
     return np.concatenate([images, unlabelled.images[:more]]) if unlabelled and more else images
+
+
+def scarce(config: Config, roles: Roles, unlabelled: Split | None) -> int:
+    """How many unlabelled images stand in for those of `search` that are wanted and not there."""
+    if not unlabelled or isinstance(roles.search.images, Streamed):  # many images, then
+        return 0
+    return min(len(unlabelled), max(0, config.search_images - len(roles.search)))
+
+
+def held_out(config: Config, roles: Roles, unlabelled: Split | None) -> int:
+    """See `Setting.held`."""
+    return min(scarce(config, roles, unlabelled), len(unlabelled or ()) // HELD)
 
 
 def make_recipe(config: Config, images: int, unlabelled: int = 0) -> Recipe:

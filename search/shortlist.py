@@ -29,6 +29,7 @@ def halved(
     count, half = setting.config.finalists, -(-len(plans) // 2)
     short = setting.recipe.epochs > 1 and half > count
     made: dict[int, Tuned] = {}
+    on = setting.judges
 
     def losses(name: str, which: Sequence[int], epochs: int) -> np.ndarray:
         def measure() -> dict[str, np.ndarray]:
@@ -36,9 +37,9 @@ def halved(
 
         return states.arrays(name, measure)["losses"]
 
-    best = chosen(losses("shortlist", range(len(plans)), 0), half if short else count, "refitted", say)
+    best = chosen(losses("shortlist", range(len(plans)), 0), half if short else count, f"refitted, loss on {on}", say)
     if short:
-        found = chosen(losses("shortlist_tuned", best, 1), count, "fine-tuned for an epoch", say)
+        found = chosen(losses("shortlist_tuned", best, 1), count, f"fine-tuned for an epoch, loss on {on}", say)
         best = [best[i] for i in found]
     return best, made
 
@@ -67,5 +68,5 @@ def chosen(losses: np.ndarray, count: int, what: str, say: Callable[[str], None]
     """Of a shortlist, the numbers of those with the lowest loss, best first; `what` was done with them."""
     order = np.argsort(losses, kind="stable")  # what is not a number comes last
     low, high = losses[order[[0, -1]]]
-    say(f"{len(losses)} candidates {what}, loss on search {low:.4f} to {high:.4f}: {count} go on (--shortlist)")
+    say(f"{len(losses)} candidates {what} {low:.4f} to {high:.4f}: {count} go on (--shortlist)")
     return order[:count].tolist()

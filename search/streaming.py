@@ -125,6 +125,11 @@ def joined(one: np.ndarray | Streamed, other: np.ndarray | Streamed) -> np.ndarr
     return np.concatenate([one, other])
 
 
+def tail(images: np.ndarray | Streamed, start: int) -> np.ndarray | Streamed:
+    """Images from one on; those that are on disk stay there."""
+    return replace(images, indices=images.indices[start:]) if isinstance(images, Streamed) else images[start:]
+
+
 class Ahead(Generic[K, V]):
     """A function whose next value is made while the last one is used.
 

@@ -17,7 +17,7 @@ from treesurgeon.search.metrics import Answers
 from treesurgeon.search.policy import EVERYTHING, Policy, held
 from treesurgeon.search.setting import Setting
 from treesurgeon.search.subject import Subject
-from treesurgeon.search.unlabelled import beside, weight
+from treesurgeon.search.unlabelled import beside, judging, weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +33,7 @@ class Tuned:
         cost: see `engine.cost`, and what was measured.
         subject: what the plan is of: the dense model, or that cut in depth.
         trail: answers to the pool after each epoch, where a cross-validation needs them.
+        judges: what the learning curve beside the training loss is of, in words.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Tuned:
     cost: Mapping[str, float]
     subject: Subject
     trail: tuple[Answers, ...] = ()
+    judges: str = "search"
 
 
 def untouched(setting: Setting) -> Tuned:
@@ -64,12 +66,12 @@ def tune(
     unlabelled: bool = False,
     note: Callable[[Any], Answers] | None = None,
 ) -> Tuned:
-    """Fit a model to `train`; the epoch that is best on `search` is kept.
+    """Fit a model to `train`; the epoch that is best on `search` is kept, see `unlabelled.judging`.
 
     Args:
         setting: the run's.
         start: the model as it starts.
-        say: told how the error on `search` went.
+        say: told how the error went.
         policy: which leaves stay, and at which rates the others learn.
         epochs: if None, the configured ones.
         learning_rate: likewise.
@@ -104,7 +106,8 @@ def tune(
         unlabelled=weight(setting),
         mirror=setting.mirrored,
     )
-    measure, trail = measurer(start.infer, roles.search, metric=metric), []
+    judges, where = (judging(setting), setting.judges) if more else (roles.search, "search")
+    measure, trail = measurer(start.infer, judges, metric=metric), []
 
     def evaluate(variables: Any) -> tuple[float, float]:
         if note:
@@ -115,7 +118,7 @@ def tune(
     result = fit(loss, start.variables, trainable, data, recipe, key, evaluate, rates=rates, given=given, beside=more)
     errors = ", ".join(metric.show(epoch.search_error) for epoch in result.history)
     say(
-        f"trained {start.name} ({start.cost['params']:,} parameters): {metric.noun} on search {errors}; "
+        f"trained {start.name} ({start.cost['params']:,} parameters): {metric.noun} on {where} {errors}; "
         f"kept epoch {result.best_epoch}"
     )
-    return replace(start, variables=result.params, fitted=result, trail=tuple(trail))
+    return replace(start, variables=result.params, fitted=result, trail=tuple(trail), judges=where)

@@ -18,7 +18,8 @@ from jax import Array
 
 from treesurgeon.search.data import Split
 from treesurgeon.search.evaluate import answering
-from treesurgeon.search.setting import Setting
+from treesurgeon.search.setting import Setting, scarce
+from treesurgeon.search.streaming import joined, tail
 from treesurgeon.search.subject import Subject
 from treesurgeon.search.transfer import adapted
 
@@ -35,12 +36,15 @@ def beside(setting: Setting) -> dict[str, Any]:
     if not setting.unlabelled:
         return {}
     assert setting.taught is not None
-    return {"unlabelled": setting.unlabelled.images, "taught": setting.taught}
+    return {
+        "unlabelled": tail(setting.unlabelled.images, setting.held),
+        "taught": setting.taught[setting.held :],
+    }
 
 
 def weight(setting: Setting) -> float:
     """Of these in the loss: by default every image counts alike."""
-    more, given = len(setting.unlabelled or ()), setting.config.unlabelled_weight
+    more, given = len(setting.unlabelled or ()) - setting.held, setting.config.unlabelled_weight
     return more / (more + len(setting.roles.train)) if given is None else given
 
 
@@ -49,21 +53,40 @@ def scoring(setting: Setting) -> Split:
 
     Agreement with the dense model on many images tells candidates apart better than the labels of few.
     """
-    search, unlabelled = setting.roles.search, setting.unlabelled
-    more = setting.scored - len(search)
-    if not unlabelled or more <= 0:
+    search = setting.roles.search
+    more = scarce(setting.config, setting.roles, setting.unlabelled)
+    if not more:
         return search
+    found = merged(search, answered(setting, more))
+    order = np.random.default_rng(setting.config.seed).permutation(len(found))  # any prefix is a random sample
+    return replace(found, images=found.images[order], labels=found.labels[order])
+
+
+def judging(setting: Setting) -> Split:
+    """What judges models that learn from unlabelled images: `search`, and where that has few images held out ones.
+
+    Early stopping by the labels of a few dozen images is chance.
+    """
+    search = setting.roles.search
+    return merged(search, answered(setting, setting.held)) if setting.held else search
+
+
+def answered(setting: Setting, count: int) -> Split:
+    """The first unlabelled images, with what the dense model answers to them for labels."""
+    assert setting.unlabelled
     assert setting.taught is not None
-    order = np.random.default_rng(setting.config.seed).permutation(setting.scored)
+    labels = setting.roles.search.task.decided(setting.taught[:count])
+    return replace(setting.unlabelled, images=setting.unlabelled.images[:count], labels=labels)
 
-    def joined(ours: Any, theirs: Any) -> np.ndarray:
-        return np.concatenate([ours, theirs[:more]])[order]  # any prefix is a random sample
 
+def merged(one: Split, other: Split) -> Split:
+    """Images of two kinds, end to end; where they are from is forgotten."""
+    labels = np.concatenate([one.labels, other.labels])
     return replace(
-        search,
-        images=joined(search.images, unlabelled.images),
-        labels=joined(search.labels, search.task.decided(setting.taught)),
-        indices=np.arange(setting.scored),
+        one,
+        images=joined(one.images, other.images),
+        labels=labels,
+        indices=np.arange(len(labels)),
         origin=(),
         digests=np.zeros(0, np.uint64),
         fingerprint="",

@@ -42,6 +42,22 @@ def test_the_epoch_is_chosen_without_the_images_that_it_answers():
     assert found.error == pytest.approx(1 - quarter.mean())
 
 
+def test_images_that_judge_are_in_every_choice_and_in_no_fold():
+    """One epoch is right on the pool and wrong on what judges, the other the other way round."""
+    labels, judges = np.arange(120) % 3, 90
+    pool = np.arange(120) < 120 - judges
+    trail, dense = [right(labels, pool), right(labels, ~pool)], right(labels, np.ones(120, bool))
+    for trusted, epoch, error in ((judges, 1, 1.0), (0, 1, 0.25)):
+        found = cross_validate(trail, dense, METRICS["accuracy"], **SETTINGS, judges=trusted)
+        assert set(found.epochs) == {epoch}
+        assert found.error == error
+    alone = [each[pool] for each in (*trail, dense)]
+    assert cross_validate(alone[:2], alone[2], METRICS["accuracy"], **SETTINGS).error == 0
+    folds = [cross_validate([right(labels, ~pool)], dense, METRICS["accuracy"], **SETTINGS, judges=judges)]
+    folds.append(cross_validate(alone[1:2], alone[2], METRICS["accuracy"], **SETTINGS))
+    assert folds[0] == folds[1]
+
+
 def test_the_difference_of_frozen_models_is_that_on_the_pool_and_the_interval_is_nadeau_bengios():
     rng = np.random.default_rng(1)
     labels = np.arange(500) % 3

@@ -44,7 +44,7 @@ def test_appraisal_is_the_loss_of_the_refitted_model_at_its_best_temperature(con
 
 def test_the_best_go_on_and_what_is_not_a_number_goes_last():
     said = []
-    assert chosen(np.array([0.7, np.nan, 0.5, 0.6]), 3, "refitted", said.append) == [2, 3, 0]
+    assert chosen(np.array([0.7, np.nan, 0.5, 0.6]), 3, "refitted, loss on search", said.append) == [2, 3, 0]
     assert said == ["4 candidates refitted, loss on search 0.5000 to nan: 3 go on (--shortlist)"]
 
 

@@ -14,13 +14,13 @@ from PIL import Image
 
 from treesurgeon import engine, models
 from treesurgeon.search import DataError
-from treesurgeon.search.crossval import pool
 from treesurgeon.search.data import open_source, split_roles
 from treesurgeon.search.evaluate import Evaluator, answering, batches
 from treesurgeon.search.finetune import Recipe, fit, objective
 from treesurgeon.search.space import build
-from treesurgeon.search.streaming import Ahead, Feed, Streamed
+from treesurgeon.search.streaming import Ahead, Feed, Streamed, tail
 from treesurgeon.search.subject import Subject
+from treesurgeon.search.unlabelled import merged
 
 SHAPE = (6, 5, 3)
 
@@ -53,7 +53,12 @@ def test_they_are_the_same(roles):
     mine, theirs = held.search.images, streamed.search.images
     for rows in (3, slice(2, 7), np.array([[3, 1], [1, 5]]), slice(0, 0)):
         np.testing.assert_array_equal(theirs[rows], mine[rows])
-    np.testing.assert_array_equal(pool(streamed).images, pool(held).images)
+    both = [merged(each.search, each.certify).images for each in (streamed, held)]
+    assert isinstance(both[0], Streamed)
+    np.testing.assert_array_equal(*both)
+    assert isinstance(tail(theirs, 3), Streamed)
+    np.testing.assert_array_equal(tail(theirs, 3), tail(mine, 3))
+    np.testing.assert_array_equal(tail(mine, 3), mine[3:])
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(theirs))[:3], mine[:3])
 
 

@@ -14,7 +14,9 @@ from treesurgeon import engine
 from treesurgeon.engine import TreesurgeonError
 from treesurgeon.search import DataError, run
 from treesurgeon.search.augment import flip_crop
+from treesurgeon.search.crossval import pool
 from treesurgeon.search.data import open_source, sample_images, split_roles
+from treesurgeon.search.evaluate import measurer
 from treesurgeon.search.finalists import fine_tuned, variant
 from treesurgeon.search.finetune import Recipe, fit, objective
 from treesurgeon.search.pipeline import build_space
@@ -25,7 +27,7 @@ from treesurgeon.search.streaming import Streamed
 from treesurgeon.search.subject import random_subject
 from treesurgeon.search.tasks import TASKS
 from treesurgeon.search.tuning import tune
-from treesurgeon.search.unlabelled import answers, scoring, taught, weight
+from treesurgeon.search.unlabelled import answers, beside, judging, scoring, taught, weight
 
 RNG = np.random.default_rng(0)
 
@@ -236,6 +238,45 @@ def test_finalists_learn_from_them_and_plain_baselines_do_not(tmp_path):
 
 def same(one, two):
     return jax.tree.all(jax.tree.map(np.array_equal, one, two))
+
+
+@pytest.mark.parametrize(("wanted", "unlabelled", "held"), [
+    (512, 300, 60), (512, 90, 18), (72, 300, 8), (64, 300, 0), (32, 300, 0), (512, 4, 0),
+])  # fmt: skip
+def test_some_are_held_out_where_search_has_few(tmp_path, wanted, unlabelled, held):
+    """At most one in five, and no more than candidates would be scored on."""
+    config = with_more(tmp_path, epochs=1, search_images=wanted)
+    setting = known(prepare(replace(config, unlabelled_images=unlabelled)))
+    assert len(setting.roles.search) == 64
+    assert setting.held == held
+    learnt, taught_ = beside(setting).values()
+    assert np.array_equal(learnt, setting.unlabelled.images[held:])
+    assert np.array_equal(taught_, setting.taught[held:])
+    assert weight(setting) == (unlabelled - held) / (unlabelled - held + 80)
+    judges = judging(setting)
+    assert len(judges) == 64 + held
+    assert np.array_equal(judges.images[:64], setting.roles.search.images)
+    assert np.array_equal(judges.labels[:64], setting.roles.search.labels)
+    assert np.array_equal(judges.images[64:], setting.unlabelled.images[:held])
+    assert np.array_equal(judges.labels[64:], setting.taught[:held].argmax(1))
+    assert setting.recipe.steps == max(5, -(-(unlabelled - held) // 64))
+
+
+def test_the_best_epoch_is_by_search_and_those_held_out(tmp_path):
+    """What learns from labels alone is judged on these alone; the pool of a cross-validation holds all of them."""
+    setting = known(prepare(with_more(tmp_path, epochs=3, search_images=512)))
+    start, said = variant(setting, setting.subject, "v1", engine.Plan()), []
+    both, plain = (tune(setting, start, said.append, unlabelled=each) for each in (True, False))
+    for model, judges in ((both, judging(setting)), (plain, setting.roles.search)):
+        kept = model.fitted.history[model.fitted.best_epoch]
+        assert kept.search_error == min(epoch.search_error for epoch in model.fitted.history)
+        assert measurer(model.infer, judges)(model.variables) == (kept.search_loss, kept.search_error)
+    assert (both.judges, plain.judges) == ("search and 60 unlabelled images", "search")
+    assert "on search and 60 unlabelled images" in said[0]
+    answered = pool(setting)
+    assert len(answered) == len(setting.roles.search) + len(setting.roles.certify) + 60
+    assert np.array_equal(answered.images[-60:], setting.unlabelled.images[:60])
+    assert np.array_equal(answered.labels[-60:], setting.taught[:60].argmax(1))
 
 
 def test_the_baselines_take_as_many_steps(tmp_path):
