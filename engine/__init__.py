@@ -26,7 +26,17 @@ from treesurgeon.engine.selectivity import (
 from treesurgeon.engine.shortened import Shortened
 from treesurgeon.engine.splitting import Split, split
 from treesurgeon.engine.statistics import momenta, reestimate
-from treesurgeon.engine.truncation import Head, Truncated, features, find_head, headless, levels, points, truncate
+from treesurgeon.engine.truncation import (
+    Head,
+    Truncated,
+    dense_stack,
+    features,
+    find_head,
+    headless,
+    levels,
+    points,
+    truncate,
+)
 
 __all__ = [
     "CRITERIA",
@@ -60,6 +70,7 @@ __all__ = [
     "contractions",
     "cost",
     "cut",
+    "dense_stack",
     "features",
     "find_head",
     "fisher_energy",

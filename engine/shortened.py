@@ -17,6 +17,7 @@ from treesurgeon.engine.jaxprs import path_name
 from treesurgeon.engine.truncation import Truncated, truncate
 
 HEAD, HIDDEN = "shortened_head", "shortened_hidden"
+ENTRY = f"before {HIDDEN}"  # what `points` of such a module calls the point at which it is cut
 
 
 class Shortened:

@@ -6,8 +6,9 @@
     short = truncate(fn, graph, "layer2_2", x)           # short(short.take(params), x): float[N, C]
 
 A *point* is a value that everything between inputs and output passes: the exit of a droppable block (named as the
-block), the entry of one where no other block ends (`before layer2_1`), and what feeds the head (`before linear`). The
-insides of loops have none. Masks and positions may pass a point by: they steer from the side (see blocks.py).
+block), the entry of one where no other block ends (`before layer2_1`), what feeds the dense layers that follow the last
+pool (`before dense0`), and what feeds the head (`before linear`). The insides of loops have none. Masks and positions
+may pass a point by: they steer from the side (see blocks.py).
 
 A truncated function is a function like any other: `trace` it with the leaves that it needs, to know what it costs or
 to prune it.
@@ -91,6 +92,23 @@ def headless(fn: Callable, graph: Graph) -> Callable:
 def points(fn: Callable, graph: Graph, *args: Any, **kwargs: Any) -> tuple[str, ...]:
     """The points of a function in order of execution; example arguments may be `jax.ShapeDtypeStruct`s."""
     return tuple(_points(Retracer(fn, graph)({}, args, kwargs)[0]))
+
+
+def dense_stack(fn: Callable, graph: Graph, *args: Any, **kwargs: Any) -> tuple[str, tuple[str, ...]] | None:
+    """The dense layers between the last pool and the head: the point before them, and the paths of their kernels.
+
+    None where the head follows the pool at once, where nothing is pooled, or where something leads past them.
+
+    Args:
+        fn: the function.
+        graph: the traced graph.
+        *args: example arguments, `jax.ShapeDtypeStruct`s do.
+        **kwargs: likewise.
+    """
+    found, _ = Retracer(fn, graph)({}, args, kwargs)
+    stack = _stack(found)
+    there = {point.value: name for name, point in _points(found).items()}
+    return (there[stack.value], stack.kernels) if stack and stack.value in there else None
 
 
 def levels(fn: Callable, graph: Graph, *args: Any, **kwargs: Any) -> dict[str, int]:
@@ -228,6 +246,12 @@ class _Point(NamedTuple):
     channels: tuple[int, ...]
 
 
+class _Stack(NamedTuple):
+    value: int  # what feeds it
+    module: str
+    kernels: tuple[str, ...]
+
+
 class _Found(NamedTuple):
     head: Head
     value: int  # what feeds it
@@ -274,6 +298,9 @@ def _points(found: Retraced) -> dict[str, _Point]:
         head = _head(found)
         named.setdefault(head.value, f"before {head.module}")
         last[head.value] = head
+        stack = _stack(found)
+        if stack and (name := f"before {stack.module}") not in named.values():
+            named.setdefault(stack.value, name)
     except StructureError:  # the function has no head: its blocks are there all the same
         pass
     solution, signal = analysis.solution, _signal(analysis)
@@ -285,6 +312,34 @@ def _points(found: Retraced) -> dict[str, _Point]:
         channels = (held[0],) if len(held) == 1 else (analysis.program.avals[v].ndim - 1,)
         out[named[v]] = _Point(v, last[v].channels if v in last else channels)
     return out
+
+
+def _stack(found: Retraced) -> _Stack | None:
+    """The dense layers between the last pool and the head.
+
+    A pool is what takes a value with spatial axes, behind the first contraction, to one without them. What feeds the
+    stack is the pool's input, which is then averaged, where that is only flattened.
+    """
+    analysis = found.analysis
+    program, kinds, signal = analysis.program, analysis.kinds, _signal(analysis)
+
+    def spatial(v: Operand) -> bool:
+        return v in signal and sum(n != 1 for n in program.aval(v).shape[1:]) > 1
+
+    live = live_eqns(analysis)
+    layers = [i for i in live if kernel_leaves(program, i, kinds)]
+    pools = [i for i in live if any(map(spatial, program.eqns[i].ins)) and not any(map(spatial, program.eqns[i].outs))]
+    dense = [i for i in layers if pools and i > pools[-1] > layers[0]][:-1]  # the last one is the head
+    if not dense or any(program.eqns[i].bodies for i in dense):
+        return None
+    first = program.eqns[dense[0]]
+    value = next(v for v in first.ins if v != kernel_operand(first, kinds))
+    pool = program.eqns[pools[-1]]
+    if pool.name == "reshape" and value in pool.outs:
+        value = pool.ins[0]
+    assert isinstance(value, int)
+    leaves = [min(kernel_leaves(program, i, kinds)) for i in dense]
+    return _Stack(value, analysis.modules[leaves[0]], tuple(found.paths[leaf] for leaf in leaves))
 
 
 def _signal(analysis: Analysis) -> set[int]:

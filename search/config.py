@@ -102,8 +102,10 @@ class Config:
     takes, else as they are."""
     head: Literal["auto", "keep", "fit"] = "auto"
     """Labels that are not the checkpoint's: by default the head is replaced where their number differs, or their names
-    where both are known, rows of classes that both name are carried over, and the others fitted to `train`. `keep`
-    takes the labels for the checkpoint's, `fit` fits every row."""
+    where both are known, rows of classes that both name are carried over, and the others fitted to `train`. Where both
+    name none, the dense layers after the last pool go as well, and the new head has a hidden layer (see --head-widths)
+    where `search` says so. `keep` takes the labels for the checkpoint's, `fit` fits every row, of the last layer
+    alone."""
     source_labels: tuple[str, ...] = ()
     """Names of the checkpoint's classes, in their order. Default: the zoo's."""
     source_data: str = ""
@@ -169,15 +171,19 @@ class Config:
     each also with the widths and blocks of the first variant. Default: 2 where the labels ask for a new head, else
     none."""
     head_widths: tuple[int, ...] = (16, 64)
-    """Widths of a hidden layer that the new head of a truncated model may have; one that is better than a linear head
-    on `search`, beyond what chance explains, is taken. 0: always a linear head."""
+    """Widths of a hidden layer that a new head may have, in a truncated model or where dense layers go; one that is
+    better than a linear head on `search`, beyond what chance explains, is taken. 0: always a linear head."""
     epochs: int | None = None
     """Epochs of fine-tuning for each finalist; the one that is best on `search` is kept (and on unlabelled images that
     are held out, see --unlabelled). 0 only re-estimates statistics. Default: 2, and where `train` is small as many as
     make 80 steps, but no more than 30. With --unlabelled an epoch goes over the larger of both, and baselines that have
     labels alone take as many steps."""
     learning_rate: float = 0.01
-    """Peak learning rate of fine-tuning (SGD with Nesterov momentum, cosine schedule)."""
+    """Peak learning rate of fine-tuning, which a warm-up leads to and a cosine to 0."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """Of fine-tuning: SGD with Nesterov momentum, or AdamW, which wants a lower --learning-rate."""
+    patience: int | None = None
+    """Stop fine-tuning a model after so many epochs without a better one. Default: run them all."""
     batch_size: int | None = None
     """Images a step of fine-tuning. Default: 128, and where `train` is small about a sixteenth of it, at least 16."""
     clip: float = 5.0
@@ -255,7 +261,7 @@ class Config:
             "population": 2, "generations": 1, "search_images": 1, "calibration_images": 0, "chunk": 1,
             "finalists": 1, "refit_images": 1, "epochs": 0, "batch_size": 1, "max_train": 1, "seed": 0,
             "unlabelled_images": 1, "latency_batch": 1, "cv_folds": 2, "cv_repeats": 1,
-            "epsilon": 0, "weight_decay": 0, "clip": 0, "scratch_epochs": 1, "truncations": 0,
+            "epsilon": 0, "weight_decay": 0, "clip": 0, "scratch_epochs": 1, "truncations": 0, "patience": 1,
         }  # fmt: skip
         for name, bound in least.items():
             if getattr(self, name) is not None and not getattr(self, name) >= bound:

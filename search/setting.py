@@ -20,6 +20,7 @@ from treesurgeon.search.metrics import pick_metric
 from treesurgeon.search.policy import EVERYTHING, Policy, make_policy
 from treesurgeon.search.room import roomy
 from treesurgeon.search.selection import limits
+from treesurgeon.search.shortening import without_stack
 from treesurgeon.search.streaming import Streamed
 from treesurgeon.search.subject import Subject, on_device, open_subject
 from treesurgeon.search.tasks import CLASSIFICATION, TASKS, Units
@@ -213,8 +214,11 @@ def _fitted_together(opened: Opened, hold: int | None) -> Setting:
         units = Units.of(roles.train.labels)
         roles = roles.map(lambda split: replace(split, labels=units.standardised(split.labels)))
     if opened.labels.replaced:  # first the statistics, as every variant will have them: the head is fitted to these
-        subject = adapted(subject, calibration(roles, unlabelled, config.statistics_images))
-        subject, head = with_new_head(subject, opened.labels, roles)
+        images = calibration(roles, unlabelled, config.statistics_images)
+        subject, made = adapted(subject, images), None
+        if config.head == AUTO and not opened.labels.carried:
+            made = without_stack(subject, opened.labels, roles, images, config.head_widths, config.seed)
+        subject, head = made or with_new_head(subject, opened.labels, roles)
     elif units:
         subject = rescaled(subject, units.inverse())
     check_augment(config.augment, subject.spec.input_shape)
@@ -261,9 +265,11 @@ def make_recipe(config: Config, images: int, unlabelled: int = 0) -> Recipe:
         beside=BESIDE,
         epochs=epochs if config.epochs is None else config.epochs,
         batch_size=size,
+        optimizer=config.optimizer,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         clip=config.clip or None,
+        patience=config.patience,
     )
 
 

@@ -92,6 +92,8 @@ class NewHead:
         images: of `train`, how many it was fitted to.
         train_accuracy: on these, share of right answers; in general one less the mean of `Task.wrong`.
         answered: what that is, in words.
+        dropped: paths of the kernels of dense layers that went with the checkpoint's head.
+        hidden: units of a hidden layer that came instead, 0 for none.
     """
 
     kernel: str
@@ -102,6 +104,8 @@ class NewHead:
     images: int
     train_accuracy: float
     answered: str = CLASSIFICATION.answered
+    dropped: tuple[str, ...] = ()
+    hidden: int = 0
 
     @property
     def sentence(self) -> str:
@@ -110,11 +114,18 @@ class NewHead:
         def named(names: Sequence[str]) -> str:
             return ", ".join(names[:12]) + (f", … ({len(names)})" if len(names) > 12 else "")
 
-        text = f"the labels are not the checkpoint's: new head {self.kernel} on {self.features} features; "
+        text = "the labels are not the checkpoint's"
+        if self.dropped:
+            text += (
+                f" in any part: its dense layers after the last pool go ({named(self.dropped)}; --head fit keeps them)"
+            )
+        layer = f", with a hidden layer of {self.hidden}" if self.hidden else ""
+        text += f": new head {self.kernel} on {self.features} features{layer}; "
         if self.carried:
             text += f"carried over: {named(self.carried)}; "
         if self.fitted:
-            text += f"fitted in closed form to {self.images:,} images of train: {named(self.fitted)}; "
+            how = "" if self.hidden else " in closed form"
+            text += f"fitted{how} to {self.images:,} images of train: {named(self.fitted)}; "
         return text + f"{self.train_accuracy:.2%} {self.answered} on train"
 
 
@@ -135,14 +146,7 @@ def with_new_head(subject: Subject, labels: Labels, roles: Roles) -> tuple[Subje
     """
     classes, train, task = len(labels.names), roles.train, roles.task
     head = replaceable(subject)
-    free = [i for i in range(classes) if i not in labels.carried]
-    seen = np.bincount(train.labels, minlength=classes) if task == CLASSIFICATION else np.ones(classes)
-    if empty := [labels.names[i] for i in free if not seen[i]]:
-        raise DataError(
-            f"class {empty[0]!r} has no image in train, so that no head can be fitted to it ({len(empty)} such "
-            f"classes): number the classes that there are from 0, raise --max-train, or, if the labels are the "
-            f"checkpoint's, pass --head keep"
-        )
+    free = check_classes(labels, roles)
     x = head_features(subject, train)
     kernel, bias = head_arrays(subject.variables, head)
     new_kernel, new_bias = np.zeros((x.shape[1], classes), np.float32), np.zeros(classes, np.float32)
@@ -167,6 +171,20 @@ def with_new_head(subject: Subject, labels: Labels, roles: Roles) -> tuple[Subje
         task.answered,
     )
     return new, told
+
+
+def check_classes(labels: Labels, roles: Roles) -> list[int]:
+    """The classes whose rows have to be fitted; each needs an image."""
+    train, classes = roles.train, len(labels.names)
+    free = [i for i in range(classes) if i not in labels.carried]
+    seen = np.bincount(train.labels, minlength=classes) if roles.task == CLASSIFICATION else np.ones(classes)
+    if empty := [labels.names[i] for i in free if not seen[i]]:
+        raise DataError(
+            f"class {empty[0]!r} has no image in train, so that no head can be fitted to it ({len(empty)} such "
+            f"classes): number the classes that there are from 0, raise --max-train, or, if the labels are the "
+            f"checkpoint's, pass --head keep"
+        )
+    return free
 
 
 def in_units(subject: Subject, variables: Any, units: Units) -> Any:

@@ -14,21 +14,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-import jax
-import jax.numpy as jnp
-
 from treesurgeon import engine
-from treesurgeon.search import hidden, hosts
+from treesurgeon.search import hosts
 from treesurgeon.search.budget import Budget, example
 from treesurgeon.search.finalists import fine_tuned, variant
-from treesurgeon.search.heads import LinearHead, best_head
-from treesurgeon.search.hidden import HiddenHead
+from treesurgeon.search.heads import best_head
 from treesurgeon.search.latency import profile
 from treesurgeon.search.setting import Setting
+from treesurgeon.search.shortening import shortened
 from treesurgeon.search.space import in_words
 from treesurgeon.search.subject import Subject
 from treesurgeon.search.survey import Cut, survey, write_cuts
-from treesurgeon.search.transfer import adapted, feature_finder
+from treesurgeon.search.transfer import feature_finder
 from treesurgeon.search.tuning import Tuned
 
 DEFAULT = 2  # where the head is new
@@ -111,32 +108,17 @@ def headed(setting: Setting, at: str, budget: Budget, say: Callable[[str], None]
 
     It is a linear one, unless `search` tells that one with a hidden layer is better and the budget has room for it.
     """
-    config, subject, train = setting.config, setting.subject, setting.roles.train
-    classes, x = subject.num_classes, subject.spec.example
-    features = jax.eval_shape(engine.truncate(subject.infer, subject.graph, at, x), subject.variables, x)
-    blank = LinearHead(jnp.zeros((features.shape[-1], classes)), jnp.zeros(classes), jnp.float32(0))
-    short = truncated(subject, at, blank)
-    short = adapted(short, setting.calibration(config.statistics_images))
-    features_of = feature_finder(short.infer, short.graph, short.variables)
-    z = features_of(train)
-    linear = best_head(train.task, z, train.labels, classes)
-    widths = sorted(set(config.head_widths) - {0})
-    if widths:
-        search = setting.roles.search
-        heads = hidden.hidden(z, train.labels, classes, widths, config.seed, train.task)
-        found = hidden.choose(linear, heads, features_of(search), search.labels, train.task)
-        if found:
-            deep, units = (
-                truncated(replace(subject, variables=short.variables), at, found),
-                f"{found.width} hidden units",
-            )
-            cost = costs(deep)
-            if all(cost[name] <= limit for name, limit in budget.limits.items() if name in cost):
-                say(f"{at}: its head has {units}, which are better on search than none")
-                return deep
-            say(f"{at}: {units} would be better on search than none, and are not within the budget")
-    assert isinstance(short.module, engine.Shortened)
-    return replace(short, variables=short.module.with_head(short.variables, linear.kernel, linear.bias))
+    config = setting.config
+    images = setting.calibration(config.statistics_images)
+    given = setting.roles, images, config.head_widths, config.seed, setting.subject.num_classes
+    short, _, deep = shortened(setting.subject, at, *given)
+    if deep:
+        cost, units = costs(deep), f"{deep.spec.hidden} hidden units"
+        if all(cost[name] <= limit for name, limit in budget.limits.items() if name in cost):
+            say(f"{at}: its head has {units}, which are better on search than none")
+            return deep
+        say(f"{at}: {units} would be better on search than none, and are not within the budget")
+    return short
 
 
 def reheaded(model: Tuned, setting: Setting) -> Tuned:
@@ -162,15 +144,3 @@ def depth_of(model: Tuned) -> str:
     layer = f", a hidden layer of {spec.hidden}" if spec.hidden else ""
     narrow = [f"{name} {model.subject.graph.groups[name].size}→{len(kept)}" for name, kept in plan.keep.items()]
     return "; ".join(filter(None, [f"up to {spec.at}{layer}", in_words(narrow, sorted(plan.drop))]))
-
-
-def truncated(subject: Subject, at: str, head: LinearHead | HiddenHead) -> Subject:
-    """The model up to a point, with this head."""
-    layer = (head.inner, head.offset) if isinstance(head, HiddenHead) else None
-    spec = replace(subject.spec, at=at, outputs=head.kernel.shape[1], hidden=len(head.kernel) if layer else 0)
-    module = spec.cut(subject.module)
-    assert isinstance(module, engine.Shortened)
-    variables = module.with_head(module.take(subject.variables), head.kernel, head.bias, layer)
-    there = engine.named_leaves(variables)
-    momenta = {path: value for path, value in subject.momenta.items() if path in there}
-    return Subject(spec, module, variables, spec.outputs, momenta)

@@ -14,6 +14,7 @@ from treesurgeon.search.augment import check_augment, flip_crop
 from treesurgeon.search.config import Config, RunError
 from treesurgeon.search.finetune import fit, objective
 from treesurgeon.search.policy import EVERYTHING, held, make_policy
+from treesurgeon.search.setting import make_recipe
 from treesurgeon.search.subject import Subject, random_subject
 
 RNG = np.random.default_rng(0)
@@ -190,3 +191,13 @@ def test_only_images_are_augmented():
 def test_values_out_of_range(changes, message):
     with pytest.raises(RunError, match=message):
         Config("m", "c", "d", **changes).check()
+
+
+def test_flags_reach_the_recipe():
+    given = {"optimizer": "adamw", "patience": 2, "learning_rate": 0.003, "clip": 0.0, "weight_decay": 0.1}
+    recipe = make_recipe(Config("m", "c", "d", **given), 100)
+    assert {name: getattr(recipe, name) for name in given} == given | {"clip": None}
+    plain = make_recipe(Config("m", "c", "d"), 100)
+    assert (plain.optimizer, plain.patience) == ("sgd", None)
+    with pytest.raises(RunError, match="--patience 0: expected at least 1"):
+        Config("m", "c", "d", patience=0).check()

@@ -14,7 +14,7 @@ from laws import leaves_of
 from orbax.checkpoint import v1 as ocp
 
 from treesurgeon import engine, models
-from treesurgeon.search import Config, DataError, open_source, run
+from treesurgeon.search import Config, DataError, hidden, open_source, run
 from treesurgeon.search.charts import document
 from treesurgeon.search.cli import main
 from treesurgeon.search.data import Roles, Split
@@ -123,6 +123,53 @@ def test_rows_of_named_classes_are_carried_over_and_the_others_fitted(place):
     fitted = np.isin(setting.roles.train.labels, [0, 2])
     assert (logits.argmax(1) == setting.roles.train.labels)[fitted].mean() > 0.9  # random features, easy classes
     assert prepare(config(place, "names", head="fit")).head.carried == ()
+
+
+def test_with_no_label_in_common_the_dense_layers_after_the_pool_go(place, monkeypatch):
+    whole, short = (prepare(config(place, "counted", head=head)) for head in ("fit", "auto"))
+    assert whole.head.dropped == ()
+    assert any("dense0" in path for path in leaves_of(whole.subject.variables))
+    assert prepare(config(place, "names")).head.dropped == ()  # two of its labels are the checkpoint's
+    assert short.head.dropped == ("params/dense0/kernel",)
+    assert (short.head.carried, short.head.fitted) == ((), ("0", "1", "2", "3"))
+    subject, roles = short.subject, short.roles
+    assert not any("dense0" in path for path in leaves_of(subject.variables))
+    assert (subject.num_classes, short.head.features) == (4, 48)
+    assert (
+        "its dense layers after the last pool go (params/dense0/kernel; --head fit keeps them)" in short.head.sentence
+    )
+    logits = np.asarray(subject.infer(subject.variables, roles.train.images))
+    assert (logits.argmax(1) == roles.train.labels).mean() == pytest.approx(short.head.train_accuracy)
+    assert short.head.train_accuracy > 0.9
+    for path in subject.momenta:  # statistics as variants will have them
+        np.testing.assert_allclose(leaves_of(subject.variables)[path], leaves_of(whole.subject.variables)[path], 1e-4)
+    monkeypatch.setattr(hidden, "choose", lambda linear, heads, x, y, task: heads[1])
+    deep = prepare(config(place, "counted"))
+    assert deep.head.hidden == deep.subject.spec.hidden == 64
+    assert "on 48 features, with a hidden layer of 64; fitted to" in deep.head.sentence
+    assert prepare(config(place, "counted", head_widths=(0,))).head.hidden == 0
+
+
+@pytest.mark.parametrize("width", [pytest.param(0, marks=pytest.mark.slow), 16])
+def test_a_search_from_there_is_saved_and_loaded(place, tmp_path, monkeypatch, width):
+    """Truncated once more among the finalists, its hidden layer searched like any other."""
+    if width:
+        monkeypatch.setattr(hidden, "choose", lambda linear, heads, x, y, task: heads[0])
+    given = config(
+        place, "counted", out=str(tmp_path / "out"), params=0.7, truncations=2, head_widths=(width,), **SMALL
+    )
+    said = []
+    outcome = run(given, said.append)
+    manifest = json.loads((outcome.path / "manifest.json").read_text())
+    assert manifest["head"]["dropped"] == ["params/dense0/kernel"]
+    assert {"v1", "t1"} <= manifest["metrics"].keys()
+    model, test = engine.load(outcome.path), prepare(given).roles.test
+    right = (np.asarray(model(test.images)).argmax(1) == test.labels).mean()
+    assert right == pytest.approx(manifest["metrics"][manifest["selected"]]["test_accuracy"])
+    with (tmp_path / "out" / "groups.csv").open() as file:
+        groups = [row["group"] for row in csv.DictReader(file)]
+    assert any("shortened_hidden" in name for name in groups) == bool(width)
+    main(["verify", str(outcome.path), "--data", given.data])
 
 
 def test_labels_that_were_counted_carry_nothing(place):

@@ -210,3 +210,59 @@ def test_what_does_not_fit():
     plan = Plan({"layer1_0/conv1": [0]})
     with pytest.raises(StructureError, match=r"got shape .* features of a pruned model are those of"):
         short(engine.cut(params, graph, plan), *args)
+
+
+def conv_net(p, x, pool):
+    x = jax.nn.relu(
+        jax.lax.conv_general_dilated(x, p["conv"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    )
+    x = {"flatten": lambda x: x.reshape(len(x), -1), "mean": lambda x: x.mean((1, 2)), "one": lambda x: x[:, 0, 0]}[
+        pool
+    ](x)
+    for name in ("dense0", "dense1"):
+        if name in p:
+            x = jax.nn.relu(x @ p[name]["kernel"] + p[name]["bias"])
+    return x @ p["head"]["kernel"] + p["head"]["bias"]
+
+
+@pytest.mark.parametrize("pool", ["flatten", "mean", "one"])
+@pytest.mark.parametrize("layers", [0, 1, 2])
+def test_the_dense_layers_after_the_last_pool(pool, layers):
+    width = 96 if pool == "flatten" else 6
+    sizes = [width, *[7, 5][:layers], 3]
+    names = [*["dense0", "dense1"][:layers], "head"]
+    keys = jax.random.split(jax.random.key(0), 4)
+    p = {"conv": jax.random.normal(keys[0], (3, 3, 2, 6))}
+    for name, key, a, b in zip(names, keys[1:], sizes, sizes[1:], strict=False):
+        p[name] = {"kernel": jax.random.normal(key, (a, b)), "bias": jnp.zeros(b)}
+    fn, x = (lambda p, x: conv_net(p, x, pool)), jax.random.normal(keys[3], (5, 8, 8, 2))
+    graph = engine.trace(fn, p, x)
+    found = engine.dense_stack(fn, graph, x)
+    if not layers:
+        assert found is None
+        return
+    assert found == ("before dense0", tuple(f"{name}/kernel" for name in names[:-1]))
+    short = engine.truncate(fn, graph, "before dense0", x)
+    assert short.leaves == ("conv",)
+    maps = jax.nn.relu(
+        jax.lax.conv_general_dilated(x, p["conv"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    )
+    wanted = maps[:, 0, 0] if pool == "one" else maps.mean((1, 2))  # what is flattened is averaged
+    np.testing.assert_allclose(short(short.take(p), x), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_where_there_is_no_pool_there_is_no_stack():
+    """A net of dense layers, and one in which something leads past them."""
+    p = {"a": jnp.ones((8, 4)), "b": jnp.ones((4, 4)), "c": jnp.ones((4, 2)), "d": jnp.ones((4, 4))}
+    x = jnp.ones((3, 4, 2))
+
+    def dense(p, x):
+        return jax.nn.relu(jax.nn.relu(x.reshape(3, 8) @ p["a"]) @ p["b"]) @ p["c"]
+
+    def past(p, x):
+        x = jax.nn.relu(jnp.einsum("nsc,cd->nsd", x, p["d"][:2]))
+        low, high = x.mean(1), x.max(1)
+        return (jax.nn.relu(low @ p["b"]) + high) @ p["c"]
+
+    for fn in (dense, past):
+        assert engine.dense_stack(fn, engine.trace(fn, p, x), x) is None

@@ -346,7 +346,12 @@ def test_what_outputs_amount_to(name, wanted):
 
 
 def test_the_recipe_counts_the_steps_of_both():
-    config = type("C", (), dict.fromkeys(("batch_size", "epochs", "clip")) | {"learning_rate": 0.1, "weight_decay": 0})
+    config = type(
+        "C",
+        (),
+        dict.fromkeys(("batch_size", "epochs", "clip", "patience"))
+        | {"learning_rate": 0.1, "weight_decay": 0, "optimizer": "sgd"},
+    )
     assert (make_recipe(config, 133).steps, make_recipe(config, 133).epochs) == (9, 9)
     assert (make_recipe(config, 133, 5000).steps, make_recipe(config, 133, 5000).epochs) == (79, 2)
 
