@@ -31,6 +31,7 @@ Criterion = Literal[
     "random",
 ]
 AugmentName = Literal["none", "flip", "flip-crop"]
+OptimizerName = Literal["sgd", "adamw"]
 AUTO = "auto"
 
 
@@ -180,7 +181,7 @@ class Config:
     labels alone take as many steps."""
     learning_rate: float = 0.01
     """Peak learning rate of fine-tuning, which a warm-up leads to and a cosine to 0."""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: OptimizerName = "sgd"
     """Of fine-tuning: SGD with Nesterov momentum, or AdamW, which wants a lower --learning-rate."""
     patience: int | None = None
     """Stop fine-tuning a model after so many epochs without a better one. Default: run them all."""
@@ -198,6 +199,11 @@ class Config:
     parameter paths, such as `layer1_0`."""
     augment: AugmentName = "none"
     """What is done to the images of a batch: `flip` mirrors them at random, `flip-crop` moves them as well."""
+    policies: tuple[str, ...] = ()
+    """Other ways to fine-tune, such as `freeze=4` or `layer-decay=0.7,weight-decay=0.01`: each finalist, and the dense
+    model beside them, is fine-tuned by each of these as well as by the options as given, and kept as it is best on
+    `search`. Of freeze (several with +), layer-decay, learning-rate, weight-decay, clip, optimizer, patience and
+    augment."""
     distill: float | None = None
     """Weight in the fine-tuning loss, 0 to 1, of what the dense model answers, once it is fine-tuned itself: the
     baseline is trained before the finalists then, and teaches them. Default: 0.5 where baselines are trained, else

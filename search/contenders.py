@@ -34,7 +34,7 @@ from treesurgeon.search.setting import Setting
 from treesurgeon.search.subject import Subject, SubjectError
 from treesurgeon.search.teaching import PLAIN
 from treesurgeon.search.transfer import head_features, put_head, replaceable
-from treesurgeon.search.tuning import Tuned, tune
+from treesurgeon.search.tuning import Tuned, best_tuned, tune
 
 LEVEL = 0.95  # of intervals
 PROBE = "linear probe"
@@ -82,18 +82,20 @@ def train(setting: Setting, selected: Tuned, whole: Tuned, say: Callable[[str], 
     )
     out = {}
 
-    def add(name: str, what: str, like: Tuned, variables: Any, **how: Any) -> None:
-        start = replace(like, name=name, variables=variables, fitted=None, trail=())
-        out[name] = tune(setting, start, say, **how), what
+    def add(
+        name: str, what: str, like: Tuned, variables: Any, fit: Callable[..., Tuned] = best_tuned, **how: Any
+    ) -> None:
+        start = replace(like, name=name, variables=variables, fitted=None, trail=(), policy="")
+        out[name] = fit(setting, start, say, **how), what
 
     words = "the dense model, fine-tuned"
     if teacher := setting.teacher:
         out[PLAIN] = replace(whole, name=PLAIN, variables=teacher.params, fitted=teacher), words
     else:
-        add(PLAIN, words, whole, whole.variables, policy=setting.policy)
+        add(PLAIN, words, whole, whole.variables)
     if setting.unlabelled:
         words = "the dense model, fine-tuned on the unlabelled images as well"
-        add("dense, unlabelled too", words, whole, whole.variables, policy=setting.policy, unlabelled=True)
+        add("dense, unlabelled too", words, whole, whole.variables, unlabelled=True)
     how = {"epochs": epochs, "learning_rate": config.scratch_learning_rate}
     words = f"from random weights, {_epochs(epochs)}"
     add(
@@ -101,6 +103,7 @@ def train(setting: Setting, selected: Tuned, whole: Tuned, say: Callable[[str], 
         f"the dense architecture {words}",
         whole,
         scratch(whole.subject, whole.plan, config.seed),
+        tune,
         **how,
     )
     try:
@@ -111,7 +114,7 @@ def train(setting: Setting, selected: Tuned, whole: Tuned, say: Callable[[str], 
         out[PROBE] = replace(whole, name=PROBE, variables=variables), "a linear head on the dense model's features"
     if selected.name != whole.name:
         start = scratch(selected.subject, selected.plan, config.seed)
-        add(f"{selected.name} from scratch", f"its architecture {words}", selected, start, **how)
+        add(f"{selected.name} from scratch", f"its architecture {words}", selected, start, tune, **how)
     return out
 
 

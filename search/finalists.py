@@ -22,7 +22,7 @@ from treesurgeon.search.metrics import Answers
 from treesurgeon.search.setting import Setting
 from treesurgeon.search.space import Space
 from treesurgeon.search.subject import Subject
-from treesurgeon.search.tuning import Tuned, tune
+from treesurgeon.search.tuning import Tuned, best_tuned, tune
 from treesurgeon.search.unlabelled import judging
 
 HOPELESS = 1.5  # nats above the best loss of the front, before any fine-tuning
@@ -101,7 +101,8 @@ def appraise(setting: Setting, plan: engine.Plan, epochs: int = 0, start: Tuned 
     """
     start = found = start or variant(setting, setting.subject, "", plan)
     if epochs:
-        found = tune(setting, start, lambda line: None, epochs=epochs, **as_finalists(setting))
+        how = as_finalists(setting)
+        found = tune(setting, start, lambda line: None, policy=setting.policy, epochs=epochs, **how)
     answers = answering(found.infer, judging(setting))(found.variables)
     task, logits = answers.task, jnp.asarray(answers.logits)
     wanted = task.wanted(jnp.asarray(answers.labels), logits.shape[-1])
@@ -171,12 +172,12 @@ def fine_tuned(setting: Setting, start: Tuned, say: Callable[[str], None]) -> Tu
     note = answering(start.infer, crossval.pool(setting)) if crossval.needed(setting) else None
     if not setting.recipe.epochs:
         return replace(start, trail=(note(start.variables),)) if note else start
-    return tune(setting, start, say, note=note, **as_finalists(setting))
+    return best_tuned(setting, start, say, note=note, **as_finalists(setting))
 
 
 def as_finalists(setting: Setting) -> dict[str, Any]:
-    """How `tune` treats every finalist: what is held, and what it learns of the dense model beside the labels."""
-    return {"policy": setting.policy, "distill": setting.distill, "unlabelled": True}
+    """What every finalist learns of the dense model beside the labels, for `tune`."""
+    return {"distill": setting.distill, "unlabelled": True}
 
 
 class Refined(NamedTuple):
@@ -189,6 +190,7 @@ class Refined(NamedTuple):
     cost: Mapping[str, float]
     trail: tuple[Answers, ...]
     judges: str
+    policy: str
     said: tuple[str, ...]
 
 
@@ -198,7 +200,8 @@ def refine(setting: Setting, name: str, plan: engine.Plan, measured: Mapping[str
     found = finish(setting, name, plan, measured, said.append)
     variables = jax.tree.map(np.asarray, found.variables)
     fitted = replace(found.fitted, params=variables) if found.fitted else None
-    return Refined(name, plan, variables, fitted, found.cost, found.trail, found.judges, tuple(said))
+    parts = found.cost, found.trail, found.judges, found.policy
+    return Refined(name, plan, variables, fitted, *parts, tuple(said))
 
 
 def received(setting: Setting, found: Refined, say: Callable[[str], None]) -> Tuned:
@@ -207,5 +210,5 @@ def received(setting: Setting, found: Refined, say: Callable[[str], None]) -> Tu
         say(line)
     subject = setting.subject
     infer = engine.narrow(subject.infer, subject.graph, found.plan)
-    parts = found.fitted, found.cost, subject, found.trail, found.judges
+    parts = found.fitted, found.cost, subject, found.trail, found.judges, found.policy
     return Tuned(found.name, found.plan, found.variables, infer, *parts)

@@ -96,6 +96,11 @@ class FitResult:
     history: tuple[Epoch, ...]
     best_epoch: int
 
+    @property
+    def merit(self) -> tuple[float, float]:
+        """Error and loss of the best epoch, to compare results by; what is not a number comes last."""
+        return _merit(self.history[self.best_epoch], Recipe())
+
 
 def fit(
     loss_and_updates: LossAndUpdates,

@@ -141,6 +141,7 @@ def choices(setting: Setting) -> list[str]:
             f"finalists are fine-tuned for {recipe.epochs} epochs in batches of {recipe.batch_size}, at a peak rate of "
             f"{recipe.learning_rate:g}, and are as they were at their best on {setting.judges} (--epochs, "
             f"--batch-size, --learning-rate)"
+            + (f"; tried as well, with the better one kept: {'; '.join(setting.policies)}" if setting.policies else "")
         )
     return lines
 

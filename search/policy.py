@@ -9,14 +9,15 @@ Rates by depth: K. Clark et al.: "ELECTRA", ICLR 2020; H. Bao et al.: "BEiT", IC
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, get_args
 
 import jax
 
 from treesurgeon import engine
 from treesurgeon.engine import Graph
-from treesurgeon.search.config import RunError
+from treesurgeon.search.config import AugmentName, Config, OptimizerName, RunError
 from treesurgeon.search.subject import Subject
 
 
@@ -47,6 +48,61 @@ class Policy:
 
 
 EVERYTHING = Policy()
+
+
+def _one_of(*names: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text not in names:
+            raise ValueError(text)
+        return text
+
+    return read
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(text.split("+"))
+    if "" in names:
+        raise ValueError(text)
+    return names
+
+
+# What a policy may say otherwise, how that is read, and what is expected.
+OPTIONS: Mapping[str, tuple[Callable[[str], Any], str]] = MappingProxyType(
+    {
+        "freeze": (_names, "levels or paths"),
+        "layer-decay": (float, "a number"),
+        "learning-rate": (float, "a number"),
+        "weight-decay": (float, "a number"),
+        "clip": (float, "a number"),
+        "optimizer": (_one_of(*get_args(OptimizerName)), f"one of {', '.join(get_args(OptimizerName))}"),
+        "patience": (int, "a whole number"),
+        "augment": (_one_of(*get_args(AugmentName)), f"one of {', '.join(get_args(AugmentName))}"),
+    }
+)
+
+
+def overruled(config: Config, policy: str) -> Config:
+    """The configuration as one of its `policies` has it: `freeze=2+stem,learning-rate=0.001`.
+
+    Raises:
+        RunError: it is not of that form, or a value is out of range.
+    """
+    changes: dict[str, Any] = {}
+    for part in policy.split(","):
+        name, _, text = (piece.strip() for piece in part.partition("="))
+        if name not in OPTIONS:
+            raise RunError(f"--policies {policy}: {name!r} is none of {', '.join(OPTIONS)}; expected option=value")
+        read, expected = OPTIONS[name]
+        try:
+            changes[name.replace("-", "_")] = read(text)
+        except ValueError:
+            raise RunError(f"--policies {policy}: {name} = {text!r}: expected {expected}") from None
+    made = replace(config, **changes, policies=())
+    try:
+        made.check()
+    except RunError as error:
+        raise RunError(f"--policies {policy}: {error}") from error
+    return made
 
 
 def make_policy(subject: Subject, freeze: Sequence[str], decay: float) -> Policy:

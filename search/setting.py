@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from treesurgeon.search.config import AUTO, Config, RunError
 from treesurgeon.search.data import ROLES, Roles, Split, open_source, sample_images, split_roles
 from treesurgeon.search.finetune import FitResult, Recipe
 from treesurgeon.search.metrics import pick_metric
-from treesurgeon.search.policy import EVERYTHING, Policy, make_policy
+from treesurgeon.search.policy import EVERYTHING, Policy, make_policy, overruled
 from treesurgeon.search.room import roomy
 from treesurgeon.search.selection import limits
 from treesurgeon.search.shortening import without_stack
@@ -57,6 +57,7 @@ class Setting:
         taught: what the dense model answers to them, `[N, outputs]`, once that is known; see unlabelled.py.
         teacher: the dense model fine-tuned, once it is, where finalists learn its answers; see teaching.py.
         answered: what the teacher answers to `train`, `[N, outputs]`; None where it sees the images of each batch.
+        policies: other ways to fine-tune, by what they say: configuration, policy and recipe.
     """
 
     config: Config
@@ -77,6 +78,16 @@ class Setting:
     taught: np.ndarray | None = None
     teacher: FitResult | None = None
     answered: np.ndarray | None = None
+    policies: Mapping[str, tuple[Config, Policy, Recipe]] = field(default_factory=dict)
+
+    @property
+    def tries(self) -> dict[str, Setting]:
+        """The setting with each way to fine-tune, that of the options as given first."""
+        others = {
+            name: replace(self, config=config, policy=policy, recipe=recipe, policies={})
+            for name, (config, policy, recipe) in self.policies.items()
+        }
+        return {"": self, **others}
 
     def calibration(self, count: int) -> np.ndarray:
         """Up to so many images for what needs no labels: those of `train`, then unlabelled ones, `[N, H, W, C]`."""
@@ -221,16 +232,22 @@ def _fitted_together(opened: Opened, hold: int | None) -> Setting:
         subject, head = made or with_new_head(subject, opened.labels, roles)
     elif units:
         subject = rescaled(subject, units.inverse())
-    check_augment(config.augment, subject.spec.input_shape)
-    policy = make_policy(subject, config.freeze, config.layer_decay)
     dense = engine.cost(subject.graph, engine.Plan())._asdict()
     budget = limits(config.budget, dense)
     learnt = len(unlabelled or ()) - held_out(config, roles, unlabelled)
-    recipe = make_recipe(config, len(roles.train), learnt)
-    config = replace(config, epochs=recipe.epochs, batch_size=recipe.batch_size)
+
+    def ways(config: Config) -> tuple[Config, Policy, Recipe]:
+        """How a configuration fine-tunes; what follows from the data is filled in."""
+        check_augment(config.augment, subject.spec.input_shape)
+        recipe = make_recipe(config, len(roles.train), learnt)
+        config = replace(config, epochs=recipe.epochs, batch_size=recipe.batch_size)
+        return config, make_policy(subject, config.freeze, config.layer_decay), recipe
+
+    others = {name: ways(overruled(config, name)) for name in config.policies}
+    config, policy, recipe = ways(config)
     parts = roles, opened.mean, opened.std, budget, checkpoint, opened.fitted, recipe
     original = opened.subject if head else None
-    return Setting(config, subject, *parts, head, policy, theirs, units, original, unlabelled)
+    return Setting(config, subject, *parts, head, policy, theirs, units, original, unlabelled, policies=others)
 
 
 def calibration(roles: Roles, unlabelled: Split | None, count: int) -> np.ndarray:

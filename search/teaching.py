@@ -22,7 +22,7 @@ from treesurgeon.search.evaluate import answering, with_leaves
 from treesurgeon.search.finetune import Epoch, FitResult
 from treesurgeon.search.setting import Setting
 from treesurgeon.search.state import States
-from treesurgeon.search.tuning import tune, untouched
+from treesurgeon.search.tuning import best_tuned, untouched
 
 PLAIN = "dense fine-tuned"  # its name among the baselines
 HISTORY = "history"  # no path of a leaf: those of variables have a collection's name before them
@@ -47,7 +47,7 @@ def with_teacher(setting: Setting, states: States, say: Callable[[str], None]) -
 
 def plain(setting: Setting, say: Callable[[str], None]) -> FitResult:
     """The dense model, fine-tuned to the labels alone."""
-    fitted = tune(setting, replace(untouched(setting), name=PLAIN), say, policy=setting.policy).fitted
+    fitted = best_tuned(setting, replace(untouched(setting), name=PLAIN), say).fitted
     assert fitted
     return fitted
 

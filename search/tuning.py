@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from treesurgeon import engine
 from treesurgeon.search.augment import AUGMENTATIONS
-from treesurgeon.search.evaluate import measurer
+from treesurgeon.search.evaluate import answering, measurer
 from treesurgeon.search.finetune import FitResult, fit, objective
 from treesurgeon.search.metrics import Answers
 from treesurgeon.search.policy import EVERYTHING, Policy, held
@@ -34,6 +34,7 @@ class Tuned:
         subject: what the plan is of: the dense model, or that cut in depth.
         trail: answers to the pool after each epoch, where a cross-validation needs them.
         judges: what the learning curve beside the training loss is of, in words.
+        policy: which of the run's `policies` it was fine-tuned by; empty for the options as given.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Tuned:
     subject: Subject
     trail: tuple[Answers, ...] = ()
     judges: str = "search"
+    policy: str = ""
 
 
 def untouched(setting: Setting) -> Tuned:
@@ -52,6 +54,25 @@ def untouched(setting: Setting) -> Tuned:
     subject, plan = setting.subject, engine.Plan()
     cost = {name: int(value) for name, value in engine.cost(subject.graph, plan)._asdict().items()}
     return Tuned("dense", plan, subject.variables, subject.infer, None, cost, subject)
+
+
+def best_tuned(setting: Setting, start: Tuned, say: Callable[[str], None], **how: Any) -> Tuned:
+    """`tune` by every policy of the run; the one that is best where epochs are chosen is kept, the first of equals.
+
+    The trail is that of all, one after the other, as if their epochs were those of one: a choice among them as well.
+    """
+    found = []
+    for name, each in setting.tries.items():
+        called = f"{start.name} ({name})" if name else start.name
+        found.append(tune(each, replace(start, name=called), say, policy=each.policy, **how))
+    best = min(range(len(found)), key=lambda i: found[i].fitted.merit)
+    name = list(setting.tries)[best]
+    if len(found) > 1:
+        say(
+            f"{start.name}: {name or 'the options as given'} did best of {len(found)} ways to fine-tune it (--policies)"
+        )
+    trail = tuple(answers for each in found for answers in each.trail)
+    return replace(found[best], name=start.name, policy=name, trail=trail)
 
 
 def tune(
@@ -94,8 +115,11 @@ def tune(
     assert setting.teacher or not distill
     if setting.teacher and distill and augment:  # the teacher sees what the student sees
         given["dense"], teacher = jax.tree.map(jnp.asarray, setting.teacher.params), dense.infer
-    elif distill:
-        data["teacher"] = setting.answered
+    elif setting.teacher and distill:
+        answered = setting.answered
+        if answered is None:  # other policies augment
+            answered = answering(dense.infer, roles.train)(setting.teacher.params).logits
+        data["teacher"] = answered
     trainable, rates = policy.leaves(subject.graph, start.variables)
     loss = objective(
         held(train, policy.frozen),
