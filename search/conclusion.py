@@ -296,12 +296,12 @@ def find_certificate(
 
 
 def _outcome(verdict: Verdict, certificate: Certificate, limited: bool) -> dict[str, Any]:
-    """What the manifest says of the choice."""
+    """What the manifest says of the choice. That the dense model is as good as itself is no claim to certify."""
     alone = certificate.valid and not limited
     return {
         "sentence": certificate.sentence if alone else f"{verdict.sentence} {certificate.sentence}",
         "passed": certificate.passed if alone else verdict.passed,
-        "certified": certificate.valid and certificate.passed,
+        "certified": any(step.passed and step.name == certificate.selected for step in certificate.steps),
     }
 
 

@@ -56,18 +56,20 @@ def claim_opening(
         where: its directory.
         digests: of each image, see `data.Split`.
     """
+    digests = list(digests)
     before = opened_before(register, fingerprint, identity, digests)
     if before is None:
         record_opening(register, fingerprint, identity, where, digests)
+        before = opened_before(register, fingerprint, identity, digests)  # another run may have come in between
     return before
 
 
 def opened_before(register: Path, fingerprint: str, identity: str, digests: Iterable[int] = ()) -> Opened | None:
     """What other runs have opened of these images; None if nothing, or if this run opened them first."""
     records = _read(register)
-    if any(record["certify"] == fingerprint and record["run"] == identity for record in records):
-        return None
-    return _shared([record for record in records if record["run"] != identity], fingerprint, digests)
+    own = (i for i, record in enumerate(records) if record["certify"] == fingerprint and record["run"] == identity)
+    earlier = records[: next(own, len(records))]
+    return _shared([record for record in earlier if record["run"] != identity], fingerprint, digests)
 
 
 def opened_elsewhere(register: Path, fingerprint: str, where: str, digests: Iterable[int] = ()) -> Opened | None:
@@ -92,8 +94,9 @@ def record_opening(register: Path, fingerprint: str, identity: str, where: str, 
         return
     packed = base64.b64encode(np.sort(np.fromiter(digests, np.uint64)).astype("<u8").tobytes()).decode()
     register.parent.mkdir(parents=True, exist_ok=True)
-    with register.open("a") as file:
-        file.write(json.dumps({"certify": fingerprint, "run": identity, "where": where, "images": packed}) + "\n")
+    line = json.dumps({"certify": fingerprint, "run": identity, "where": where, "images": packed}) + "\n"
+    with register.open("ab", buffering=0) as file:  # whole lines, in one order for all who write
+        file.write(line.encode())
 
 
 def _read(register: Path) -> list[dict[str, Any]]:

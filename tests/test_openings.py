@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from treesurgeon.search import open_source, split_roles
+from treesurgeon.search import open_source, openings, split_roles
 from treesurgeon.search.openings import Opened, claim_opening, opened_before, opened_elsewhere, record_opening
 
 
@@ -36,6 +36,22 @@ def test_what_is_recorded_all_the_same_counts(tmp_path):
     record_opening(register, "b", "2", "two", [1, 2])
     assert len(register.read_text().splitlines()) == 2
     assert opened_before(register, "c", "3", [2, 3]) == Opened(("two",), 1, 2)
+
+
+def test_of_two_runs_at_the_same_moment_the_first_one_claims(tmp_path, monkeypatch):
+    """Another one records between the look and the record of this one."""
+    register, calls = tmp_path / "openings.jsonl", []
+
+    def slow(*given):
+        if not calls:
+            calls.append(given)
+            record_opening(register, "b", "2", "two", [2, 3])
+        record_opening(*given)
+
+    monkeypatch.setattr(openings, "record_opening", slow)
+    for _ in range(2):  # repeated as well
+        assert claim_opening(register, "a", "1", "one", [1, 2]) == Opened(("two",), 1, 2)
+    assert claim_opening(register, "b", "2", "two", [2, 3]) is None
 
 
 def test_what_others_opened_is_known_before_anything_is_tested(tmp_path):
