@@ -46,6 +46,10 @@ class Shortened:
         """
         self.module, self.at, self.outputs, self.hidden, self._x = module, at, outputs, hidden, x
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What it was made of, to be sent elsewhere: what was found out since is found out there again."""
+        return {name: getattr(self, name) for name in ("module", "at", "outputs", "hidden", "_x")}
+
     @cached_property
     def _template(self) -> Any:
         return jax.eval_shape(self.module.init, jax.random.key(0), self._x)
