@@ -73,10 +73,14 @@ class ModelSpec:
         return self.cut(importlib.import_module("treesurgeon.models").resolve(self.model, **self.kwargs))
 
     def cut(self, module: nn.Module | Shortened) -> nn.Module | Shortened:
-        """The module, cut in depth if it is to be and is not yet."""
-        if not self.at or isinstance(module, Shortened):
+        """The module, cut in depth if it is to be and is not yet; one that is cut elsewhere is cut here instead."""
+        if not self.at:
             return module
-        return Shortened(module, self.at, self.outputs, self.example, self.hidden)
+        if not isinstance(module, Shortened):
+            return Shortened(module, self.at, self.outputs, self.example, self.hidden)
+        if (module.at, module.outputs, module.hidden) == (self.at, self.outputs, self.hidden):
+            return module
+        return Shortened(module.module, self.at, self.outputs, self.example, self.hidden)
 
     @property
     def example(self) -> jax.ShapeDtypeStruct:

@@ -77,7 +77,8 @@ def without_stack(
     at, kernels = stack
     linear, head, deep = shortened(subject, at, roles, images, widths, seed, len(labels.names))
     made, train = deep or linear, roles.train
-    logits = by_batch(lambda x: jax.jit(made.infer)(made.variables, x), train)
+    infer = jax.jit(made.infer)
+    logits = by_batch(lambda x: infer(made.variables, x), train)
     told = NewHead(
         engine.find_head(made.infer, made.graph, made.spec.example).kernel,
         (),
@@ -95,12 +96,12 @@ def without_stack(
 
 def truncated(subject: Subject, at: str, head: LinearHead | HiddenHead) -> Subject:
     """The model up to a point, with this head; of a model that is cut in depth already a part of that."""
-    whole = subject.module
-    if isinstance(whole, engine.Shortened):
-        whole, at = whole.module, whole.at if at == ENTRY else at
+    if isinstance(subject.module, engine.Shortened) and at == ENTRY:
+        at = subject.module.at
     layer = (head.inner, head.offset) if isinstance(head, HiddenHead) else None
     spec = replace(subject.spec, at=at, outputs=head.kernel.shape[1], hidden=len(head.kernel) if layer else 0)
-    module = engine.Shortened(whole, at, spec.outputs, spec.example, spec.hidden)
+    module = spec.cut(subject.module)
+    assert isinstance(module, engine.Shortened)
     variables = module.with_head(module.take(subject.variables), head.kernel, head.bias, layer)
     there = engine.named_leaves(variables)
     momenta = {path: value for path, value in subject.momenta.items() if path in there}

@@ -14,12 +14,15 @@ from laws import leaves_of
 from orbax.checkpoint import v1 as ocp
 
 from treesurgeon import engine, models
+from treesurgeon.engine.shortened import ENTRY
 from treesurgeon.search import Config, DataError, hidden, open_source, run
 from treesurgeon.search.charts import document
 from treesurgeon.search.cli import main
 from treesurgeon.search.data import Roles, Split
 from treesurgeon.search.depth_chart import depths
+from treesurgeon.search.heads import LinearHead
 from treesurgeon.search.setting import fingerprint, prepare
+from treesurgeon.search.shortening import truncated
 from treesurgeon.search.sources import Source
 from treesurgeon.search.subject import Subject, SubjectError, open_subject
 from treesurgeon.search.transfer import Labels, adapted, count_argument, match_labels, replaceable, with_new_head
@@ -170,6 +173,22 @@ def test_a_search_from_there_is_saved_and_loaded(place, tmp_path, monkeypatch, w
         groups = [row["group"] for row in csv.DictReader(file)]
     assert any("shortened_hidden" in name for name in groups) == bool(width)
     main(["verify", str(outcome.path), "--data", given.data])
+    assert run(given, said.append).sentence == outcome.sentence  # complete: read from its manifest
+    # Cut once more, and opened with the module of the search.
+    subject = prepare(given).subject
+    x = test.images[:4]
+    points = engine.points(subject.infer, subject.graph, subject.spec.example)
+    assert (points[-2] == ENTRY) == bool(width)
+    for point in points[:-1]:
+        classes = subject.num_classes
+        features = jax.eval_shape(engine.truncate(subject.infer, subject.graph, point, x), subject.variables, x)
+        head = LinearHead(RNG.normal(size=(features.shape[-1], classes)), np.zeros(classes), np.float32(0))
+        short = truncated(subject, point, head)
+        engine.save(tmp_path / point, short.spec, short.variables, engine.Plan(), module=short.module)
+        loaded = engine.load(tmp_path / point, module=subject.module)
+        np.testing.assert_allclose(loaded(x), short.infer(short.variables, x), rtol=1e-4, atol=1e-5)
+        find = engine.features(subject.infer, subject.graph)(subject.variables, x)[point]
+        np.testing.assert_allclose(loaded(x), head(find), rtol=1e-4, atol=1e-4)
 
 
 def test_labels_that_were_counted_carry_nothing(place):
