@@ -81,9 +81,8 @@ def trained(x: np.ndarray, y: np.ndarray) -> dict:
     recipe, falling = Recipe(epochs=10, batch_size=64, learning_rate=0.1), itertools.count(0.0, -1.0)
     trainable = {name: jax.tree.map(lambda _, name=name: name == "params", tree) for name, tree in variables.items()}
     data = {"x": jnp.asarray(x), "y": jnp.asarray(y)}
-    result = fit(
-        objective(apply), variables, trainable, data, recipe, jax.random.key(0), lambda _: (0.0, next(falling))
-    )  # the last one
+    given = trainable, data, recipe, jax.random.key(0)
+    result = fit(objective(apply), variables, *given, lambda _: (0.0, next(falling)))  # the last epoch is kept
     return jax.tree.map(np.asarray, result.params)
 
 

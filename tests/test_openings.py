@@ -5,7 +5,10 @@ import json
 import numpy as np
 
 from treesurgeon.search import open_source, openings, split_roles
+from treesurgeon.search.certificate import Certificate, Step
+from treesurgeon.search.conclusion import _outcome
 from treesurgeon.search.openings import Opened, claim_opening, opened_before, opened_elsewhere, record_opening
+from treesurgeon.search.selection import Finalist, Verdict
 
 
 def test_certify_is_opened_once(tmp_path):
@@ -52,6 +55,14 @@ def test_of_two_runs_at_the_same_moment_the_first_one_claims(tmp_path, monkeypat
     for _ in range(2):  # repeated as well
         assert claim_opening(register, "a", "1", "one", [1, 2]) == Opened(("two",), 1, 2)
     assert claim_opening(register, "b", "2", "two", [2, 3]) is None
+
+
+def test_that_dense_stays_is_no_certified_claim():
+    verdict = Verdict(Finalist("dense", {}, 0.1, 0.1), True, {}, "")
+    for name, passed in (("dense", False), ("v1", True)):
+        step = Step("v1", 1, 0, 0.1, (0.01, 0.02), (0.5, 0.5), passed)
+        found = _outcome(verdict, Certificate(True, name, True, (step,), 10, 0.05, ""), False)
+        assert (found["passed"], found["certified"]) == (True, passed)
 
 
 def test_what_others_opened_is_known_before_anything_is_tested(tmp_path):

@@ -3,6 +3,7 @@
 import csv
 import html
 import json
+import pickle
 import xml.etree.ElementTree as ET
 
 import jax
@@ -144,6 +145,8 @@ def test_with_no_label_in_common_the_dense_layers_after_the_pool_go(place, monke
     logits = np.asarray(subject.infer(subject.variables, roles.train.images))
     assert (logits.argmax(1) == roles.train.labels).mean() == pytest.approx(short.head.train_accuracy)
     assert short.head.train_accuracy > 0.9
+    sent = pickle.loads(pickle.dumps(subject.module))  # as workers get it, after it was used
+    np.testing.assert_array_equal(sent.apply(subject.variables, roles.train.images), logits)
     for path in subject.momenta:  # statistics as variants will have them
         np.testing.assert_allclose(leaves_of(subject.variables)[path], leaves_of(whole.subject.variables)[path], 1e-4)
     monkeypatch.setattr(hidden, "choose", lambda linear, heads, x, y, task: heads[1])

@@ -212,13 +212,16 @@ def test_what_does_not_fit():
         short(engine.cut(params, graph, plan), *args)
 
 
+POOLS = {"flatten": lambda x: x.reshape(len(x), -1), "mean": lambda x: x.mean((1, 2)), "one": lambda x: x[:, 0, 0]}
+
+
+def convolved(p, x):
+    sides = ("NHWC", "HWIO", "NHWC")
+    return jax.nn.relu(jax.lax.conv_general_dilated(x, p["conv"], (2, 2), "SAME", dimension_numbers=sides))
+
+
 def conv_net(p, x, pool):
-    x = jax.nn.relu(
-        jax.lax.conv_general_dilated(x, p["conv"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    )
-    x = {"flatten": lambda x: x.reshape(len(x), -1), "mean": lambda x: x.mean((1, 2)), "one": lambda x: x[:, 0, 0]}[
-        pool
-    ](x)
+    x = POOLS[pool](convolved(p, x))
     for name in ("dense0", "dense1"):
         if name in p:
             x = jax.nn.relu(x @ p[name]["kernel"] + p[name]["bias"])
@@ -244,9 +247,7 @@ def test_the_dense_layers_after_the_last_pool(pool, layers):
     assert found == ("before dense0", tuple(f"{name}/kernel" for name in names[:-1]))
     short = engine.truncate(fn, graph, "before dense0", x)
     assert short.leaves == ("conv",)
-    maps = jax.nn.relu(
-        jax.lax.conv_general_dilated(x, p["conv"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    )
+    maps = convolved(p, x)
     wanted = maps[:, 0, 0] if pool == "one" else maps.mean((1, 2))  # what is flattened is averaged
     np.testing.assert_allclose(short(short.take(p), x), wanted, rtol=1e-5, atol=1e-5)
 

@@ -14,6 +14,7 @@ from treesurgeon import engine
 from treesurgeon.engine import TreesurgeonError
 from treesurgeon.search import DataError, run
 from treesurgeon.search.augment import flip_crop
+from treesurgeon.search.config import Config
 from treesurgeon.search.crossval import pool
 from treesurgeon.search.data import open_source, sample_images, split_roles
 from treesurgeon.search.evaluate import measurer
@@ -346,12 +347,7 @@ def test_what_outputs_amount_to(name, wanted):
 
 
 def test_the_recipe_counts_the_steps_of_both():
-    config = type(
-        "C",
-        (),
-        dict.fromkeys(("batch_size", "epochs", "clip", "patience"))
-        | {"learning_rate": 0.1, "weight_decay": 0, "optimizer": "sgd"},
-    )
+    config = Config("m", "c", "d")
     assert (make_recipe(config, 133).steps, make_recipe(config, 133).epochs) == (9, 9)
     assert (make_recipe(config, 133, 5000).steps, make_recipe(config, 133, 5000).epochs) == (79, 2)
 
