@@ -139,9 +139,15 @@ def _staircase(edge: Sequence[Point], plane: Plane) -> str:
 
 
 def curves(
-    title: str, train: Sequence[float | None], search: Sequence[float], best: int, overfits: int | None, label: str
+    title: str,
+    train: Sequence[float | None],
+    search: Sequence[float],
+    best: int,
+    overfits: int | None,
+    label: str,
+    judges: str = "search",
 ) -> Chart:
-    """The loss on `train` and on `search` after each epoch.
+    """The loss on `train`, and on what epochs are chosen by, after each epoch.
 
     Args:
         title: the model's name.
@@ -149,6 +155,7 @@ def curves(
         best: the epoch that was kept.
         overfits: the first epoch of overfitting, if there is one.
         label: for those who do not see it.
+        judges: what epochs are chosen by, in words.
     """
     size = 360.0, 240.0
     values = [value for value in [*train, *search] if value is not None and math.isfinite(value)]
@@ -156,7 +163,7 @@ def curves(
     plane = Plane(plane.x, plane.y, size, top=30)
     out = [
         text(plane.left, 16, title, "title"),
-        plane.axes("epoch (line: search, dashes: training)", "loss", whole=True),
+        plane.axes(f"epoch (line: {judges}, dashes: training)", "loss", whole=True),
     ]
     if overfits is not None:
         (x, bottom), (right, top) = plane.at(overfits - 1, plane.y[0]), plane.at(plane.x[1], plane.y[1])

@@ -322,7 +322,8 @@ def learning(run: Run) -> list[tuple[str, Chart, Html]]:
         words = "no overfitting is seen" if start is None else f"overfitting starts at epoch {start}"
         where = rows[0].get("judges") or "search"
         label = f"{name}: loss on {where} from {search[0]:.3g} to {search[-1]:.3g}, epoch {best} is kept, {words}"
-        head = ("epoch", "train loss", "search loss", "search error")
+        axis = where.removesuffix(" images")
+        head = ("epoch", "train loss", f"loss on {where}", "error")
         cells = [
             (
                 row["epoch"] + (" (kept)" if row["best"] == "True" else ""),
@@ -333,7 +334,7 @@ def learning(run: Run) -> list[tuple[str, Chart, Html]]:
             for row, loss in zip(rows, train, strict=True)
         ]
         out.append(
-            (name, charts.curves(name, train, search, best, start, label), table(label, head, cells, "w", [best]))
+            (name, charts.curves(name, train, search, best, start, label, axis), table(label, head, cells, "w", [best]))
         )
     return out
 

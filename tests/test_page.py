@@ -255,6 +255,19 @@ def test_where_overfitting_starts(train, search, start):
     assert overfitting(train, search) == start
 
 
+def test_curves_say_what_chose_the_epoch(made):
+    table = [
+        row | {"judges": f"search and {len(row['variant'])} unlabelled images"} for row in rows(made / "curves.csv")
+    ]
+    report.write_table(made / "curves.csv", report.CURVE_COLUMNS, table)
+    write_page(made)
+    drawn = ["".join(element.itertext()) for element in ET.parse(made / "curves.svg").iter()]
+    heads = [text for _, text in read(made).all("th")]
+    for words in {row["judges"] for row in table}:
+        assert f"epoch (line: {words.removesuffix(' images')}, dashes: training)" in drawn
+        assert f"loss on {words}" in heads
+
+
 def test_curves_that_diverge_are_drawn_as_far_as_they_go():
     nan = float("nan")
     chart = charts.curves("v1", [None, 2.0, None, nan], [1.0, 3.0, nan, nan], 0, None, "label")
