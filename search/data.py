@@ -176,7 +176,7 @@ def sample_images(
     roles: Roles | None = None,
     hold: int | None = None,
 ) -> Split:
-    """Up to `count` images of a dataset, from all its splits alike; their labels are not read, and are 0.
+    """Up to `count` different images of a dataset, from all its splits alike; their labels are not read, and are 0.
 
     Args:
         source: an open dataset.
@@ -200,15 +200,16 @@ def sample_images(
         labels = np.zeros(len(chosen), np.int32)
         return _read_split(source, tuple(source.splits), chosen, labels, input_shape, mean, std, hold)
 
-    found, start = read(order[:count]), count
-    free = ~np.isin(found.digests, taken)
-    if free.all():
-        return found
-    chosen = found.indices[free]
+    chosen, start = order[:0], 0
     while len(chosen) < count and start < total:
         more = order[start : start + count - len(chosen)]
         start += len(more)
-        chosen = np.append(chosen, more[~np.isin(read(more).digests, taken)])
+        found = read(more)
+        new = ~np.isin(found.digests, taken)
+        new &= np.isin(np.arange(len(more)), np.unique(found.digests, return_index=True)[1])
+        if new.all() and not len(chosen):
+            return found
+        chosen, taken = np.append(chosen, more[new]), np.append(taken, found.digests[new])
     if not len(chosen):
         raise DataError(f"data {source.spec!r}: all of its {total:,} images are in train, search, certify or test")
     return read(chosen)
