@@ -44,6 +44,7 @@ class Options:
     data: str
     fitted: str
     unlabelled: str
+    unlabelled_weight: float | None
     augment: AugmentName
     learning_rate: float
     epochs: int | None
@@ -101,6 +102,7 @@ def main() -> None:
     parser.add_argument("--data", default="", help="default: digits, enlarged")
     parser.add_argument("--fitted", default="none", help="split that the checkpoint was trained on, if of this data")
     parser.add_argument("--unlabelled", default="", help="more images, whose labels are not looked at")
+    parser.add_argument("--unlabelled-weight", type=float, help="of these in the loss; default: their share")
     parser.add_argument("--augment", default="none", help="what is done to the images of a batch")
     parser.add_argument("--learning-rate", type=float, default=0.01, help="its peak")
     parser.add_argument("--epochs", type=int, help="of fine-tuning; default: as the search sees fit")
@@ -154,6 +156,7 @@ def trial(options: Options, data: str, labels: int, seed: int) -> Trial:
         shares=(shares[0], shares[1], shares[2], shares[3]),
         max_train=train,
         unlabelled=options.unlabelled,
+        unlabelled_weight=options.unlabelled_weight,
         augment=options.augment,
         learning_rate=options.learning_rate,
         epochs=options.epochs,
