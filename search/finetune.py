@@ -267,7 +267,7 @@ def objective(
             `dense`, its parameters, instead of `teacher`. L. Beyer et al.: "Knowledge distillation: a good teacher is
             patient and consistent", CVPR 2022.
         unlabelled: where a batch has `unlabelled` images, and `taught`, the teacher's logits for each of them, they go
-            through the model beside the others, and the divergence on them has this weight, 0 to 1.
+            through the model beside the others, and the divergence on them has this weight, 0 to 1; at 1 they alone do.
         mirror: whether they are mirrored at random, which leaves the teacher's answers as they are; `augment` may not.
     """
 
@@ -283,6 +283,9 @@ def objective(
         if more is not None and mirror:
             key, own = jax.random.split(key)
             more = flip(own, more)
+        if more is not None and unlabelled == 1:  # labels have no say, nor do the images that have them
+            logits, updates = train_apply(params, more, key)
+            return apart(batch["taught"], logits), updates
         every, updates = train_apply(params, x if more is None else jnp.concatenate([x, more]), key)
         logits = every[:count]
         loss = task.losses(logits, batch["y"]).mean()

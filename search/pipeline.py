@@ -169,12 +169,12 @@ def go_on(setting: Setting, say: Say, pool: Pool, layout: Layout | None, timings
     text = json.dumps(asdict(shifted), indent=1) + "\n"
     hosts.together(lambda: (config.directory / "shift.json").write_text(text))
     states = States(config.directory / "state")
-    if setting.unlabelled:
-        with timings.part("the dense model's answers"):
-            setting = replace(setting, taught=states.arrays("taught", lambda: taught(setting))["logits"])
     if setting.distill:
         with timings.part("fine-tuning the dense model"):
             setting = with_teacher(setting, states, say)
+    if setting.unlabelled:
+        with timings.part("the dense model's answers"):
+            setting = replace(setting, taught=states.arrays("answers", lambda: taught(setting))["logits"])
     with timings.part("ranking units"):
         space, crew = ranked(setting, states, say, pool, layout)
     variants = np.prod(space.cardinality.astype(float))

@@ -29,7 +29,7 @@ from treesurgeon.search.transfer import Labels, NewHead, adapted, match_labels, 
 SOURCE_IMAGES = 1000  # at most
 CALIBRATION = 256  # images that units are ranked on
 BATCH, SMALLEST_BATCH, STEPS_AN_EPOCH = 128, 16, 16  # of fine-tuning, where nothing else is said
-STEPS, MOST_EPOCHS = 80, 30
+STEPS, TAUGHT_STEPS, MOST_EPOCHS = 80, 400, 30  # to labels; where more unlabelled images are learnt from
 BESIDE = 64  # unlabelled images a step
 HELD = 5  # one unlabelled image in so many, at most, is held out to judge fine-tuning by
 DISTILL = 0.5  # weight of the teacher's answers, where nothing else is said
@@ -90,7 +90,10 @@ class Setting:
         return {"": self, **others}
 
     def calibration(self, count: int) -> np.ndarray:
-        """Up to so many images for what needs no labels: those of `train`, then unlabelled ones, `[N, H, W, C]`."""
+        """Up to so many images for what needs no labels: those of `train`, then unlabelled ones, `[N, H, W, C]`.
+
+        The last of these: the first ones score candidates, and judge fine-tuning.
+        """
         return calibration(self.roles, self.unlabelled, count)
 
     @property
@@ -254,7 +257,7 @@ def calibration(roles: Roles, unlabelled: Split | None, count: int) -> np.ndarra
     """See `Setting.calibration`."""
     images = np.asarray(roles.train.images[:count])
     more = count - len(images)
-    return np.concatenate([images, unlabelled.images[:more]]) if unlabelled and more else images
+    return np.concatenate([images, unlabelled.images[-more:]]) if unlabelled and more else images
 
 
 def scarce(config: Config, roles: Roles, unlabelled: Split | None) -> int:
@@ -272,11 +275,14 @@ def held_out(config: Config, roles: Roles, unlabelled: Split | None) -> int:
 def make_recipe(config: Config, images: int, unlabelled: int = 0) -> Recipe:
     """How finalists are fine-tuned on so many images: few of them take smaller batches and more epochs.
 
-    Every step takes a batch of unlabelled images besides; an epoch goes once over the larger part of both.
+    Every step takes a batch of unlabelled images besides; an epoch goes once over the larger part of both. Answers of
+    another model are learnt for longer than labels, without overfitting to them: L. Beyer et al.: "Knowledge
+    distillation: a good teacher is patient and consistent", CVPR 2022.
     """
     size = config.batch_size or min(BATCH, max(SMALLEST_BATCH, 1 << (images // STEPS_AN_EPOCH).bit_length() >> 1))
     steps = max(math.ceil(images / size), math.ceil(unlabelled / BESIDE))
-    epochs = min(MOST_EPOCHS, max(2, math.ceil(STEPS / steps)))
+    wanted = TAUGHT_STEPS if unlabelled > images else STEPS
+    epochs = min(MOST_EPOCHS, max(2, math.ceil(wanted / steps)))
     return Recipe(
         steps=steps,
         beside=BESIDE,

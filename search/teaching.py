@@ -23,6 +23,7 @@ from treesurgeon.search.finetune import Epoch, FitResult
 from treesurgeon.search.setting import Setting
 from treesurgeon.search.state import States
 from treesurgeon.search.tuning import best_tuned, untouched
+from treesurgeon.search.unlabelled import weight
 
 PLAIN = "dense fine-tuned"  # its name among the baselines
 HISTORY = "history"  # no path of a leaf: those of variables have a collection's name before them
@@ -30,10 +31,7 @@ HISTORY = "history"  # no path of a leaf: those of variables have a collection's
 
 def with_teacher(setting: Setting, states: States, say: Callable[[str], None]) -> Setting:
     """The setting, with the teacher that finalists learn from."""
-    say(
-        f"finalists learn what the dense model answers once it is fine-tuned, at weight {setting.distill:g} beside the "
-        "labels; that comes first (--distill 0 leaves it out)"
-    )
+    say(how_taught(setting))
     found = states.arrays("teacher", lambda: as_arrays(plain(setting, say)))
     history = tuple(
         Epoch(int(number), None if np.isnan(train) else float(train), float(loss), float(error))
@@ -43,6 +41,19 @@ def with_teacher(setting: Setting, states: States, say: Callable[[str], None]) -
     params = jax.tree.map(np.asarray, with_leaves(subject.variables, found))
     answered = None if AUGMENTATIONS[setting.config.augment] else answering(subject.infer, train)(params).logits
     return replace(setting, teacher=FitResult(params, history, int(found[HISTORY][-1, 0])), answered=answered)
+
+
+def how_taught(setting: Setting) -> str:
+    """What finalists learn, in words."""
+    if setting.unlabelled and weight(setting) == 1:
+        return (
+            "the dense model is fine-tuned to the labels first; finalists learn its answers to the unlabelled images "
+            "alone (--unlabelled-weight, --distill)"
+        )
+    return (
+        f"finalists learn what the dense model answers once it is fine-tuned, at weight {setting.distill:g} beside the "
+        "labels; that comes first (--distill 0 leaves it out)"
+    )
 
 
 def plain(setting: Setting, say: Callable[[str], None]) -> FitResult:

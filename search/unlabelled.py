@@ -1,15 +1,16 @@
 """Images without labels: what the dense model answers to them, for smaller models to learn from and to be scored by.
 
 Where inputs are shifted, its answers under the checkpoint's norm statistics and under those of the data at hand err on
-different images, and both err less on an image and its mirror image together than on one of them. The teacher is the
-mean of all of these: B. Lakshminarayanan et al.: "Simple and scalable predictive uncertainty estimation using deep
-ensembles", NeurIPS 2017; that a student learns an ensemble's answers from unlabelled images: C. Bucila et al.: "Model
-compression", KDD 2006. A new head stands on the data's statistics alone, and so does its teacher.
+different images, as do those of the fine-tuned dense model (see teaching.py), and all of them err less on an image and
+its mirror image together than on one of them. The teacher is the mean of all of these: B. Lakshminarayanan et al.:
+"Simple and scalable predictive uncertainty estimation using deep ensembles", NeurIPS 2017; that a student learns an
+ensemble's answers from unlabelled images: C. Bucila et al.: "Model compression", KDD 2006. A new head stands on the
+data's statistics alone, and so does its teacher.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,12 +24,16 @@ from treesurgeon.search.streaming import joined, tail
 from treesurgeon.search.subject import Subject
 from treesurgeon.search.transfer import adapted
 
+MANY = 10  # times as many images as have labels
+
 
 def taught(setting: Setting) -> Mapping[str, np.ndarray]:
     """The logits for a setting's unlabelled images, as `States.arrays` keeps them."""
     assert setting.unlabelled
     images = setting.calibration(0 if setting.head else setting.config.statistics_images)
-    return {"logits": answers(setting.subject, setting.unlabelled, images, setting.mirrored)}
+    teacher = setting.teacher
+    tuned = [teacher.params] if teacher and teacher.best_epoch else []
+    return {"logits": answers(setting.subject, setting.unlabelled, images, setting.mirrored, tuned)}
 
 
 def beside(setting: Setting) -> dict[str, Any]:
@@ -43,9 +48,16 @@ def beside(setting: Setting) -> dict[str, Any]:
 
 
 def weight(setting: Setting) -> float:
-    """Of these in the loss: by default every image counts alike."""
-    more, given = len(setting.unlabelled or ()) - setting.held, setting.config.unlabelled_weight
-    return more / (more + len(setting.roles.train)) if given is None else given
+    """Of these in the loss: every image counts alike by default, but few labels beside many images are the teacher's.
+
+    A small model that sees few labels again and again learns them by heart, and is no better on other images: what the
+    fine-tuned dense model made of them is in its answers. T. Chen et al.: "Big self-supervised models are strong
+    semi-supervised learners", NeurIPS 2020, find labels unnecessary there.
+    """
+    more, few = len(setting.unlabelled or ()) - setting.held, len(setting.roles.train)
+    if setting.config.unlabelled_weight is not None:
+        return setting.config.unlabelled_weight
+    return 1.0 if setting.distill and more >= MANY * few else more / (more + few)
 
 
 def scoring(setting: Setting) -> Split:
@@ -93,7 +105,9 @@ def merged(one: Split, other: Split) -> Split:
     )
 
 
-def answers(dense: Subject, split: Split, calibration: np.ndarray, mirrored: bool) -> np.ndarray:
+def answers(
+    dense: Subject, split: Split, calibration: np.ndarray, mirrored: bool, others: Sequence[Any] = ()
+) -> np.ndarray:
     """Logits `[N, outputs]` for each image of a split.
 
     Args:
@@ -101,8 +115,9 @@ def answers(dense: Subject, split: Split, calibration: np.ndarray, mirrored: boo
         split: the images; labels are not looked at.
         calibration: images `[N, H, W, C]` from which norm statistics are estimated; none keep the checkpoint's alone.
         mirrored: whether mirror images mean the same.
+        others: more variables of that model.
     """
-    models = [dense.variables]
+    models = [dense.variables, *others]
     if dense.momenta and len(calibration):
         models.append(adapted(dense, calibration).variables)
 

@@ -19,7 +19,7 @@ from treesurgeon.search.crossval import pool
 from treesurgeon.search.data import open_source, sample_images, split_roles
 from treesurgeon.search.evaluate import measurer
 from treesurgeon.search.finalists import fine_tuned, variant
-from treesurgeon.search.finetune import Recipe, fit, objective
+from treesurgeon.search.finetune import FitResult, Recipe, fit, objective
 from treesurgeon.search.pipeline import build_space
 from treesurgeon.search.scoring import make_evaluator
 from treesurgeon.search.setting import make_recipe, prepare
@@ -27,6 +27,7 @@ from treesurgeon.search.start import energies
 from treesurgeon.search.streaming import Streamed
 from treesurgeon.search.subject import random_subject
 from treesurgeon.search.tasks import TASKS
+from treesurgeon.search.teaching import how_taught
 from treesurgeon.search.tuning import tune
 from treesurgeon.search.unlabelled import answers, beside, judging, scoring, taught, weight
 
@@ -71,7 +72,7 @@ def test_bytes_are_known_again_as_floats(tmp_path, dtype):
 
 def test_labels_may_be_missing(tmp_path):
     x = RNG.integers(0, 256, (6, 5, 4, 3)).astype(np.uint8)
-    np.savez(tmp_path / "alone.npz", x_train=x, x_test=x[:2])
+    np.savez(tmp_path / "alone.npz", x_train=x, x_test=x[:2] // 2)
     np.savez(tmp_path / "odd.npz", x=x, y=np.full((9, 2), np.nan))
     for i, image in enumerate(x):
         path = tmp_path / "files" / ("" if i < 2 else "deep/er") / f"{i}.png"
@@ -103,6 +104,14 @@ def test_the_choice_is_the_seeds_and_labels_do_not_matter(source):
     assert np.array_equal(first.images, again.images)
     assert images_of(first) != images_of(other)
     assert not first.labels.any()
+
+
+@pytest.mark.parametrize(("count", "found"), [(3, 3), (20, 20), (29, 20)])
+def test_the_same_image_is_taken_once(tmp_path, count, found):
+    x = RNG.random((20, 4, 4, 1)).astype(np.float32)
+    np.savez(tmp_path / "again.npz", x=np.concatenate([x, x[:9]]))
+    split = sample_images(open_source(f"npz:{tmp_path / 'again.npz'}", labelled=False), count, input_shape=(4, 4, 1))
+    assert len(split) == len(images_of(split)) == found
 
 
 def test_where_all_have_a_role_there_is_an_error(source):
@@ -154,6 +163,11 @@ def test_the_loss_is_that_of_the_labels_and_the_divergence_of_the_rest(name):
     agreed, _ = loss(kernel, batch | {"taught": more @ kernel}, jax.random.key(0))
     assert agreed == pytest.approx(float(labels) / 4, rel=1e-5)
     assert calls == [(10, 4), (10, 4)]  # one pass, so that norms see all of a batch
+    alone, _ = objective(train, task=task, temperature=2.0, unlabelled=1.0, distill=0.5)(
+        kernel, batch | {"taught": answered}, jax.random.key(0)
+    )
+    assert alone == pytest.approx(float(rest), rel=1e-5)
+    assert calls[2:] == [(5, 4)]
 
 
 def test_they_are_mirrored_and_nothing_else_is_done_to_them():
@@ -189,6 +203,18 @@ def test_the_teacher_is_the_mean_of_both_statistics_and_of_mirror_images(source)
     assert np.abs(both - plain).max() > 1e-3
 
 
+def test_the_fine_tuned_dense_model_is_one_of_the_teachers(tmp_path):
+    setting = prepare(with_more(tmp_path, epochs=1))
+    tuned = jax.tree.map(lambda leaf: 1.5 * leaf, setting.subject.variables)
+    logits = [setting.subject.infer(v, setting.unlabelled.images) for v in (setting.subject.variables, tuned)]
+    alone = taught(setting)["logits"]
+    for epoch in (0, 1):  # after none it is the dense model itself
+        found = taught(replace(setting, teacher=FitResult(tuned, (), epoch)))["logits"]
+        wanted = np.mean(logits, 0) if epoch else alone
+        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
+    assert np.abs(found - alone).max() > 1e-2
+
+
 def with_more(home, **changes):
     config = small_config(home, **changes)
     np.savez(home / "more.npz", x=RNG.random((300, 8, 8, 1)).astype(np.float32), y=np.zeros(300, np.int32))
@@ -201,12 +227,26 @@ def test_what_needs_no_labels_is_fitted_to_them(tmp_path):
     train = np.asarray(setting.roles.train.images)
     assert len(setting.unlabelled) == 300
     assert np.array_equal(setting.calibration(10), train[:10])
-    assert np.array_equal(setting.calibration(100), np.concatenate([train, setting.unlabelled.images[:20]]))
+    assert np.array_equal(setting.calibration(100), np.concatenate([train, setting.unlabelled.images[-20:]]))
     assert len(setting.calibration(1000)) == 380
     assert setting.recipe.steps == 5  # 80 images, 16 a batch
     assert setting.recipe.epochs == 0
     assert weight(setting) == 300 / 380
     assert weight(prepare(replace(config, unlabelled_weight=0.25))) == 0.25
+
+
+@pytest.mark.parametrize(("changes", "expected"), [
+    ({"max_train": 30}, 1.0),
+    ({"max_train": 31}, 300 / 331),
+    ({"max_train": 30, "distill": 0.0}, 300 / 330),
+    ({"max_train": 30, "baselines": False}, 300 / 330),
+    ({"max_train": 30, "epochs": 0}, 300 / 330),
+    ({"max_train": 30, "unlabelled_weight": 0.5}, 0.5),
+])  # fmt: skip
+def test_few_labels_beside_many_images_are_the_teachers(tmp_path, changes, expected):
+    setting = prepare(with_more(tmp_path, **({"epochs": 1} | changes)))
+    assert weight(setting) == expected
+    assert ("unlabelled images alone" in how_taught(setting)) == (expected == 1)
 
 
 def test_kernels_and_rankings_and_scores_change_with_them(tmp_path):
@@ -349,7 +389,9 @@ def test_what_outputs_amount_to(name, wanted):
 def test_the_recipe_counts_the_steps_of_both():
     config = Config("m", "c", "d")
     assert (make_recipe(config, 133).steps, make_recipe(config, 133).epochs) == (9, 9)
-    assert (make_recipe(config, 133, 5000).steps, make_recipe(config, 133, 5000).epochs) == (79, 2)
+    for unlabelled, steps, epochs in ((5000, 79, 6), (50000, 782, 2), (133, 9, 9), (134, 9, 30)):
+        recipe = make_recipe(config, 133, unlabelled)
+        assert (recipe.steps, recipe.epochs) == (steps, epochs)
 
 
 def test_a_run_learns_from_them_and_says_so(tmp_path):
