@@ -59,7 +59,8 @@ class Options:
     @property
     def tag(self) -> str:
         """What tells apart runs, and tables, with images without labels."""
-        return "-unlabelled" if self.unlabelled else ""
+        weight = "" if self.unlabelled_weight is None else f"-{self.unlabelled_weight:g}"
+        return f"-unlabelled{weight}" if self.unlabelled else ""
 
 
 @dataclass(frozen=True)
@@ -215,11 +216,13 @@ def report(options: Options, name: str, trials: Sequence[Trial]) -> None:
         )
     head = ("labels a class", "selected, parameters", "test %", "dense", "gap, points", "dense", "certificate", "met")
     if options.unlabelled:
-        epochs = "default" if options.epochs is None else options.epochs
+        epochs, weight = (
+            "default" if given is None else given for given in (options.epochs, options.unlabelled_weight)
+        )
         notes.append(
             f"The selected variant also had {Config.unlabelled_images:,} images of {name_of(options.unlabelled)} at "
             f"most, without labels; augmentation {options.augment}, peak rate {options.learning_rate}, "
-            f"epochs: {epochs}, finalists: {options.finalists}."
+            f"epochs: {epochs}, weight of these images: {weight}, finalists: {options.finalists}."
         )
     publish(
         f"small-labels-{options.model}-{name}{options.tag}",

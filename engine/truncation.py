@@ -28,7 +28,7 @@ from treesurgeon.engine.analysis import Analysis
 from treesurgeon.engine.errors import PlanError, StructureError
 from treesurgeon.engine.flow import kernel_leaves, kernel_operand
 from treesurgeon.engine.graph import Graph
-from treesurgeon.engine.jaxprs import Operand, Program, is_float, named_leaves, path_name
+from treesurgeon.engine.jaxprs import Operand, Program, named_leaves, path_name
 from treesurgeon.engine.linear import linear
 from treesurgeon.engine.masks import labels
 from treesurgeon.engine.narrowing import GONE, without_gone
@@ -37,6 +37,7 @@ from treesurgeon.engine.retrace import Retraced, Retracer
 from treesurgeon.engine.rules import lookup
 from treesurgeon.engine.sites import leaf_axis, live_eqns
 from treesurgeon.engine.splitting import needed, run
+from treesurgeon.engine.stack import find_stack, signal_of
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def dense_stack(fn: Callable, graph: Graph, *args: Any, **kwargs: Any) -> tuple[
         **kwargs: likewise.
     """
     found, _ = Retracer(fn, graph)({}, args, kwargs)
-    stack = _stack(found)
+    stack = find_stack(found)
     there = {point.value: name for name, point in _points(found).items()}
     return (there[stack.value], stack.kernels) if stack and stack.value in there else None
 
@@ -246,12 +247,6 @@ class _Point(NamedTuple):
     channels: tuple[int, ...]
 
 
-class _Stack(NamedTuple):
-    value: int  # what feeds it
-    module: str
-    kernels: tuple[str, ...]
-
-
 class _Found(NamedTuple):
     head: Head
     value: int  # what feeds it
@@ -298,12 +293,13 @@ def _points(found: Retraced) -> dict[str, _Point]:
         head = _head(found)
         named.setdefault(head.value, f"before {head.module}")
         last[head.value] = head
-        stack = _stack(found)
-        if stack and (name := f"before {stack.module}") not in named.values():
+        if stack := find_stack(found):
+            name = f"before {stack.module}"  # which the flattened value may have, where the layer is a block
+            named = {v: other for v, other in named.items() if other != name}
             named.setdefault(stack.value, name)
     except StructureError:  # the function has no head: its blocks are there all the same
         pass
-    solution, signal = analysis.solution, _signal(analysis)
+    solution, signal = analysis.solution, signal_of(analysis)
     out = {}
     for v in sorted(named.keys() & solution.makers.keys(), key=lambda v: solution.makers[v]):
         if analysis.program.avals[v].ndim < 2 or not _dominates(analysis, signal, v):
@@ -311,44 +307,6 @@ def _points(found: Retraced) -> dict[str, _Point]:
         held = [d for d, axis in enumerate(solution.of(v)) if labels(axis)]
         channels = (held[0],) if len(held) == 1 else (analysis.program.avals[v].ndim - 1,)
         out[named[v]] = _Point(v, last[v].channels if v in last else channels)
-    return out
-
-
-def _stack(found: Retraced) -> _Stack | None:
-    """The dense layers between the last pool and the head.
-
-    A pool is what takes a value with spatial axes, behind the first contraction, to one without them. What feeds the
-    stack is the pool's input, which is then averaged, where that is only flattened.
-    """
-    analysis = found.analysis
-    program, kinds, signal = analysis.program, analysis.kinds, _signal(analysis)
-
-    def spatial(v: Operand) -> bool:
-        return v in signal and sum(n != 1 for n in program.aval(v).shape[1:]) > 1
-
-    live = live_eqns(analysis)
-    layers = [i for i in live if kernel_leaves(program, i, kinds)]
-    pools = [i for i in live if any(map(spatial, program.eqns[i].ins)) and not any(map(spatial, program.eqns[i].outs))]
-    dense = [i for i in layers if pools and i > pools[-1] > layers[0]][:-1]  # the last one is the head
-    if not dense or any(program.eqns[i].bodies for i in dense):
-        return None
-    first = program.eqns[dense[0]]
-    value = next(v for v in first.ins if v != kernel_operand(first, kinds))
-    pool = program.eqns[pools[-1]]
-    if pool.name == "reshape" and value in pool.outs:
-        value = pool.ins[0]
-    assert isinstance(value, int)
-    leaves = [min(kernel_leaves(program, i, kinds)) for i in dense]
-    return _Stack(value, analysis.modules[leaves[0]], tuple(found.paths[leaf] for leaf in leaves))
-
-
-def _signal(analysis: Analysis) -> set[int]:
-    """The values that carry activations, as in blocks.py: from floating-point inputs, or parameters had a part in."""
-    program, kinds = analysis.program, analysis.kinds
-    out = {v for v in program.inputs if kinds.data[v] and is_float(program.avals[v])}
-    for eqn in program.eqns:
-        if any(v in out for v in eqn.ins) or any(kinds.of(v)[1] for v in eqn.ins):
-            out |= {v for v in eqn.outs if kinds.data[v] and is_float(program.avals[v])}
     return out
 
 

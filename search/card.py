@@ -23,7 +23,8 @@ def card(
     told = f"{baselines}\n\n" if baselines else ""
     told += f"Before the search: {setting.head.sentence}.\n\n" if setting.head else ""
     if setting.unlabelled:
-        told += f"It also learnt from {len(setting.unlabelled):,} images of `{config.unlabelled}`, without labels.\n\n"
+        count = len(setting.unlabelled) - setting.held
+        told += f"The variants also learnt from {count:,} images of `{config.unlabelled}`, without labels.\n\n"
     return f"""# {config.model}, pruned
 
 {outcome["sentence"]}

@@ -122,8 +122,8 @@ class Config:
     """Of these, how many are used at most."""
     unlabelled_weight: float | None = None
     """Weight in the fine-tuning loss of the dense model's answers to them, 0 to 1. Default: their share of the images,
-    so that every image counts alike; 1 where they are more than ten times as many as those of `train` and the dense
-    model, which then teaches its finalists alone, is fine-tuned to the labels (see --distill)."""
+    so that every image counts alike; 1 where they are at least ten times as many as those of `train` and the dense
+    model is fine-tuned to the labels (see --distill): finalists learn from its answers alone then."""
     shares: tuple[float, float, float, float] = SHARES
     """How the images are dealt out to `train`, `search`, `certify` and `test`. Where --fitted-split gives `train` its
     own, the others share the rest likewise."""
@@ -178,14 +178,15 @@ class Config:
     epochs: int | None = None
     """Epochs of fine-tuning for each finalist; the one that is best on `search` is kept (and on unlabelled images that
     are held out, see --unlabelled). 0 only re-estimates statistics. Default: 2, and where `train` is small as many as
-    make 80 steps, but no more than 30. With --unlabelled an epoch goes over the larger of both, the default is 400
-    steps where there are more of these, and baselines that have labels alone take as many steps."""
+    make 80 steps, but no more than 30. With --unlabelled an epoch goes over the larger of both; where there are
+    more of these it is 400 steps instead of 80, and baselines that have labels alone take as many."""
     learning_rate: float = 0.01
     """Peak learning rate of fine-tuning, which a warm-up leads to and a cosine to 0."""
     optimizer: OptimizerName = "sgd"
     """Of fine-tuning: SGD with Nesterov momentum, or AdamW, which wants a lower --learning-rate."""
     patience: int | None = None
-    """Stop fine-tuning a model after so many epochs without a better one. Default: run them all."""
+    """Stop fine-tuning a model after so many epochs without a better one (after as many steps, where --unlabelled makes
+    epochs longer). Default: run them all."""
     batch_size: int | None = None
     """Images a step of fine-tuning. Default: 128, and where `train` is small about a sixteenth of it, at least 16."""
     clip: float = 5.0

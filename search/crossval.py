@@ -1,7 +1,7 @@
 """Where `certify` is too small for ε: repeated stratified cross-validation, which is an estimate and no certificate.
 
 `search` and `certify` together are the pool; `test` stays closed. A finalist is what a fixed sequence of steps on
-`train` makes of a plan, and of the pool it has seen one thing: `search` chose the epoch that it is kept from. So that
+`train` makes of a plan, and of the pool it has seen one thing since: `search` chose the epoch it is kept from. That
 choice is what is repeated. Every image of a fold is answered by the epoch that is best on the other folds, as `search`
 chose the frozen one; nothing is fitted to the pool, by which a variant would learn what the dense model never saw, and
 one fine-tuning serves all folds, since they share its steps. Without fine-tuning nothing was chosen, and the folds
@@ -11,7 +11,9 @@ The dense model answers the same folds. Folds share most of the images that epoc
 mean over K folds, repeated R times, is taken as s² (1/(K R) + 1/(K - 1)): C. Nadeau, Y. Bengio: "Inference for the
 generalization error", Machine Learning 2003; for repeats R. Bouckaert, E. Frank, PAKDD 2004.
 
-What stays optimistic: the plans themselves were searched on images of `search`, which this does not repeat.
+What stays optimistic: the plans themselves were searched on images of `search`, which also chose from a shortlist,
+where to truncate, a new head's hidden units and the epoch of the dense model that teaches; none of this is repeated. Of
+several finalists, one is chosen by these very estimates.
 """
 
 from __future__ import annotations
@@ -68,12 +70,11 @@ def pool(setting: Setting) -> Split:
 
 
 def fold_count(setting: Setting) -> int:
-    """Folds: fewer than asked for where every class counts alike and one has fewer images."""
+    """Folds: fewer than asked for where there are fewer images, of any class where every class counts alike."""
     config, roles = setting.config, setting.roles
-    if not config.judged_by.per_class:
-        return config.cv_folds
     labels = np.concatenate([roles.search.labels, roles.certify.labels])
-    return max(2, min(config.cv_folds, int(class_counts(labels).min())))
+    images = int(class_counts(labels).min()) if config.judged_by.per_class else len(labels)
+    return max(2, min(config.cv_folds, images))
 
 
 def deal(strata: np.ndarray, count: int, seed: int, repeat: int) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 
 from treesurgeon import engine
-from treesurgeon.search import crossval, evolve
+from treesurgeon.search import crossval, evolve, hosts
 from treesurgeon.search.budget import Budget, example
 from treesurgeon.search.config import Config, RunError
 from treesurgeon.search.evaluate import answering
@@ -21,6 +21,7 @@ from treesurgeon.search.latency import pick_measured, profile_plan
 from treesurgeon.search.metrics import Answers
 from treesurgeon.search.setting import Setting
 from treesurgeon.search.space import Space
+from treesurgeon.search.state import States
 from treesurgeon.search.subject import Subject
 from treesurgeon.search.tuning import Tuned, best_tuned, tune
 from treesurgeon.search.unlabelled import judging
@@ -36,14 +37,7 @@ def pick(
     Each comes with what was measured of it, for the limits that are on measurements.
     """
     config = setting.config
-    usable = front.violation == 0
-    genomes, objectives = front.genomes[usable], front.objectives[usable]
-    if not len(genomes):
-        raise RunError(
-            f"no candidate met the budget in {config.generations} generations: raise --generations or the budget"
-        )
-    reduced = (genomes != space.dense_genome()).any(1)
-    genomes, objectives = genomes[reduced], objectives[reduced]
+    genomes, objectives = _reduced(config, space, front)
     if not len(genomes):
         return []
     order = np.argsort(objectives[:, 1], kind="stable")
@@ -57,6 +51,42 @@ def pick(
     targets = np.geomspace(sizes.max(), sizes.min(), config.finalists + 1)[1:]
     nearest = [int(np.abs(np.log(sizes / target)).argmin()) for target in targets]
     return [(genomes[i], {}) for i in dict.fromkeys(nearest)]
+
+
+def _reduced(config: Config, space: Space, front: evolve.Scored) -> tuple[Any, Any]:
+    """Genomes and objectives of those that meet the budget and are not the dense model."""
+    usable = front.violation == 0
+    if not usable.any():
+        raise RunError(
+            f"no candidate met the budget in {config.generations} generations: raise --generations or the budget"
+        )
+    usable &= (front.genomes != space.dense_genome()).any(1)
+    return front.genomes[usable], front.objectives[usable]
+
+
+def picked_once(
+    setting: Setting,
+    space: Space,
+    budget: Budget,
+    front: evolve.Scored,
+    states: States,
+    say: Callable[[str], None],
+) -> list[tuple[Any, Mapping[str, float]]]:
+    """What is `pick`ed in a run: where it depends on measurements, a resumed run goes on with those from before."""
+
+    def picked() -> list[tuple[Any, Mapping[str, float]]]:
+        return hosts.together(lambda: pick(setting, space, budget, front, say))
+
+    if not budget.measured or not len(_reduced(setting.config, space, front)[0]):
+        return picked()
+
+    def arrays() -> dict[str, np.ndarray]:
+        genomes, costs = zip(*picked(), strict=True)
+        return {"genomes": np.stack(genomes)} | {name: np.array([c[name] for c in costs]) for name in budget.measured}
+
+    kept = states.arrays("picked", arrays)
+    costs = [{name: float(kept[name][i]) for name in budget.measured} for i in range(len(kept["genomes"]))]
+    return list(zip(kept["genomes"], costs, strict=True))
 
 
 def _within_measured(

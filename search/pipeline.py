@@ -26,7 +26,7 @@ from treesurgeon.search.budget import Budget, make_budget, refuse
 from treesurgeon.search.conclusion import Outcome, conclude, recall, save
 from treesurgeon.search.config import Config, RunError, claim, identity
 from treesurgeon.search.evaluate import Batches, in_precision
-from treesurgeon.search.finalists import finish, pick, received, refine
+from treesurgeon.search.finalists import finish, picked_once, received, refine
 from treesurgeon.search.live import Generation
 from treesurgeon.search.lock import alone
 from treesurgeon.search.openings import REGISTER, opened_elsewhere
@@ -186,9 +186,9 @@ def go_on(setting: Setting, say: Say, pool: Pool, layout: Layout | None, timings
     budget = make_budget(setting, space, states, say)
     scored = search(setting, space, budget, states, say, layout, crew, timings)
     start = time.perf_counter()
-    picked = hosts.together(lambda: pick(setting, space, budget, scored, say))
+    picked = picked_once(setting, space, budget, scored, states, say)
     refitted: dict[str, Tuned] = {}
-    if setting.budget and len(picked) > config.finalists:
+    if len(picked) > config.finalists:
         best, made = halved(setting, [space.to_plan(genome) for genome, _ in picked], states, crew, say)
         picked = [picked[i] for i in best]
         refitted = {f"v{k}": made[i] for k, i in enumerate(best, 1) if i in made}

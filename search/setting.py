@@ -105,9 +105,11 @@ class Setting:
     @property
     def labelled(self) -> Recipe:
         """The recipe where no unlabelled images come beside `train`: as many steps, an epoch goes once over `train`."""
-        steps = math.ceil(len(self.roles.train) / min(self.recipe.batch_size, len(self.roles.train)))
-        epochs = math.ceil(self.recipe.epochs * (self.recipe.steps or steps) / steps)
-        return replace(self.recipe, steps=None, epochs=epochs)
+        recipe, images = self.recipe, len(self.roles.train)
+        steps = math.ceil(images / min(recipe.batch_size, images))
+        longer = (recipe.steps or steps) / steps
+        patience = recipe.patience and math.ceil(recipe.patience * longer)
+        return replace(recipe, steps=None, epochs=math.ceil(recipe.epochs * longer), patience=patience)
 
     @property
     def distill(self) -> float:

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 from scipy import stats
+from smallrun import small_config
 
-from treesurgeon.search.crossval import cross_validate, deal
+from treesurgeon.search.crossval import cross_validate, deal, fold_count
 from treesurgeon.search.metrics import METRICS, Answers
+from treesurgeon.search.setting import prepare
 
 SETTINGS = {"folds": 5, "repeats": 3, "seed": 0, "delta": 0.05}
 
@@ -56,6 +58,15 @@ def test_images_that_judge_are_in_every_choice_and_in_no_fold():
     folds = [cross_validate([right(labels, ~pool)], dense, METRICS["accuracy"], **SETTINGS, judges=judges)]
     folds.append(cross_validate(alone[1:2], alone[2], METRICS["accuracy"], **SETTINGS))
     assert folds[0] == folds[1]
+
+
+@pytest.mark.parametrize(("metric", "asked", "count"), [
+    ("accuracy", 5, 5), ("accuracy", 500, 96), ("balanced_accuracy", 500, 24), ("balanced_accuracy", 5, 5),
+])  # fmt: skip
+def test_no_more_folds_than_images(tmp_path, metric, asked, count):
+    setting = prepare(small_config(tmp_path, certify=True, cv_folds=asked, metric=metric))
+    assert len(setting.roles.search) + len(setting.roles.certify) == 96
+    assert fold_count(setting) == count
 
 
 def test_the_difference_of_frozen_models_is_that_on_the_pool_and_the_interval_is_nadeau_bengios():

@@ -532,13 +532,13 @@ def test_starting_points_within_the_budget_come_first(zoo):
 @pytest.mark.slow
 def test_a_budget_on_what_is_measured(place, monkeypatch):
     """Peak memory stands in for latency: it is measured and predicted in the same way, and does not depend on load."""
-    margins = "--epsilon", "0.3", "--eta", "0.9"
-    code, out, err = finish(
-        command(place, "measured/memory", "--memory", "0.85", "--epochs", "0", "--protect", "none", *margins)
-    )
+    more = "--epsilon", "0.3", "--eta", "0.9", "--protect", "none", "--shortlist", "3", "--finalists", "1"
+    code, out, err = finish(command(place, "measured/memory", "--memory", "0.85", "--epochs", "0", *more))
     assert code == 0, err
     assert "memory predicted from 16 measured plans" in out
     assert "within the budget (memory" in out
+    with (place / "measured/memory/front.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 1
     monkeypatch.syspath_prepend(str(place))
     setting = prepare(
         Config("mine:Tiny", str(place / "checkpoint"), "digits", data_dir=str(place / "tfds"), fitted_split=("train",))
@@ -591,6 +591,9 @@ def test_other_finalists_make_another_run_and_larger_ones_are_not_tested(zoo, tm
     large = Finalist("t1", {"params": 3}, 0.1, 0.1)
     _, _, first, _ = register(setting, [small])
     assert first == register(setting, [small])[2] != register(setting, [replace(small, search_error=0.2)])[2]
+    timed = replace(setting, config=replace(setting.config, latency=5.0))
+    times = {register(timed, [replace(small, cost={"params": 1, "latency": each})])[2] for each in (4.27, 4.31)}
+    assert len(times) == 1  # it is measured again where a run is resumed
     budget = Budget(setting.subject.graph, {}, {}, {})
     found = find_certificate(setting, budget, [large], dense, Verdict(large, True, {}, ""))
     assert (found.valid, found.steps) == (False, ())

@@ -94,6 +94,40 @@ def test_training_before_the_first_statistics():
         np.testing.assert_allclose(logits, short.apply(mine, X), rtol=1e-6)
 
 
+class Dropped(nn.Module):
+    """Dropout stands between a map that is flattened and the dense layer that reads it."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.max_pool(nn.relu(nn.Conv(8, (3, 3), name="conv")(x)), (2, 2), (2, 2))
+        x = nn.Dropout(0.5, deterministic=not train)(x.reshape(len(x), -1))
+        return nn.Dense(3, name="head")(nn.relu(nn.Dense(self.width, name="hidden")(x)))
+
+
+@pytest.mark.parametrize("width", [24, 128])  # 128 as the flattened map has: then the layer is a block
+def test_a_flattened_map_is_averaged_where_dropout_follows(width):
+    module = Dropped(width)
+    variables = module.init(jax.random.key(0), X)
+    graph = engine.trace(module.apply, variables, X)
+    at, kernels = engine.dense_stack(module.apply, graph, X)
+    assert (at, kernels) == ("before hidden", ("params/hidden/kernel",))
+    short = Shortened(module, at, 3, X)
+    mine = with_head(short, variables)
+    assert mine["params"][HEAD]["kernel"].shape == (8, 3)
+    conv = variables["params"]["conv"]
+    maps = nn.relu(
+        jax.lax.conv_general_dilated(X, conv["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        + conv["bias"]
+    )
+    features = nn.max_pool(maps, (2, 2), (2, 2)).mean((1, 2))
+    expected = features @ mine["params"][HEAD]["kernel"] + mine["params"][HEAD]["bias"]
+    np.testing.assert_allclose(short.apply(mine, X), expected, rtol=1e-5, atol=1e-5)
+    trained = short.apply(mine, X, train=True, rngs={"dropout": jax.random.key(1)})
+    np.testing.assert_allclose(trained, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_half_precision(whole):
     short = shortened()
     mine = with_head(short, whole[1])

@@ -8,9 +8,12 @@ import pytest
 from smallrun import small_config
 
 from treesurgeon import engine
-from treesurgeon.search import pipeline, shortlist
+from treesurgeon.search import finalists, pipeline, shortlist
+from treesurgeon.search.budget import Budget
 from treesurgeon.search.config import Config
+from treesurgeon.search.evolve import Scored
 from treesurgeon.search.finalists import appraise, prepared, shortlisted
+from treesurgeon.search.latency import Profile
 from treesurgeon.search.setting import prepare
 from treesurgeon.search.shortlist import chosen
 from treesurgeon.search.state import States
@@ -51,6 +54,26 @@ def test_the_best_go_on_and_what_is_not_a_number_goes_last():
 @pytest.mark.parametrize(("given", "count"), [(None, 2), (2, 2), (1, 2), (7, 7)])
 def test_its_length(given, count):
     assert shortlisted(Config("mlp", "x", "digits", finalists=2, shortlist=given)) == count
+
+
+def test_what_was_measured_is_not_measured_again(config, monkeypatch, tmp_path):
+    """A resumed run goes on with the same candidates, though times differ."""
+    setting = prepare(config)
+    graph = setting.subject.graph
+    space = pipeline.build_space(setting, {name: np.arange(group.size) for name, group in graph.groups.items()})
+    budget = Budget(graph, {"latency": 2.0}, {"latency": 9.0}, {"latency": np.zeros(0)})
+    genomes = np.stack([space.cardinality - 1, space.cardinality // 2]).astype(np.int32)
+    front = Scored(genomes, np.array([[0.5, 0.1], [0.5, 0.2]]), np.zeros(2))
+    times = iter([1.0, 1.5, 9.0])
+    monkeypatch.setattr(finalists, "profile_plan", lambda *given: Profile(next(times), 0))
+    first, again = (
+        finalists.picked_once(setting, space, budget, front, States(tmp_path / "state"), lambda line: None)
+        for _ in range(2)
+    )
+    for found in (first, again):
+        assert [measured for _, measured in found] == [{"latency": 1.0}, {"latency": 1.5}]
+        np.testing.assert_array_equal([genome for genome, _ in found], genomes)
+    assert next(times) == 9.0
 
 
 def test_appraisal_after_fine_tuning_leaves_the_candidate_as_it_starts(config):

@@ -323,9 +323,9 @@ def test_the_best_epoch_is_by_search_and_those_held_out(tmp_path):
 def test_the_baselines_take_as_many_steps(tmp_path):
     setting = prepare(with_more(tmp_path, epochs=3))
     assert (len(setting.roles.train), setting.recipe.batch_size, setting.recipe.steps) == (80, 16, 5)
-    more = replace(setting, recipe=replace(setting.recipe, steps=12))
+    more = replace(setting, recipe=replace(setting.recipe, steps=12, patience=2))
     assert setting.labelled == replace(setting.recipe, steps=None)
-    assert more.labelled == replace(setting.recipe, steps=None, epochs=8)  # 36 steps, five an epoch
+    assert more.labelled == replace(setting.recipe, steps=None, epochs=8, patience=5)  # 36 steps and 24, five an epoch
 
 
 @pytest.mark.parametrize("name", ["multilabel", "regression"])
