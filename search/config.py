@@ -78,9 +78,10 @@ class Config:
     cross_entropy; for several labels label_accuracy, f1, auroc or cross_entropy; for numbers r2. Errors are 1 less the
     metric; cross-entropy is one itself, in nats. Default: the first of these."""
     epsilon: float = 0.01
-    """By how much the selected variant's error on `search` may exceed the dense model's: 0.01 is a point, or nats."""
+    """By how much the selected variant's error may exceed the dense model's: 0.01 is a point, or nats. `certify` has to
+    show it; where nothing is certified, the error in cross-validation, or on `search`, goes by it."""
     eta: float = 0.02
-    """By how much its gap (error on `search` less error on `train`) may exceed the dense model's, likewise."""
+    """By how much its gap (that error less the error on `train`) may exceed the dense model's, likewise."""
 
     delta: float = 0.05
     """Chance at most that the certificate makes a false claim."""

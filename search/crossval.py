@@ -56,7 +56,7 @@ class Estimate:
 
 
 def needed(setting: Setting) -> bool:
-    """Whether a certificate is wanted and `certify` cannot show ε, whatever it would say."""
+    """Whether a certificate is wanted and `certify` cannot show ε, even of one that answers as the dense model."""
     config, roles = setting.config, setting.roles
     if not config.certify or not roles.clean:
         return False
@@ -99,6 +99,8 @@ def cross_validate(
 ) -> Estimate:
     """Compare a finalist with the dense model.
 
+    Folds in which the dense model's error is not defined are left out.
+
     Args:
         trail: its answers to the pool after each epoch, before any first.
         dense: the dense model's.
@@ -110,7 +112,7 @@ def cross_validate(
         judges: the last so many images are in no fold: every choice of an epoch is made with them.
     """
     count = len(dense.labels) - judges
-    differences, dense_errors, kept, strata = [], [], [], dense.task.strata(dense.labels[:count])
+    differences, dense_errors, kept, strata = [], [], [], dense.task.fold_strata(dense.labels[:count])
     for repeat in range(repeats):
         at = deal(strata, folds, seed, repeat)
         for fold in range(folds):
@@ -118,6 +120,8 @@ def cross_validate(
             others = np.setdiff1d(np.arange(count + judges), held)
             best = min(range(len(trail)), key=lambda epoch, rows=others: _merit(trail[epoch][rows], metric))
             errors = [metric.error(metric.observe(answers[held])) for answers in (trail[best], dense)]
+            if math.isnan(errors[1]):  # there are fewer labels than folds, and none in this one
+                continue
             differences.append(errors[0] - errors[1])
             dense_errors.append(errors[1])
             kept.append(best)

@@ -17,14 +17,14 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from treesurgeon.search.sources import BATCH, DataError, Source, default_data_dir, open_source
-from treesurgeon.search.streaming import Streamed, normalised, read_raw, room
+from treesurgeon.search.stored import check_images, check_scale, per_channel
+from treesurgeon.search.streaming import Streamed, normalised, read_digests, read_raw, room
 from treesurgeon.search.tasks import CLASSIFICATION, TASKS, Task
 
 __all__ = ["DataError", "Roles", "Source", "Split", "default_data_dir", "open_source", "sample_images", "split_roles"]
 
 ROLES = ("train", "search", "certify", "test")
 SHARES = (0.5, 0.2, 0.1, 0.2)
-LEVEL = 0.02  # by how much 255 times a number may differ from the byte that it stands for
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Split:
         fingerprint: SHA-256 over the images as stored and their labels, in the dataset's order. It does not
             depend on the normalisation: the same images are the same evidence.
         digests: `[N]` uint64, of each image as stored, whatever its label: 8 bytes of BLAKE2b, alike for bytes and for
-            their 255th parts. Empty if unknown.
+            their 255th parts, and whatever size images are scaled to. Empty if unknown.
         task: what the labels are for.
     """
 
@@ -68,7 +68,7 @@ class Roles:
             was declared. No gap is claimed where it is False.
         label_names: names of the classes, by label; or of the labels, or numbers, of an image.
         doubt: why `clean` is False, in words; empty where it is not.
-        twice: images that were left out of a role because one before it has the same, pixel for pixel.
+        twice: images that were left out of a role because it, or one before it, has the same, pixel for pixel.
     """
 
     train: Split
@@ -111,7 +111,9 @@ def split_roles(
     """Give every image of a dataset one role, and read the images.
 
     An image that is stored twice has the first of its roles alone: what was fitted or chosen on it would else be judged
-    on it. A role of which nothing would be left keeps its images, and then nothing is clean.
+    on it, and what is judged counts it once. A role of which nothing would be left keeps its images, and then nothing
+    is clean. Where a cap on `train` leaves out images of the fitted splits, and those that it has show that some are
+    stored twice, the others are compared as well.
 
     Args:
         source: an open dataset.
@@ -142,27 +144,52 @@ def split_roles(
         origins = dict.fromkeys(ROLES, unfitted)
         plan = {ROLES: shares}
 
-    splits: dict[str, Split] = {}
-    twice: dict[str, int] = {}
-    taken = np.zeros(0, np.uint64)
-    doubt = "it is unknown what the checkpoint was fitted on" if fitted is None else ""
+    dealt: dict[str, tuple[tuple[str, ...], np.ndarray, np.ndarray]] = {}
     for stream, (roles, weights) in enumerate(plan.items()):
         origin = origins[roles[0]]
         labels = _read_labels(source, origin, num_classes)
         strata = TASKS[source.task].strata(labels)
         order = np.argsort(np.random.PCG64([seed, stream]).random_raw(len(labels)), kind="stable")
         parts = _divide(source, origin, strata, order, roles, weights, caps or {})
-        for role, indices in parts.items():
-            found = _read_split(source, origin, indices, labels[indices], input_shape, mean, std, hold)
-            again = np.isin(found.digests, taken)
-            if again.all():
-                doubt = f"all images of {role} are, pixel for pixel, images of {' or '.join(splits)}"
-            elif again.any():
-                twice[role], kept = int(again.sum()), indices[~again]
-                found = _read_split(source, origin, kept, labels[kept], input_shape, mean, std, hold)
-            taken = np.concatenate([taken, found.digests])
-            splits[role] = found
+        dealt |= {role: (origin, indices, labels[indices]) for role, indices in parts.items()}
+
+    def read(role: str, kept: np.ndarray | slice = slice(None)) -> Split:
+        origin, indices, labels = dealt[role]
+        return _read_split(source, origin, indices[kept], labels[kept], input_shape, mean, std, hold)
+
+    splits = {role: read(role) for role in ROLES}
+    taken = splits["train"].digests
+    if fitted and len(taken) < sum(source.splits[split] for split in origins["train"]):
+        others = np.concatenate([splits[role].digests for role in ROLES[1:]])
+        if np.isin(others, taken).any():  # the part of these splits that `train` leaves out may have more
+            taken = _digests(source, origins["train"])
+    doubt = "it is unknown what the checkpoint was fitted on" if fitted is None else ""
+    twice: dict[str, int] = {}
+    for before, role in enumerate(ROLES[1:], 1):
+        digests = splits[role].digests
+        again = np.isin(digests, taken)
+        if again.all():
+            doubt = f"all images of {role} are, pixel for pixel, images of {' or '.join(ROLES[:before])}"
+        elif (again := again | ~_first(digests)).any():
+            twice[role], splits[role] = int(again.sum()), read(role, ~again)
+        taken = np.concatenate([taken, digests])
     return Roles(**splits, clean=not doubt, label_names=source.label_names, doubt=doubt, twice=twice)
+
+
+def _first(digests: np.ndarray) -> np.ndarray:
+    """Which images have none before them that is the same: `bool[N]`."""
+    return np.isin(np.arange(len(digests)), np.unique(digests, return_index=True)[1])
+
+
+def _digests(source: Source, origin: Sequence[str]) -> np.ndarray:
+    """Of all images of some splits."""
+    found = []
+    for split in origin:
+        for start in range(0, source.splits[split], BATCH):
+            local = np.arange(start, min(start + BATCH, source.splits[split]))
+            raw = source.read_images(split, local)
+            found.append(read_digests(source, split, local, raw[..., None] if raw.ndim == 3 else raw, apart=False))
+    return np.concatenate(found)
 
 
 def sample_images(
@@ -205,8 +232,7 @@ def sample_images(
         more = order[start : start + count - len(chosen)]
         start += len(more)
         found = read(more)
-        new = ~np.isin(found.digests, taken)
-        new &= np.isin(np.arange(len(more)), np.unique(found.digests, return_index=True)[1])
+        new = ~np.isin(found.digests, taken) & _first(found.digests)
         if new.all() and not len(chosen):
             return found
         chosen, taken = np.append(chosen, more[new]), np.append(taken, found.digests[new])
@@ -374,14 +400,15 @@ def _read_split(
             raw = read_raw(source, split, local) if streamed else source.read_images(split, local)
             raw = raw[..., None] if raw.ndim == 3 else raw
             where = f"data {source.spec!r}, split {split!r}"
-            _check_images(where, raw, local, shape, max(std, default=1) < 1)
+            check_images(where, raw, local, shape, max(std, default=1) < 1)
+            check_scale(where, raw, source)
             if not scale.size:
                 shape = raw.shape[1:]
                 images = np.empty((0 if streamed else len(indices), *shape), np.float32)
-                offset, scale = _per_channel(where, mean, std, raw.shape[-1])
+                offset, scale = per_channel(where, mean, std, raw.shape[-1])
                 digest.update(f"{raw.dtype} {raw.shape[1:]}".encode())
             digest.update(np.ascontiguousarray(raw).tobytes())
-            digests[position[batch]] = [_image_digest(image) for image in raw]
+            digests[position[batch]] = read_digests(source, split, local, raw, apart=streamed)
             if not streamed:
                 images[position[batch]] = normalised(raw, offset, scale)
         start += source.splits[split]
@@ -391,55 +418,3 @@ def _read_split(
         sizes = tuple((split, source.splits[split]) for split in origin)
         images = Streamed(source.address, sizes, indices, tuple(input_shape or ()), offset, scale)
     return Split(images, labels, indices, origin, digest.hexdigest(), digests, TASKS[source.task])
-
-
-def _image_digest(image: np.ndarray) -> int:
-    """Of an image as stored; 256 levels from 0 to 1 count as the bytes that they are."""
-    if image.dtype != np.uint8 and image.min() >= 0 and image.max() <= 1:
-        scaled = image * 255.0
-        levels = np.round(scaled)
-        if np.abs(levels - scaled).max() < LEVEL:
-            image = levels.astype(np.uint8)
-    head = f"{image.dtype} {image.shape}".encode()
-    return int.from_bytes(hashlib.blake2b(head + image.tobytes(), digest_size=8).digest(), "little")
-
-
-def _check_images(where: str, raw: np.ndarray, local: np.ndarray, shape: Sequence[int] | None, unit: bool) -> None:
-    """Refuse what cannot be images for the model; `unit`: they are normalised as images in 0 to 1 are."""
-    if raw.dtype != np.uint8 and not np.issubdtype(raw.dtype, np.floating):
-        raise DataError(
-            f"{where}: expected images of dtype uint8 (0 to 255) or floating point, got {raw.dtype}; convert them"
-        )
-    if raw.ndim != 4 or (shape is not None and raw.shape[1:] != tuple(shape)):
-        expected = "[H, W, C]" if shape is None else list(shape)
-        raise DataError(
-            f"{where}: expected images {expected}, as the model takes them, got {list(raw.shape[1:])}; "
-            "resize them, or choose a model of that input"
-        )
-    finite = np.isfinite(raw).all(axis=(1, 2, 3))
-    if not finite.all():
-        raise DataError(
-            f"{where}: expected finite images, got NaN or infinity in image {local[np.argmin(finite)]} "
-            f"({np.sum(~finite)} of {len(raw)} images read together); mend or remove it"
-        )
-    low, high = (float(raw.min()), float(raw.max())) if raw.size else (0.0, 0.0)
-    if raw.dtype != np.uint8 and unit and (low < -0.5 or high > 2):  # resampling overshoots by less
-        fix = "store them as uint8, or divide by 255" if low >= 0 else "pass --mean 0 --std 1 if they are normalised"
-        raise DataError(
-            f"{where}: expected floating-point images in 0 to 1, which are normalised by --mean and --std, got values "
-            f"from {low:.3g} to {high:.3g}; {fix}"
-        )
-
-
-def _per_channel(
-    where: str, mean: Sequence[float], std: Sequence[float], channels: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation as arrays `[C]` or `[1]`."""
-    offset, scale = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-    fits = all(value.shape in ((1,), (channels,)) for value in (offset, scale))
-    if not fits or not (np.isfinite(offset).all() and np.isfinite(scale).all() and (scale > 0).all()):
-        raise DataError(
-            f"{where}: expected --mean and --std of 1 or {channels} finite numbers, --std above 0, got "
-            f"{list(mean)} and {list(std)}"
-        )
-    return offset, scale

@@ -11,7 +11,7 @@ G. Alain, Y. Bengio: "Understanding intermediate layers using linear classifier 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,7 +23,7 @@ from treesurgeon.search.data import SHARES
 from treesurgeon.search.depth_chart import OWN
 from treesurgeon.search.setting import open_parts
 from treesurgeon.search.survey import Cut, HeadName, own_head, survey, write_cuts
-from treesurgeon.search.tasks import CLASSIFICATION, TaskName
+from treesurgeon.search.tasks import CLASSIFICATION, TaskName, Units
 from treesurgeon.search.transfer import adapted
 
 
@@ -87,6 +87,9 @@ def depth(options: Depth, say: Callable[[str], None]) -> list[Cut]:
     )
     if options.head == "logistic" and roles.task.name == "regression":
         raise RunError("--head logistic: labels that are numbers take --head ridge")
+    if roles.task.name == "regression":  # as in a search
+        units = Units.of(roles.train.labels)
+        roles = roles.map(lambda split: replace(split, labels=units.standardised(split.labels)))
     subject = adapted(subject, roles.train.images[: config.statistics_images])
     cuts = survey(subject, roles, classes, options.head)
     if not cuts:

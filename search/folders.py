@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from treesurgeon.engine.errors import first_line
+from treesurgeon.search.digests import image_digest
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -34,6 +35,7 @@ class Folder:
             labelled: whether folders are classes; otherwise all images below are one split, of no class.
         """
         self.fail, self.shape, self.modes = fail, None if shape is None else tuple(shape), {}
+        self.seen: dict[Path, int] = {}
         if not root.is_dir():
             raise fail(f"expected a directory, got {'a file' if root.exists() else 'nothing'} at {root}")
         if not labelled:
@@ -75,17 +77,32 @@ class Folder:
                 )
         return np.stack(images)
 
+    def digests(self, split: str, indices: np.ndarray) -> np.ndarray:
+        """Digests `uint64[n]` of the images before they are scaled: by these they are known again at another size."""
+        paths = [self.files[split][i][0] for i in indices]
+        for path in paths:
+            if path not in self.seen:
+                self._decode(path)
+        return np.array([self.seen[path] for path in paths], np.uint64)
+
     def _decode(self, path: Path) -> np.ndarray:
         try:
             with Image.open(path) as file:
-                image = ImageOps.exif_transpose(file).convert(self._mode())
+                image = ImageOps.exif_transpose(file)
+                mode = image.mode
+                if mode.startswith("I;16"):  # Pillow would clip it at 255
+                    image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+                image = image.convert(self._mode())
         except Exception as error:  # a damaged image raises many types
             raise self.fail(
                 f"{path} cannot be decoded ({type(error).__name__}: {first_line(error)}); mend or remove it"
             ) from error
+        if mode in ("I", "F"):
+            raise self.fail(f"{path}: expected 8 or 16 bits a channel, got 32, whose range is unknown; convert it")
+        self.seen[path] = image_digest(_pixels(image))
         if self.shape is not None and image.size != (size := (self.shape[1], self.shape[0])):
             image = ImageOps.fit(image, size, Image.Resampling.BILINEAR)
-        return np.asarray(image, np.uint8).reshape(*image.size[::-1], -1)
+        return _pixels(image)
 
     def _mode(self) -> str:
         """Grey or colour: as the model takes them, else as the first image is."""
@@ -94,8 +111,12 @@ class Folder:
         if "mode" not in self.modes:
             path, _ = next(iter(self.files.values()))[0]
             with Image.open(path) as image:
-                self.modes["mode"] = "L" if image.mode in ("1", "L", "I", "I;16", "F") else "RGB"
+                self.modes["mode"] = "L" if image.mode.split(";")[0] in ("1", "L", "I", "F") else "RGB"
         return self.modes["mode"]
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image, np.uint8).reshape(*image.size[::-1], -1)
 
 
 def _readable() -> str:

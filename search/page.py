@@ -172,7 +172,8 @@ def data_and_checkpoint(run: Run) -> Html:
     out = [element("p", _sentence(run.shift["sentence"]))] if "sentence" in run.shift else []
     head = run.manifest.get("head")
     if head:
-        lists = {"carried over": head["carried"], "fitted in closed form": head["fitted"]}
+        fitted = "fitted with a hidden layer" if head.get("hidden") else "fitted in closed form"
+        lists = {"carried over": head["carried"], fitted: head["fitted"]}
         said = "; ".join(f"{what}: {', '.join(names)}" for what, names in lists.items() if names)
         out.append(element("p", f"The labels are not the checkpoint's. Before the search, rows of its head: {said}."))
     if run.depth:

@@ -93,7 +93,7 @@ def _found(setting: Setting, say: Say, pool: Pool, layout: Layout | None, took: 
     say(f"{config.data}: {counts} images" + ("" if roles.clean else f"; {roles.doubt}"))
     if roles.twice:
         again = ", ".join(f"{count:,} of {role}" for role, count in roles.twice.items())
-        say(f"left out, since a role before has the same image: {again}")
+        say(f"left out, since this role or one before has the same image: {again}")
     if setting.unlabelled:
         count, held = len(setting.unlabelled), setting.held
         say(

@@ -13,9 +13,9 @@ from typing import Any
 from treesurgeon.engine import TreesurgeonError
 from treesurgeon.search import report
 from treesurgeon.search.config import RunError
-from treesurgeon.search.data import ROLES, SHARES, DataError, Split, open_source, split_roles
+from treesurgeon.search.data import SHARES, DataError, Split, open_source, split_roles
 from treesurgeon.search.metrics import METRICS, Metric
-from treesurgeon.search.tasks import BINS, TASKS, Task, Units
+from treesurgeon.search.tasks import TASKS, Task, Units
 
 TABLES: Mapping[str, Sequence[str]] = {
     "results": report.RESULT_COLUMNS,
@@ -166,7 +166,6 @@ def images_again(manifest: Mapping[str, Any], role: str, data: str, data_dir: st
             f"data {data!r}: no split {absent[0]!r}, which the run on {was['spec']} took for `train`; the dataset has "
             f"{', '.join(source.splits)}: pass the same data"
         )
-    strata = max(source.num_classes + 1, BINS)  # at most; the other roles are not looked at
     split: Split = getattr(
         split_roles(
             source,
@@ -177,7 +176,7 @@ def images_again(manifest: Mapping[str, Any], role: str, data: str, data_dir: st
             std=normalisation["std"],
             seed=manifest["seed"],
             shares=was.get("shares", SHARES),  # older versions had these alone
-            caps=dict.fromkeys((other for other in ROLES if other != role), strata),
+            caps={"train": was["images"]["train"]},
         ),
         role,
     )

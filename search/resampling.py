@@ -78,7 +78,7 @@ class Resampled(Metric):
 
     @abstractmethod
     def errors(self, seen: Marked, weights: np.ndarray) -> np.ndarray:
-        """The error where image i counts `weights[b, i]` times: `float[B]`."""
+        """The error where image i counts `weights[b, i]` times: `float[B]`; NaN where no class, or label, is there."""
 
     @abstractmethod
     def influence(self, seen: Marked) -> np.ndarray:
@@ -147,7 +147,7 @@ class F1(Resampled):
         for label in seen.present:
             hits, total = self._counts(seen, weights, label)
             scores.append(2 * hits / np.maximum(total, TINY))
-        return 1 - np.mean(scores, 0)
+        return 1 - np.mean(scores, 0) if scores else np.full(len(weights), np.nan)
 
     def influence(self, seen: Marked) -> np.ndarray:
         """The derivative by each image's weight."""
@@ -212,7 +212,7 @@ class Auroc(Resampled):
                 positive, negative = (np.add.reduceat(part, starts, 1) for part in (positive, negative))
             above = negative.sum(1, keepdims=True) - negative.cumsum(1) + negative / 2
             out += (positive * above).sum(1) / np.maximum(positive.sum(1) * negative.sum(1), TINY)
-        return out / len(seen.present)
+        return out / len(seen.present) if len(seen.present) else np.full(len(weights), np.nan)
 
     def influence(self, seen: Marked) -> np.ndarray:
         """Each image's share of pairs in the wrong order, by the images of its side."""

@@ -71,6 +71,9 @@ def look(setting: Setting) -> Shift:
     subject, train = setting.original or setting.subject, setting.roles.train
     if setting.source_images is not None:
         count = min(len(setting.source_images), len(train), SOURCE_IMAGES)
+        if not engine.points(subject.infer, subject.graph, subject.spec.example):
+            sentence = "domain shift: not looked at, as the model has no head and no block to take features at"
+            return Shift("none", None, None, None, 0, "unknown", sentence)
         source, target = (features(subject, images[:count]) for images in (setting.source_images, train.images))
         p_value, auc = two_sample(source, target)
         moments = (moment for x in (source, target) for moment in (x.mean(0), x.var(0)))
@@ -101,8 +104,7 @@ def two_sample(source: np.ndarray, target: np.ndarray) -> tuple[float, float]:
 
 def features(subject: Subject, images: np.ndarray) -> np.ndarray:
     """Pooled features at a few depths, from the first point to the last, end to end: `[N, F]`."""
-    x = jax.ShapeDtypeStruct((1, *subject.spec.input_shape), subject.spec.input_dtype)
-    points = engine.points(subject.infer, subject.graph, x)
+    points = engine.points(subject.infer, subject.graph, subject.spec.example)
     chosen = [points[i] for i in np.unique(np.linspace(0, len(points) - 1, DEPTHS).round().astype(int))]
     every = engine.features(subject.infer, subject.graph)
 

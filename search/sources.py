@@ -58,6 +58,8 @@ class Source:
             stored: uint8, or floating point.
         named: whether `label_names` are names that somebody gave, not numbers that were counted.
         address: how to open it again; None where its images are in memory anyway.
+        read_digests: `(split, ascending indices [n]) -> uint64[n]`, of images before they were scaled; None where they
+            are not.
         task: what the labels are for.
     """
 
@@ -69,6 +71,7 @@ class Source:
     named: bool = False
     address: Address | None = None
     task: TaskName = "classification"
+    read_digests: Callable[[str, np.ndarray], np.ndarray] | None = None
 
     @property
     def num_classes(self) -> int:
@@ -124,7 +127,17 @@ def _settled(source: Source, task: TaskName | None) -> Source:
     """The dataset with its labels taken for what they are for."""
     if task is None:
         _refuse_ambiguous(source)
+    elif task != "regression" and _are_marks(source):
+        source = replace(source, task="multilabel")
     return source if task in (None, source.task) else _recast(source, task)
+
+
+def _are_marks(source: Source) -> bool:
+    """Whether rows of floating-point numbers are all 0 or 1, and could be labels."""
+    if source.task != "regression" or not any(source.splits.values()):
+        return False
+    every = _every_label(source)
+    return every.shape[1] > 1 and bool(((every == 0) | (every == 1)).all())
 
 
 def _every_label(source: Source) -> np.ndarray:
@@ -142,6 +155,11 @@ def _are_classes(source: Source) -> bool:
 
 
 def _refuse_ambiguous(source: Source) -> None:
+    if _are_marks(source):
+        raise DataError(
+            f"data {source.spec!r}: the labels are rows of 0 and 1, stored as floating-point ones: pass --task "
+            "multilabel if an image has those with a 1, --task classification if it has just one, or --task regression"
+        )
     if source.task == "classification" or not _are_classes(source):
         return
     what = "whole numbers, stored as floating-point ones" if source.task == "regression" else "rows with a single 1"
@@ -195,7 +213,8 @@ def _open(spec: str, root: Path, shape: Sequence[int] | None, labelled: bool) ->
         path = Path(rest).expanduser().absolute()
         found = Folder(path, lambda text: DataError(f"data {spec!r}: {text}"), shape, labelled)
         splits = {split: len(files) for split, files in found.files.items()}
-        return Source(spec, splits, found.names, found.labels, found.images, named=True)
+        digests = None if shape is None else found.digests
+        return Source(spec, splits, found.names, found.labels, found.images, named=True, read_digests=digests)
     raise DataError(f"data {spec!r}: expected {FORMS}")
 
 

@@ -21,6 +21,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from treesurgeon.search.digests import image_digest
 from treesurgeon.search.sources import Address, DataError, Source
 
 READERS = 16  # processes at most; no more than there are cores
@@ -172,15 +173,35 @@ def read_raw(source: Source, split: str, indices: np.ndarray) -> np.ndarray:
     return np.concatenate(found)
 
 
+def read_digests(source: Source, split: str, indices: np.ndarray, raw: np.ndarray, apart: bool) -> np.ndarray:
+    """The digest of each image, before it was scaled: `uint64[n]`.
+
+    Args:
+        source: the dataset.
+        split, indices: where the images are.
+        raw: the images, as `Source.read_images` returns them.
+        apart: whether several processes are to decode what has to be decoded again.
+    """
+    if source.read_digests is None:
+        return np.array([image_digest(image) for image in raw], np.uint64)
+    if not apart:
+        return source.read_digests(split, indices)
+    assert source.address
+    pieces = [(split, indices[at]) for at in _pieces(np.arange(len(indices)))]
+    return np.concatenate(list(_decoded(source.address, pieces, _digests)))
+
+
 def _pieces(rows: np.ndarray) -> list[np.ndarray]:
     return [rows[i : i + PIECE] for i in range(0, len(rows), PIECE)]
 
 
-def _decoded(address: Address, pieces: Iterable[tuple[str, np.ndarray]]) -> Iterator[np.ndarray]:
-    """Images as stored, for each piece, in order."""
+def _decoded(
+    address: Address, pieces: Iterable[tuple[str, np.ndarray]], read: Callable[..., np.ndarray] | None = None
+) -> Iterator[np.ndarray]:
+    """Images as stored, or what else is to be read, for each piece, in order."""
     readers = _readers()
     try:
-        waiting = [readers.submit(_read, address, split, indices) for split, indices in pieces]
+        waiting = [readers.submit(read or _read, address, split, indices) for split, indices in pieces]
         for each in waiting:
             yield each.result()
     except BrokenProcessPool as error:
@@ -216,3 +237,9 @@ _opened = cache(Address.open)
 
 def _read(address: Address, split: str, indices: np.ndarray) -> np.ndarray:
     return _opened(address).read_images(split, indices)
+
+
+def _digests(address: Address, split: str, indices: np.ndarray) -> np.ndarray:
+    read = _opened(address).read_digests
+    assert read
+    return read(split, indices)

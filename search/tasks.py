@@ -81,7 +81,11 @@ class Task(ABC):
 
     @abstractmethod
     def strata(self, targets: np.ndarray) -> np.ndarray:
-        """The stratum of each image, `int[N]`: splits and folds have their share of each."""
+        """The stratum of each image, `int[N]`: splits have their share of each, of whatever size."""
+
+    def fold_strata(self, targets: np.ndarray) -> np.ndarray:
+        """Likewise for folds, whose images are dealt out one by one: a stratum may be smaller than there are folds."""
+        return self.strata(targets)
 
     def sharpness(self, outputs: Array, wanted: Array, weights: Array) -> Array:
         """The factor on outputs (one over the temperature) with the least mean loss, a scalar.
@@ -197,15 +201,19 @@ class Multilabel(Task):
         return targets
 
     def strata(self, targets: np.ndarray) -> np.ndarray:
-        """By the rarest label of each image; images without any are a stratum of their own."""
-        there = targets > 0.5
-        rarity = np.where(there, there.sum(0), np.inf)
-        rarest = np.where(there.any(1), rarity.argmin(1), targets.shape[1])
+        """By the rarest label of each image; images without any are a stratum of their own; small ones are joined."""
+        rarest = self.fold_strata(targets)
         _, at, counts = np.unique(rarest, return_inverse=True, return_counts=True)
         small = counts[at] < MEMBERS
         if 0 < small.sum() < MEMBERS:
             small |= at == counts.argmax()
         return np.where(small, targets.shape[1] + 1, rarest)
+
+    def fold_strata(self, targets: np.ndarray) -> np.ndarray:
+        """The rarest label of each image; a number of its own for none, so that every fold gets some with labels."""
+        there = targets > 0.5
+        rarity = np.where(there, there.sum(0), np.inf)
+        return np.where(there.any(1), rarity.argmin(1), targets.shape[1])
 
 
 class Regression(Task):

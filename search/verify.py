@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
 
 from treesurgeon import engine
 from treesurgeon.search.certificate import wilson
 from treesurgeon.search.config import RunError
 from treesurgeon.search.evaluate import measurer
-from treesurgeon.search.metrics import ACCURACY, METRICS
+from treesurgeon.search.metrics import ACCURACY, METRICS, Metric
 from treesurgeon.search.records import images_again, reading, units_of
 from treesurgeon.search.selection import SLACK
+from treesurgeon.search.tasks import class_counts
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,13 @@ def verify(options: Verification, say: Callable[[str], None]) -> bool:
         return _verify(options, say)
 
 
+def rounding(metric: Metric, labels: np.ndarray, tolerance: float) -> float:
+    """By how much a metric may be off where the answers to this share of the images are, one image at least."""
+    counts = class_counts(labels) if metric.per_class else np.array([len(labels)])
+    most = 1 / (len(counts) * counts.min())  # that an image counts
+    return max(tolerance * len(labels), 1) * most
+
+
 def _verify(options: Verification, say: Callable[[str], None]) -> bool:
     model = engine.load(options.selected, allow_import=options.allow_import)
     claimed, data = _claims(options.selected, model.manifest)
@@ -67,7 +76,7 @@ def _verify(options: Verification, say: Callable[[str], None]) -> bool:
 
     error = measurer(infer, test, metric=metric)(model.variables)[1]
     score, promised = metric.score(error), claimed[f"test_{metric.name}"]
-    allowed = max(options.tolerance, 1 / len(test))
+    allowed = rounding(metric, test.labels, options.tolerance)
     apart = metric.amount(abs(score - promised))
     interval = ""
     if metric is ACCURACY:

@@ -149,6 +149,56 @@ def test_an_image_that_is_stored_twice_has_one_role(npz):
     assert same.doubt == "all images of test are, pixel for pixel, images of train or search or certify"
 
 
+def test_what_is_judged_counts_an_image_once(npz):
+    x, y = arrays(100)
+    roles = split_roles(
+        npz(x_train=x[:40], y_train=y[:40], x_test=np.r_[x[40:], x[40:]], y_test=np.r_[y[40:], y[40:]]), ("train",)
+    )
+    digests = np.concatenate([getattr(roles, role).digests for role in ROLES])
+    assert len(np.unique(digests)) == len(digests) == 100
+    assert sum(roles.twice.values()) == 60
+    assert roles.clean
+
+
+def test_what_a_cap_leaves_out_of_train_was_fitted_all_the_same(npz):
+    x, y = arrays(400)
+    source = npz(x_train=x[:300], y_train=y[:300], x_test=np.r_[x[:100], x[300:]], y_test=np.r_[y[:100], y[300:]])
+    roles = split_roles(source, ("train",), caps={"train": 30})
+    fitted = {image.tobytes() for image in x[:300]}
+    judged = [source.read_images("test", getattr(roles, role).indices) for role in ROLES[1:]]
+    assert len(roles.train) == 30
+    assert not fitted & {image.tobytes() for images in judged for image in images}
+    assert sum(map(len, judged)) == 100
+    assert sum(roles.twice.values()) == 100
+
+
+def test_the_images_of_a_run_are_found_again_where_some_are_stored_twice(npz):
+    x, y = arrays(300)
+    source = npz(x=np.r_[x, x[:60]], y=np.r_[y, y[:60]])
+    roles = split_roles(source, (), seed=3)
+    assert sum(roles.twice.values()) > 20
+    manifest = {
+        "data": {"fitted": [], "spec": source.spec, "images": {role: len(getattr(roles, role)) for role in ROLES}},
+        "model": {"input_shape": [4, 4, 3]},
+        "normalisation": {"mean": [0.0], "std": [1.0]},
+        "labels": list("01234"),
+        "seed": 3,
+    }
+    for role in ROLES:
+        assert images_again(manifest, role, source.spec, "").fingerprint == roles.fingerprints[role]
+
+
+@pytest.mark.parametrize("factor", [1, 255])
+def test_bytes_and_numbers_are_not_mixed(npz, factor):
+    x, y = arrays(140)
+    source = npz(x_train=x[:40], y_train=y[:40], x_test=x[40:] / 255 * factor, y_test=y[40:])
+    if factor == 1:
+        assert split_roles(source, ("train",)).test.images.max() <= 1
+        return
+    with pytest.raises(DataError, match=r"split 'test': expected images in 0 to 1, as those of split 'train' are"):
+        split_roles(source, ("train",))
+
+
 def test_prefixes_are_mixed(npz):
     x, _ = arrays(1000)
     roles = split_roles(npz(x=x, y=np.repeat(np.arange(5), 200)), None)

@@ -64,6 +64,36 @@ def test_images_are_scaled_and_cropped_and_turned_grey(tmp_path):
         as_stored.read_images("all", np.arange(2))
 
 
+def test_sixteen_bits_are_scaled_and_thirty_two_refused(tmp_path):
+    levels = np.linspace(0, 65535, 24).astype(np.uint16).reshape(4, 6)
+    (tmp_path / "a").mkdir()
+    for ending in ("png", "tif"):
+        Image.fromarray(levels).save(tmp_path / f"a/deep.{ending}")
+    images = open_source(f"folder:{tmp_path}", labelled=False).read_images("all", np.arange(2))
+    for image in images:
+        assert np.abs(image[..., 0] - levels / 257.0).max() <= 0.5
+    Image.fromarray(levels.astype(np.float32)).save(tmp_path / "a/other.tif")
+    with pytest.raises(DataError, match=r"other.tif: expected 8 or 16 bits a channel, got 32"):
+        open_source(f"folder:{tmp_path}", labelled=False).read_images("all", np.arange(3))
+
+
+def test_images_are_known_again_at_another_size(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        path = tmp_path / f"{'ab'[i % 2]}/{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (12, 12, 3), np.uint8)).save(path)
+    whole, half, third = (
+        split_roles(
+            open_source(f"folder:{tmp_path}", shape=(side, side, 3)), (), input_shape=(side, side, 3), hold=hold
+        )
+        for side, hold in ((12, None), (6, None), (4, 0))  # the last one is decoded by other processes
+    )
+    for other in (half, third):
+        assert np.array_equal(whole.certify.digests, other.certify.digests)
+        assert whole.certify.fingerprint != other.certify.fingerprint
+
+
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"GIF89a", lambda data: b""])
 def test_a_damaged_image_is_named(folder, damage):
     path = folder / "train/ant/3.png"

@@ -18,6 +18,7 @@ from treesurgeon.search.paired import (
     unseen,
 )
 from treesurgeon.search.selection import Finalist, WithinMargins
+from treesurgeon.search.verify import rounding
 
 
 def answers(count, classes, seed=0, signal=1.5, ties=False):
@@ -345,3 +346,11 @@ def test_classes_without_images_are_refused_by_name():
             metric.check(splits, ("cat", "dog", "owl"))
         with pytest.raises(MetricError, match="all images are of one class"):
             metric.check({"train": np.array([1]), "search": np.array([1])}, ("cat", "dog"))
+
+
+@pytest.mark.parametrize(("name", "allowed"), [("accuracy", 0.002), ("balanced_accuracy", 0.02), ("f1", 0.02)])
+def test_what_rounding_may_change(name, allowed):
+    """Two images of 1,000; where classes count alike each may be one of the ten of the rarest of ten classes."""
+    labels = np.repeat(np.arange(10), [110] * 9 + [10])
+    assert rounding(METRICS[name], labels, 0.002) == pytest.approx(allowed)
+    assert rounding(METRICS[name], labels, 0.0) == pytest.approx(allowed / 2)

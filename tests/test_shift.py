@@ -117,6 +117,14 @@ def test_with_source_images_it_is_a_test(normed):
     assert "two-sample test on 300 images each, p = " in said[2].sentence
 
 
+def test_with_source_images_and_no_point_to_look_at(monkeypatch):
+    subject, x = made(norms=False)
+    monkeypatch.setattr(engine, "points", lambda *args: ())
+    said = shift.look(setting(subject, x, x))
+    assert (said.method, said.advice) == ("none", "unknown")
+    assert "no head and no block" in said.sentence
+
+
 def test_without_norms_and_without_source_images_nothing_is_said():
     subject, x = made(norms=False)
     said = shift.look(setting(subject, x))

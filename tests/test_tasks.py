@@ -1,5 +1,6 @@
 """Labels that are several for an image, and numbers: losses, data, metrics, heads, and whole searches."""
 
+import csv
 import dataclasses
 import json
 from typing import ClassVar
@@ -15,6 +16,7 @@ from sklearn.datasets import load_digits
 from treesurgeon import engine
 from treesurgeon.search import Config, DataError, RunError, open_source, run, split_roles
 from treesurgeon.search.cli import main
+from treesurgeon.search.crossval import cross_validate, deal
 from treesurgeon.search.data import ROLES
 from treesurgeon.search.heads import best_binary, best_head, logistic, quick_head
 from treesurgeon.search.hidden import choose, hidden
@@ -109,6 +111,28 @@ def test_strata_hold_enough_images_and_rare_labels_have_their_own():
     assert all(numbers[bins == i].max() < numbers[bins == i + 1].min() for i in range(9))
 
 
+def test_folds_share_out_the_images_that_have_labels():
+    labels = np.zeros((61, 2))
+    labels[:4, 0], labels[4:7, 1] = 1, 1
+    assert len(set(MULTILABEL.strata(labels))) == 1  # too few of any for roles
+    for seed in range(20):
+        at = deal(MULTILABEL.fold_strata(labels), 3, seed, 0)
+        assert all(labels[at == fold].any() for fold in range(3))
+
+
+@pytest.mark.parametrize("name", ["f1", "auroc"])
+def test_folds_without_a_label_are_left_out(name):
+    """One image has a label: the fold that has it says all there is to say."""
+    labels = np.zeros((40, 2))
+    labels[3, 0] = 1
+    logits = np.random.default_rng(0).normal(size=(40, 2))
+    right, wrong = (Answers(logits + factor * (labels - 0.5), labels, MULTILABEL) for factor in (20, -20))
+    found = cross_validate([wrong], right, METRICS[name], folds=2, repeats=4, seed=0, delta=0.05)
+    assert found.difference > 0.4
+    assert np.isfinite([found.low, found.high, found.dense_error]).all()
+    assert np.isnan(METRICS[name].error(METRICS[name].observe(wrong[np.arange(4, 40)])))
+
+
 def test_a_label_that_is_not_a_number_is_wrong():
     labels = np.array([[0.0, 0, 1]])
     assert MULTILABEL.wrong(np.array([[np.nan, -1, 1]]), labels) == pytest.approx(1 / 3)
@@ -149,6 +173,19 @@ def test_classes_in_another_form_are_classes_where_it_is_said(tmp_path, stored):
     source = open_source(f"npz:{tmp_path / 'other.npz'}", task="classification")
     assert (source.num_classes, source.task) == (10, "classification")
     np.testing.assert_array_equal(source.read_labels("all"), y)
+
+
+@pytest.mark.parametrize("task", ["multilabel", "classification", "regression", None])
+def test_rows_of_0_and_1_may_be_stored_as_floating_point_numbers(tmp_path, task):
+    rows = np.eye(3, dtype=np.float32)[np.arange(40) % 3]
+    np.savez(tmp_path / "rows.npz", x=np.zeros((40, 4, 4)), y=rows)
+    if task is None:
+        with pytest.raises(DataError, match="rows of 0 and 1, stored as floating-point ones: pass --task multilabel"):
+            open_source(f"npz:{tmp_path / 'rows.npz'}")
+        return
+    source = open_source(f"npz:{tmp_path / 'rows.npz'}", task=task)
+    assert (source.task, source.num_classes) == (task, 3)
+    np.testing.assert_array_equal(source.read_labels("all"), rows.argmax(1) if task == "classification" else rows)
 
 
 @pytest.mark.parametrize(
@@ -324,6 +361,9 @@ def test_a_search_on_labels_or_numbers(place, data, monkeypatch, capsys):
     main(["depth", "--model", "tasked:Tiny", "--checkpoint", str(place / "checkpoint"), "--data",
           f"npz:{place / data}.npz", "--fitted-split", "none", "--out", str(place / f"depth-{data}")])  # fmt: skip
     assert f"{task.score} against depth" in (place / f"depth-{data}/depth.svg").read_text()
+    with (place / f"depth-{data}/depth.csv").open(newline="") as file:
+        shares = [float(row["search_accuracy"]) for row in csv.DictReader(file)]
+    assert 0.2 < max(shares) <= 1
 
 
 def test_what_needs_classes_says_so(place, monkeypatch, capsys):
