@@ -101,8 +101,8 @@ def open_source(
             (scaled to 0..1 later) or floating point (taken as they are); labels `[N]`, integers, or strings, which
             then are the classes' names, or `[N, K]` of 0 and 1 where an image has several, or floating-point numbers
             `[N]` or `[N, K]`; and `label_names`, strings, where the classes, labels or numbers have names.
-            `folder:PATH`: image files in a folder for each class, `PATH/CLASS/*.png` (one split, "all") or
-            `PATH/SPLIT/CLASS/*.png`.
+            `folder:PATH`: image files of 8 or 16 bits a channel in a folder for each class, `PATH/CLASS/*.png` (one
+            split, "all") or `PATH/SPLIT/CLASS/*.png`.
         data_dir: by default `default_data_dir()`.
         shape: `(H, W)` or `(H, W, C)` to which the images of a folder are scaled and cropped; those of other sources
             stay as they are.
