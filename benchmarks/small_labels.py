@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--data", default="", help="default: digits, enlarged")
     parser.add_argument("--fitted", default="none", help="split that the checkpoint was trained on, if of this data")
     parser.add_argument("--unlabelled", default="", help="more images, whose labels are not looked at")
-    parser.add_argument("--unlabelled-weight", type=float, help="of these in the loss; default: their share")
+    parser.add_argument("--unlabelled-weight", type=float, help="of these in the loss; default: as the search sees fit")
     parser.add_argument("--augment", default="none", help="what is done to the images of a batch")
     parser.add_argument("--learning-rate", type=float, default=0.01, help="its peak")
     parser.add_argument("--epochs", type=int, help="of fine-tuning; default: as the search sees fit")

@@ -3,7 +3,7 @@
 | baseline | starts from | is fitted |
 |---|---|---|
 | dense fine-tuned | the checkpoint | as the finalists are, to the labels alone; before them, where it teaches them |
-| dense, unlabelled too | the checkpoint | likewise, and to what finalists learn about the images of `--unlabelled` |
+| dense, unlabelled too | the checkpoint | as the finalists are, to what they learn about the images of `--unlabelled` |
 | dense from scratch | random weights | for as many epochs, or `--scratch-epochs` |
 | *selected* from scratch | random weights at its small shapes | likewise |
 | linear probe | the checkpoint | a linear head on its features, without a learning rate; nothing else |

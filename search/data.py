@@ -18,13 +18,14 @@ import numpy as np
 
 from treesurgeon.search.sources import BATCH, DataError, Source, default_data_dir, open_source
 from treesurgeon.search.stored import check_images, check_scale, per_channel
-from treesurgeon.search.streaming import Streamed, normalised, read_digests, read_raw, room
+from treesurgeon.search.streaming import Streamed, normalised, read_stored, room
 from treesurgeon.search.tasks import CLASSIFICATION, TASKS, Task
 
 __all__ = ["DataError", "Roles", "Source", "Split", "default_data_dir", "open_source", "sample_images", "split_roles"]
 
 ROLES = ("train", "search", "certify", "test")
 SHARES = (0.5, 0.2, 0.1, 0.2)
+MANY = 5000  # images that one process decodes before others are worth their start
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,8 @@ def split_roles(
 
     An image that is stored twice has the first of its roles alone: what was fitted or chosen on it would else be judged
     on it, and what is judged counts it once. A role of which nothing would be left keeps its images, and then nothing
-    is clean. Where a cap on `train` leaves out images of the fitted splits, and those that it has show that some are
-    stored twice, the others are compared as well.
+    is clean. Where a cap on `train` leaves out images of the fitted splits, these are compared as well if they are in
+    memory (npz), or if those that it has show that some are stored twice.
 
     Args:
         source: an open dataset.
@@ -161,7 +162,7 @@ def split_roles(
     taken = splits["train"].digests
     if fitted and len(taken) < sum(source.splits[split] for split in origins["train"]):
         others = np.concatenate([splits[role].digests for role in ROLES[1:]])
-        if np.isin(others, taken).any():  # the part of these splits that `train` leaves out may have more
+        if source.address is None or np.isin(others, taken).any():  # what `train` leaves out may have more, then
             taken = _digests(source, origins["train"])
     doubt = "it is unknown what the checkpoint was fitted on" if fitted is None else ""
     twice: dict[str, int] = {}
@@ -185,10 +186,10 @@ def _digests(source: Source, origin: Sequence[str]) -> np.ndarray:
     """Of all images of some splits."""
     found = []
     for split in origin:
-        for start in range(0, source.splits[split], BATCH):
-            local = np.arange(start, min(start + BATCH, source.splits[split]))
-            raw = source.read_images(split, local)
-            found.append(read_digests(source, split, local, raw[..., None] if raw.ndim == 3 else raw, apart=False))
+        count = source.splits[split]
+        apart = source.address is not None and count > MANY
+        for start in range(0, count, BATCH):
+            found.append(read_stored(source, split, np.arange(start, min(start + BATCH, count)), apart)[1])
     return np.concatenate(found)
 
 
@@ -397,8 +398,7 @@ def _read_split(
         for k in range(0, len(inside), BATCH):
             batch = inside[k : k + BATCH]
             local = ascending[batch] - start
-            raw = read_raw(source, split, local) if streamed else source.read_images(split, local)
-            raw = raw[..., None] if raw.ndim == 3 else raw
+            raw, digests[position[batch]] = read_stored(source, split, local, apart=streamed)
             where = f"data {source.spec!r}, split {split!r}"
             check_images(where, raw, local, shape, max(std, default=1) < 1)
             check_scale(where, raw, source)
@@ -408,7 +408,6 @@ def _read_split(
                 offset, scale = per_channel(where, mean, std, raw.shape[-1])
                 digest.update(f"{raw.dtype} {raw.shape[1:]}".encode())
             digest.update(np.ascontiguousarray(raw).tobytes())
-            digests[position[batch]] = read_digests(source, split, local, raw, apart=streamed)
             if not streamed:
                 images[position[batch]] = normalised(raw, offset, scale)
         start += source.splits[split]

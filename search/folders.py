@@ -89,7 +89,7 @@ class Folder:
         try:
             with Image.open(path) as file:
                 image = ImageOps.exif_transpose(file)
-                mode = image.mode
+                mode = "I;16" if file.format == "PPM" and image.mode == "I" else image.mode
                 if mode.startswith("I;16"):  # Pillow would clip it at 255
                     image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
                 image = image.convert(self._mode())

@@ -201,7 +201,7 @@ def go_on(setting: Setting, say: Say, pool: Pool, layout: Layout | None, timings
     else:
         tuned = [finish(*given, say, refitted.pop(given[1], None)) for given in finalists]
     genomes = {each.name: genome for each, (genome, _) in zip(tuned, picked, strict=True)}
-    tuned += truncations(setting, budget, say, tuned[0].plan if tuned else None)
+    tuned += truncations(setting, budget, states, say, tuned[0].plan if tuned else None)
     timings.add("finalists", time.perf_counter() - start)
     with timings.part("measuring and selecting"):
         found = hosts.together(lambda: conclude(setting, space, budget, genomes, tuned, say))

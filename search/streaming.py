@@ -82,7 +82,8 @@ class Streamed:
             inside = np.flatnonzero((places >= start) & (places < start + size))
             pieces += [(split, places[at] - start, at) for at in _pieces(inside)]
             start += size
-        for (_, _, at), raw in zip(pieces, _decoded(self.address, [piece[:2] for piece in pieces]), strict=True):
+        decoded = _decoded(self.address, [piece[:2] for piece in pieces], _images)
+        for (_, _, at), raw in zip(pieces, decoded, strict=True):
             out[at] = normalised(raw, self.offset, self.scale)
         return out[back.reshape(np.shape(chosen))]
 
@@ -160,35 +161,34 @@ def in_turn(read: Callable[[np.ndarray], V], rows: Sequence[np.ndarray]) -> Iter
         yield ahead(i, i + 1 if i + 1 < len(rows) else None)
 
 
-def read_raw(source: Source, split: str, indices: np.ndarray) -> np.ndarray:
-    """`source.read_images`, decoded by several processes."""
+def read_stored(source: Source, split: str, indices: np.ndarray, apart: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Images as stored `[n, H, W, C]`, and their digests, `uint64[n]`.
+
+    Args:
+        source: the dataset.
+        split, indices: where the images are.
+        apart: whether several processes decode them.
+    """
+    if not apart:
+        return _stored(source, split, indices)
     assert source.address
-    found = list(_decoded(source.address, [(split, indices[at]) for at in _pieces(np.arange(len(indices)))]))
+    pieces = [(split, indices[at]) for at in _pieces(np.arange(len(indices)))]
+    found, digests = zip(*_decoded(source.address, pieces, _stored), strict=True)
     shapes = sorted({raw.shape[1:] for raw in found})
     if len(shapes) > 1:  # each process has seen its own alone
         raise DataError(
             f"data {source.spec!r}: expected images of one shape in split {split!r}, got "
             f"{', '.join(map(str, map(list, shapes[:4])))}; resize them when the dataset is prepared"
         )
-    return np.concatenate(found)
+    return np.concatenate(found), np.concatenate(digests)
 
 
-def read_digests(source: Source, split: str, indices: np.ndarray, raw: np.ndarray, apart: bool) -> np.ndarray:
-    """The digest of each image, before it was scaled: `uint64[n]`.
-
-    Args:
-        source: the dataset.
-        split, indices: where the images are.
-        raw: the images, as `Source.read_images` returns them.
-        apart: whether several processes are to decode what has to be decoded again.
-    """
-    if source.read_digests is None:
-        return np.array([image_digest(image) for image in raw], np.uint64)
-    if not apart:
-        return source.read_digests(split, indices)
-    assert source.address
-    pieces = [(split, indices[at]) for at in _pieces(np.arange(len(indices)))]
-    return np.concatenate(list(_decoded(source.address, pieces, _digests)))
+def _stored(source: Source, split: str, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    raw = source.read_images(split, indices)
+    raw = raw[..., None] if raw.ndim == 3 else raw
+    if source.read_digests:
+        return raw, source.read_digests(split, indices)
+    return raw, np.array([image_digest(image) for image in raw], np.uint64)
 
 
 def _pieces(rows: np.ndarray) -> list[np.ndarray]:
@@ -196,12 +196,12 @@ def _pieces(rows: np.ndarray) -> list[np.ndarray]:
 
 
 def _decoded(
-    address: Address, pieces: Iterable[tuple[str, np.ndarray]], read: Callable[..., np.ndarray] | None = None
-) -> Iterator[np.ndarray]:
-    """Images as stored, or what else is to be read, for each piece, in order."""
+    address: Address, pieces: Iterable[tuple[str, np.ndarray]], read: Callable[[Source, str, np.ndarray], V]
+) -> Iterator[V]:
+    """What is read of each piece, in order."""
     readers = _readers()
     try:
-        waiting = [readers.submit(read or _read, address, split, indices) for split, indices in pieces]
+        waiting = [readers.submit(_read, read, address, split, indices) for split, indices in pieces]
         for each in waiting:
             yield each.result()
     except BrokenProcessPool as error:
@@ -235,11 +235,9 @@ def _follow() -> None:
 _opened = cache(Address.open)
 
 
-def _read(address: Address, split: str, indices: np.ndarray) -> np.ndarray:
-    return _opened(address).read_images(split, indices)
+def _read(read: Callable[[Source, str, np.ndarray], V], address: Address, split: str, indices: np.ndarray) -> V:
+    return read(_opened(address), split, indices)
 
 
-def _digests(address: Address, split: str, indices: np.ndarray) -> np.ndarray:
-    read = _opened(address).read_digests
-    assert read
-    return read(split, indices)
+def _images(source: Source, split: str, indices: np.ndarray) -> np.ndarray:
+    return source.read_images(split, indices)

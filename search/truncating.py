@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
+
 from treesurgeon import engine
 from treesurgeon.search import hosts
 from treesurgeon.search.budget import Budget, example
@@ -23,6 +25,7 @@ from treesurgeon.search.latency import profile
 from treesurgeon.search.setting import Setting
 from treesurgeon.search.shortening import shortened
 from treesurgeon.search.space import in_words
+from treesurgeon.search.state import States
 from treesurgeon.search.subject import Subject
 from treesurgeon.search.survey import Cut, survey, write_cuts
 from treesurgeon.search.transfer import feature_finder
@@ -32,13 +35,14 @@ DEFAULT = 2  # where the head is new
 
 
 def truncations(
-    setting: Setting, budget: Budget, say: Callable[[str], None], plan: engine.Plan | None = None
+    setting: Setting, budget: Budget, states: States, say: Callable[[str], None], plan: engine.Plan | None = None
 ) -> list[Tuned]:
     """The truncated finalists, fine-tuned: as many as are configured, or can be had.
 
     Args:
         setting: the run's.
         budget: its limits.
+        states: where what is measured is kept.
         say: for what is done.
         plan: of a variant of the whole depth: what it keeps is tried with each truncation as well.
     """
@@ -64,11 +68,15 @@ def truncations(
         if within.keep or within.drop:
             starts.append(reheaded(variant(setting, subject, "", within), setting))
     out = []
-    for start in starts:
+    for i, start in enumerate(starts):
         cost = dict(start.cost)
         if budget.measured:
-            measured = hosts.together(partial(profile, start.infer, start.variables, example(setting)))
-            cost |= {name: getattr(measured, name) for name in budget.measured}
+
+            def measured(start: Tuned = start) -> dict[str, np.ndarray]:
+                found = hosts.together(partial(profile, start.infer, start.variables, example(setting)))
+                return {name: np.array(getattr(found, name)) for name in budget.measured}
+
+            cost |= {name: float(value) for name, value in states.arrays(f"truncated_{i}", measured).items()}
             if any(cost[name] > limit for name, limit in budget.measured.items()):
                 say(f"{depth_of(start)} is not within the budget as measured")
                 continue

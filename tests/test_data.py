@@ -172,6 +172,14 @@ def test_what_a_cap_leaves_out_of_train_was_fitted_all_the_same(npz):
     assert sum(roles.twice.values()) == 100
 
 
+def test_one_copy_that_a_cap_hides_is_found_in_memory(npz):
+    x, y = arrays(400)
+    source = npz(x_train=x[:300], y_train=y[:300], x_test=np.r_[x[:1], x[300:]], y_test=np.r_[y[:1], y[300:]])
+    roles = split_roles(source, ("train",), caps={"train": 5})
+    assert x[0].tobytes() not in {image.tobytes() for image in source.read_images("train", roles.train.indices)}
+    assert sum(roles.twice.values()) == 1
+
+
 def test_the_images_of_a_run_are_found_again_where_some_are_stored_twice(npz):
     x, y = arrays(300)
     source = npz(x=np.r_[x, x[:60]], y=np.r_[y, y[:60]])

@@ -69,12 +69,13 @@ def test_sixteen_bits_are_scaled_and_thirty_two_refused(tmp_path):
     (tmp_path / "a").mkdir()
     for ending in ("png", "tif"):
         Image.fromarray(levels).save(tmp_path / f"a/deep.{ending}")
-    images = open_source(f"folder:{tmp_path}", labelled=False).read_images("all", np.arange(2))
+    (tmp_path / "a/deep.pgm").write_bytes(b"P5 6 4 65535\n" + levels.astype(">u2").tobytes())
+    images = open_source(f"folder:{tmp_path}", labelled=False).read_images("all", np.arange(3))
     for image in images:
         assert np.abs(image[..., 0] - levels / 257.0).max() <= 0.5
     Image.fromarray(levels.astype(np.float32)).save(tmp_path / "a/other.tif")
     with pytest.raises(DataError, match=r"other.tif: expected 8 or 16 bits a channel, got 32"):
-        open_source(f"folder:{tmp_path}", labelled=False).read_images("all", np.arange(3))
+        open_source(f"folder:{tmp_path}", labelled=False).read_images("all", np.arange(4))
 
 
 def test_images_are_known_again_at_another_size(tmp_path):

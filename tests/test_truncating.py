@@ -16,6 +16,7 @@ from treesurgeon.engine.shortened import HEAD
 from treesurgeon.search import Config, RunError, contenders, depth, hidden, run, truncating
 from treesurgeon.search.budget import Budget
 from treesurgeon.search.setting import prepare
+from treesurgeon.search.state import States
 from treesurgeon.search.survey import Cut, survey
 from treesurgeon.search.truncating import choose, depth_of, headed
 from treesurgeon.search.tuning import Tuned
@@ -147,12 +148,12 @@ def test_a_truncation_is_selected_saved_and_loaded(place):
     assert said[-1].startswith("this run is complete")
 
 
-def test_a_truncation_comes_with_the_widths_of_a_variant_as_well(place, tmp_path):
+def test_a_truncation_comes_with_the_widths_of_a_variant_as_well(place, tmp_path, monkeypatch):
     setting, said = prepare(config(place, epochs=0, truncations=1, head_widths=(0,), out=str(tmp_path))), []
     graph = setting.subject.graph
     plan = engine.Plan({name: np.arange(max(1, group.size // 2)) for name, group in graph.groups.items()})
     none = Budget(None, {}, {}, {})
-    deep, narrow = truncating.truncations(setting, none, said.append, plan)
+    deep, narrow = truncating.truncations(setting, none, States(tmp_path / "state"), said.append, plan)
     with (setting.config.directory / "depth.csv").open() as file:
         depths = [row["point"] for row in csv.DictReader(file)]
     assert depths == list(engine.points(setting.subject.infer, setting.subject.graph, setting.subject.spec.example))
@@ -170,8 +171,10 @@ def test_a_truncation_comes_with_the_widths_of_a_variant_as_well(place, tmp_path
     engine.save(tmp_path / "saved", narrow.subject.spec, narrow.variables, narrow.plan, module=narrow.subject.module)
     np.testing.assert_allclose(engine.load(tmp_path / "saved")(test.images), logits, rtol=1e-5, atol=1e-5)
     tight = Budget(graph, {"memory": 1.0}, {}, {"memory": np.zeros(1)})
-    assert truncating.truncations(setting, tight, said.append, plan) == []
+    assert truncating.truncations(setting, tight, States(tmp_path / "state"), said.append, plan) == []
     assert said[-1] == f"{depth_of(narrow)} is not within the budget as measured"
+    monkeypatch.setattr(truncating, "profile", None)  # it was measured: a resumed run does not do it again
+    assert truncating.truncations(setting, tight, States(tmp_path / "state"), said.append, plan) == []
 
 
 def test_what_a_plan_says_about_a_part_of_the_model(setting):
@@ -187,7 +190,7 @@ def test_a_model_that_cannot_be_cut_anywhere(place, setting, monkeypatch):
     for module in (truncating, depth):
         monkeypatch.setattr(module, "survey", lambda *_: [])
     given = config(place)
-    assert truncating.truncations(setting, Budget(None, {}, {}, {}), said.append) == []
+    assert truncating.truncations(setting, Budget(None, {}, {}, {}), States(place / "none"), said.append) == []
     assert said == ["no truncation: the model has no boundary of blocks"]
     with pytest.raises(RunError, match="digits_cnn: it has no boundary of blocks"):
         depth.depth(depth.Depth(given.model, given.checkpoint, given.data, fitted_split=("none",)), said.append)
