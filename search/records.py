@@ -176,7 +176,7 @@ def images_again(manifest: Mapping[str, Any], role: str, data: str, data_dir: st
             std=normalisation["std"],
             seed=manifest["seed"],
             shares=was.get("shares", SHARES),  # older versions had these alone
-            caps={"train": was["images"]["train"]},
+            caps={"train": was["images"]["train"]} if "images" in was else None,  # as it was capped there
         ),
         role,
     )
