@@ -37,10 +37,13 @@ def with_teacher(setting: Setting, states: States, say: Callable[[str], None]) -
         Epoch(int(number), None if np.isnan(train) else float(train), float(loss), float(error))
         for number, train, loss, error in found[HISTORY][:-1]
     )
+    best = int(found[HISTORY][-1, 0])
+    if not best:
+        say("fine-tuning made the dense model no better on search: it teaches as it was")
     subject, train = setting.subject, setting.roles.train
     params = jax.tree.map(np.asarray, with_leaves(subject.variables, found))
     answered = None if AUGMENTATIONS[setting.config.augment] else answering(subject.infer, train)(params).logits
-    return replace(setting, teacher=FitResult(params, history, int(found[HISTORY][-1, 0])), answered=answered)
+    return replace(setting, teacher=FitResult(params, history, best), answered=answered)
 
 
 def how_taught(setting: Setting) -> str:

@@ -70,6 +70,14 @@ def test_it_is_fine_tuned_once_in_a_run(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, first.params, again.params)
 
 
+@pytest.mark.parametrize(("rate", "best"), [(0.05, True), (1e4, False)])
+def test_where_fine_tuning_makes_it_no_better_that_is_said(tmp_path, rate, best):
+    setting, said = prepare(small_config(tmp_path, epochs=2, learning_rate=rate)), []
+    teacher = with_teacher(setting, States(tmp_path / "state"), said.append).teacher
+    assert (teacher.best_epoch > 0) == best
+    assert said[-1].startswith("trained" if best else "fine-tuning made the dense model no better on search")
+
+
 def test_it_is_the_baseline_of_the_run(tmp_path):
     config, said = small_config(tmp_path, epochs=2, distill=0.5), []
     outcome = run(config, said.append)
