@@ -11,7 +11,7 @@ LEVEL = 0.02  # by how much 255 times a number may differ from the byte that it 
 
 def image_digest(image: np.ndarray) -> int:
     """Of an image as stored; 256 levels from 0 to 1 count as the bytes that they are."""
-    if image.dtype != np.uint8 and image.min() >= 0 and image.max() <= 1:
+    if np.issubdtype(image.dtype, np.floating) and image.size and image.min() >= 0 and image.max() <= 1:
         scaled = image * 255.0
         levels = np.round(scaled)
         if np.abs(levels - scaled).max() < LEVEL:

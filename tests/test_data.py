@@ -313,6 +313,16 @@ BAD = {
         {"num_classes": 4},
         r"split 'all': expected labels 0 to 3, since the model has 4 .*, got 4 at index 4 \(20 of 100",
     ),
+    "images of words": (
+        {"x": np.full((100, 4, 4, 3), "a"), "y": Y},
+        {},
+        "expected images of dtype uint8 .* convert them",
+    ),
+    "images of nothing": (
+        {"x": np.zeros((100, 0, 4, 3)), "y": Y},
+        {"input_shape": (4, 4, 3)},
+        r"expected images \[4, 4, 3\], as the model takes them, got \[0, 4, 3\]",
+    ),
     "labels negative": ({"x": X, "y": Y - 1}, {}, r"got -1 at index 0 \(20 of 100.*Labels start at 0: relabel"),
     "labels whole but floating": (
         {"x": X, "y": Y * 1.0},
