@@ -240,7 +240,7 @@ def _judged(
 
 def register(setting: Setting, finalists: Sequence[Finalist] = ()) -> tuple[Path, str, str, str]:
     """Of opened images: the file, what would be opened, which run this is and what it tests, and where."""
-    directory, timed = setting.config.directory, setting.config.measured  # which are not the same when a run is resumed
+    directory, timed = setting.config.directory, setting.config.measured  # which differ where a run is repeated
     costs = [sorted((name, cost) for name, cost in each.cost.items() if name not in timed) for each in finalists]
     tested = [(f.name, cost, f.train_error, f.search_error) for f, cost in zip(finalists, costs, strict=True)]
     identity = hashlib.sha256((directory / "config.json").read_bytes() + repr(tested).encode()).hexdigest()

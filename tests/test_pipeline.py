@@ -593,7 +593,7 @@ def test_other_finalists_make_another_run_and_larger_ones_are_not_tested(zoo, tm
     assert first == register(setting, [small])[2] != register(setting, [replace(small, search_error=0.2)])[2]
     timed = replace(setting, config=replace(setting.config, latency=5.0))
     times = {register(timed, [replace(small, cost={"params": 1, "latency": each})])[2] for each in (4.27, 4.31)}
-    assert len(times) == 1  # it is measured again where a run is resumed
+    assert len(times) == 1  # it is measured again where a run is repeated
     budget = Budget(setting.subject.graph, {}, {}, {})
     found = find_certificate(setting, budget, [large], dense, Verdict(large, True, {}, ""))
     assert (found.valid, found.steps) == (False, ())
