@@ -4,7 +4,8 @@ Frozen finalists are tested on `certify`, which nothing else has looked at, agai
 
 - *no worse*: the error exceeds the dense model's by ε or more;
 - *no wider*: the gap (error on `certify` less error on `train`) exceeds the dense model's by η or more. What a frozen
-  model does on `train` is a constant, so this too is a claim about the difference of the errors on `certify`.
+  model does on `train` is a constant, so this too is a claim about the difference of the errors on `certify`. With an
+  absolute allowance it is that the gap is as large as this or larger, a claim about the variant's own error.
 
 A variant has to pass both (an intersection-union test, which needs no correction). They are tested in a fixed order,
 from large to small, up to the first that fails, those left out that a smaller one beats on `search`: the chance of any
@@ -57,7 +58,8 @@ class Step:
         name: the variant's.
         worse, better: images that only it, that only the dense model gets wrong (see `judging.Comparison`).
         difference: of the errors on `certify`, less the dense model's.
-        margins: those it was tested against, ε and that of the gap.
+        margins: those it was tested against: of the difference ε and that of the gap; with an absolute allowance the
+            second one is of the error itself.
         p_values: of the two tests.
         passed: whether both are at most δ.
     """
@@ -78,7 +80,8 @@ class Certificate:
     Attributes:
         valid: whether `certify` was opened, once, and the tests were made.
         selected: the last that passed, "dense" if none did; with a budget the one that was tested.
-        passed: whether the selected variant passed. The dense model does by definition.
+        passed: whether the selected variant passed. The dense model does by definition, but for an absolute allowance:
+            that it keeps it is not tested.
         steps: the tests in their order.
         count: images of `certify`.
         delta: the level.
@@ -100,7 +103,12 @@ class Certificate:
 
 
 def undominated(
-    finalists: Sequence[Finalist], dense: Finalist, epsilon: float, eta: float, measure: str
+    finalists: Sequence[Finalist],
+    dense: Finalist,
+    epsilon: float,
+    eta: float,
+    measure: str,
+    gap_max: float | None = None,
 ) -> list[Finalist]:
     """The finalists that no smaller one beats, by how far within its margins each is on `search`.
 
@@ -110,12 +118,14 @@ def undominated(
     Args:
         finalists: the variants, frozen.
         dense: the model that they come from.
-        epsilon, eta, measure: see `certify`.
+        epsilon, eta, measure, gap_max: see `certify`.
     """
 
     def room(f: Finalist) -> float:
-        found = min(epsilon, eta + f.train_error - dense.train_error) - (f.search_error - dense.search_error)
-        return -math.inf if math.isnan(found) else found
+        worse = f.search_error - dense.search_error
+        gap = eta + f.train_error - dense.train_error - worse if gap_max is None else gap_max - f.gap
+        found = min(epsilon - worse, gap)
+        return -math.inf if math.isnan(worse + gap) else found
 
     out: list[Finalist] = []
     for f in sorted(finalists, key=lambda f: (f.cost[measure], -room(f))):
@@ -133,6 +143,7 @@ def certify(
     eta: float,
     delta: float,
     measure: str,
+    gap_max: float | None = None,
     only: str | None = None,
     metric: Metric = ACCURACY,
 ) -> Certificate:
@@ -147,6 +158,7 @@ def certify(
         eta: that of the gap, likewise a difference of the metric's error.
         delta: the level.
         measure: the cost that the order goes by.
+        gap_max: how large the gap may be, whatever the dense model's is; takes the place of `eta`.
         only: test this one alone (the best within a budget).
         metric: what errors are of.
     """
@@ -154,17 +166,21 @@ def certify(
     baseline = wrong(dense)
     count, steps = len(baseline), []
     for finalist in ordered:
-        found = metric.compare(wrong(finalist), baseline)
-        margins = epsilon, eta + finalist.train_error - dense.train_error
-        p_values = found.p_value(margins[0]), found.p_value(margins[1])
+        seen = wrong(finalist)
+        found = metric.compare(seen, baseline)
+        if gap_max is None:
+            margins, widest = (epsilon, eta + finalist.train_error - dense.train_error), found.p_value
+        else:
+            margins, widest = (epsilon, gap_max + finalist.train_error), metric.absolute(seen)
+        p_values = found.p_value(margins[0]), widest(margins[1])
         passed = max(p_values) <= delta
         steps.append(Step(finalist.name, found.worse, found.better, found.difference, margins, p_values, passed))
         if not passed:
             break
     names = [step.name for step in steps if step.passed]
     selected = only or (names[-1] if names else dense.name)
-    passed = selected == dense.name or selected in names
-    sentence = _sentence(steps, selected, dense, epsilon, eta, delta, count, metric)
+    passed = selected in names or (selected == dense.name and gap_max is None)
+    sentence = _sentence(steps, selected, dense, epsilon, eta, gap_max, delta, count, metric)
     return Certificate(
         True, selected, passed, tuple(steps), count, delta, sentence, metric.name, metric.test, metric.approximate
     )
@@ -182,19 +198,24 @@ def _sentence(
     dense: Finalist,
     epsilon: float,
     eta: float,
+    gap_max: float | None,
     delta: float,
     count: int,
     metric: Metric,
 ) -> str:
+    gap = f"by less than {metric.scale * eta:g}"
+    if gap_max is not None:
+        gap = f"is less than {metric.scale * gap_max:g} {metric.unit}"
     claim = (
         f"its {metric.noun} on new data exceeds the dense model's by less than {metric.scale * epsilon:g} "
-        f"{metric.unit}, and its gap by less than {metric.scale * eta:g}"
+        f"{metric.unit}, and its gap {gap}"
     )
     trust = f"at level {delta:g}, on {count:,} images opened once" + (f", {metric.trust}" if metric.trust else "")
     by_name = {step.name: step for step in steps}
     if selected == dense.name:
         first = f"; {steps[0].name}, the largest variant tested, {_failure(steps[0], delta, metric)}" if steps else ""
-        return f"Certified: nothing smaller than the dense model can be claimed {trust}{first}."
+        own = "" if gap_max is None else " Whether the dense model's own gap is within the allowance was not tested."
+        return f"Certified: nothing smaller than the dense model can be claimed {trust}{first}.{own}"
     step = by_name[selected]
     if step.passed:
         after = next((s for s in steps if not s.passed), None)
@@ -204,9 +225,10 @@ def _sentence(
 
 
 def _failure(step: Step, delta: float, metric: Metric) -> str:
-    what = [name for name, p in zip(("no worse", "no wider gap"), step.p_values, strict=True) if p > delta]
+    claims = "be no worse", "keep its gap within the margin"
+    what = [claim for claim, p in zip(claims, step.p_values, strict=True) if p > delta]
     ps = ", ".join(f"p = {p:.2g}" for p in step.p_values if p > delta)
     seen = f"{step.worse} images lost, {step.better} gained"
     if metric is not ACCURACY:
         seen = f"{metric.amount(step.difference, sign=True)} on these images"
-    return f"could not be shown to be {' and '.join(what)} ({ps}; {seen})"
+    return f"could not be shown to {' and to '.join(what)} ({ps}; {seen})"

@@ -86,7 +86,7 @@ def conclude(
     whole = replace(whole, cost={**whole.cost, **measured_dense(setting, budget)})
     measured = {each.name: measure(setting, each) for each in (whole, *tuned)}
     dense, others = measured["dense"], [measured[each.name] for each in tuned]
-    rule = WithinMargins(config.epsilon, config.eta, budget.measure, metric)
+    rule = WithinMargins(config.epsilon, config.eta, config.gap_max, budget.measure, metric)
     estimates = estimate(setting, whole, tuned)
     if estimates:
         rule = replace(rule, where="in cross-validation")
@@ -281,13 +281,13 @@ def find_certificate(
     tested = finalists
     if not only:
         smaller = [each for each in finalists if each.cost[budget.measure] < dense.cost[budget.measure]]
-        tested = undominated(smaller, dense, config.epsilon, config.eta, budget.measure)
+        tested = undominated(smaller, dense, config.epsilon, config.eta, budget.measure, config.gap_max)
         if not tested:
             return none("no finalist is smaller than the dense model, so that there is nothing to test")
     opened = claim_opening(*register(setting, finalists), roles.certify.digests)
     if opened is not None:
         return none(f"{opened}, so that a claim from them would not hold its level")
-    margins = {"epsilon": config.epsilon, "eta": config.eta, "delta": config.delta}
+    margins = {"epsilon": config.epsilon, "eta": config.eta, "gap_max": config.gap_max, "delta": config.delta}
 
     def observed(finalist: Finalist) -> Any:
         each: Tuned = finalist.ref
@@ -406,7 +406,7 @@ def _manifest(
         },
         "selected": chosen.name,
         "verdict": outcome,
-        "certificate": asdict(certificate) | {"epsilon": config.epsilon, "eta": config.eta},
+        "certificate": asdict(certificate) | {"epsilon": config.epsilon, "eta": config.eta, "gap_max": config.gap_max},
         "cross_validation": cross_validation if estimates else None,
         "normalisation": {"mean": list(setting.mean), "std": list(setting.std)},
         "data": {

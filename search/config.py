@@ -82,7 +82,8 @@ class Config:
     show it; where nothing is certified, the error in cross-validation, or on `search`, goes by it."""
     eta: float = 0.02
     """By how much its gap (that error less the error on `train`) may exceed the dense model's, likewise."""
-
+    gap_max: float | None = None
+    """How large its gap may be, whatever the dense model's is, likewise; then `eta` says nothing."""
     delta: float = 0.05
     """Chance at most that the certificate makes a false claim."""
     certify: bool = True
@@ -295,6 +296,8 @@ class Config:
             raise RunError(f"--metric {self.metric}: expected one of {', '.join(METRICS)}")
         if not self.eta > 0:
             raise RunError(f"--eta {self.eta}: expected more than 0: no test shows that two gaps are the same")
+        if self.gap_max is not None and not self.gap_max > 0:
+            raise RunError(f"--gap-max {self.gap_max}: expected more than 0: no test shows that there is no gap at all")
         if not 0 < self.delta < 1:
             raise RunError(f"--delta {self.delta}: expected a number between 0 and 1, such as 0.05")
         for name, value in (self.budget | self.measured).items():

@@ -111,6 +111,10 @@ class Metric(ABC):
         """A variant against the dense model on the same images, both as observed."""
 
     @abstractmethod
+    def absolute(self, seen: Any) -> Callable[[float], float]:
+        """The test of one model by itself: the p-value of H0: its error on new data is at least this."""
+
+    @abstractmethod
     def smallest_margin(self, labels: np.ndarray, delta: float) -> float:
         """The least ε at which a variant passes that answers every one of these images as the dense model does."""
 

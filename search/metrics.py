@@ -15,7 +15,7 @@ another one has.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
 
@@ -24,6 +24,7 @@ import numpy as np
 from treesurgeon.search.judging import Answers, ByLabel, Comparison, Metric, MetricError, MetricName, only_one
 from treesurgeon.search.paired import (
     betting,
+    binomial,
     exact,
     images_needed,
     smallest_margin,
@@ -62,6 +63,10 @@ class Accuracy(Metric):
         test = partial(exact, worse, better, len(dense))
         return Comparison(worse, better, (worse - better) / len(dense), test)
 
+    def absolute(self, seen: np.ndarray) -> Callable[[float], float]:
+        """By the binomial distribution."""
+        return partial(binomial, int(np.count_nonzero(seen)), len(seen))
+
     def smallest_margin(self, labels: np.ndarray, delta: float) -> float:
         """See `paired.smallest_margin`."""
         return smallest_margin(len(labels), delta)
@@ -98,6 +103,10 @@ class BalancedAccuracy(Metric):
         difference = float(((worse - better) / counts).mean())
         test = partial(stratified, worse, better, counts)
         return Comparison(int(worse.sum()), int(better.sum()), difference, test)
+
+    def absolute(self, seen: ByLabel) -> Callable[[float], float]:
+        """By the stratified test, against answers that are all right."""
+        return self.compare(seen, ByLabel(np.zeros_like(seen.value), seen.labels)).p_value
 
     def smallest_margin(self, labels: np.ndarray, delta: float) -> float:
         """Classes with few images decide."""
@@ -140,6 +149,10 @@ class Mean(Metric):
         worse, better = int((differences > 0).sum()), int((differences < 0).sum())
         test = partial(betting, differences, self.reach)
         return Comparison(worse, better, float(differences.mean()), test)
+
+    def absolute(self, seen: np.ndarray) -> Callable[[float], float]:
+        """By betting as well: no error is below 0."""
+        return partial(betting, seen, self.reach)
 
     def smallest_margin(self, labels: np.ndarray, delta: float) -> float:
         """By bisection of the test itself."""

@@ -10,7 +10,9 @@ The claim that it is below the margin holds at every level above the p-value.
 | `betting` | means of bounded values | for any number of independent images |
 | `Bootstrap` | any statistic | approximately (BCa) |
 
-`unseen` is what disagreements that did not turn up leave open: a floor for the p-values of the approximate ones.
+The error of one model by itself is tested against a bound by the same, beside answers that are all right; a share of
+wrong answers by `binomial`, exactly. `unseen` is what disagreements that did not turn up leave open: a floor for the
+p-values of the approximate ones.
 """
 
 from __future__ import annotations
@@ -102,6 +104,17 @@ def exact(worse: int, better: int, count: int, margin: float) -> float:
     lost = np.clip((gained + margin) / np.maximum(1 - gained, 1e-300), 0, 1)[:, None]  # of the images not gained
     chances = np.where(losses < 0, 0.0, bdtr(np.maximum(losses, 0), count - gains, lost))
     return float(min(1.0, (binom.pmf(gains, count, gained[:, None]) * chances).sum(1).max() + OUTSIDE))
+
+
+def binomial(wrong: int, count: int, bound: float) -> float:
+    """The exact test of H0: the error rate of one model is at least `bound`, by the binomial distribution's tail.
+
+    Args:
+        wrong: images that it gets wrong.
+        count: images.
+        bound: what the rate is tested against.
+    """
+    return float(binom.cdf(wrong, count, min(bound, 1.0))) if bound > 0 else 1.0
 
 
 def smallest_margin(count: int, delta: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,21 +99,26 @@ class Resampled(Metric):
 
     def compare(self, seen: Marked, dense: Marked) -> Comparison:
         """By bootstrap, the same resamples for both models."""
-        rng = np.random.default_rng(0)
-        step = max(1, AT_ONCE // len(dense))
-        parts = []
-        for start in range(0, REPLICATES, step):
-            weights = resampled(dense.strata, min(step, REPLICATES - start), rng)
-            parts.append(self.errors(seen, weights) - self.errors(dense, weights))
         observed = self.error(seen) - self.error(dense)
-        found = Bootstrap(observed, np.concatenate(parts), self.influence(seen) - self.influence(dense))
-        stakes, counts = np.unique(self.stakes(dense.there, dense.several), return_counts=True)
-        worse, better = only_one(seen.wrong, dense.wrong)
+        influence = self.influence(seen) - self.influence(dense)
+        test = self._test(seen, observed, influence, lambda drawn: self.errors(seen, drawn) - self.errors(dense, drawn))
+        return Comparison(*only_one(seen.wrong, dense.wrong), observed, test)
 
-        def p_value(margin: float) -> float:
-            return max(found.p_value(margin), unseen(stakes, counts, observed, margin))
+    def absolute(self, seen: Marked) -> Callable[[float], float]:
+        """By bootstrap as well."""
+        return self._test(seen, self.error(seen), self.influence(seen), lambda drawn: self.errors(seen, drawn))
 
-        return Comparison(worse, better, observed, p_value)
+    def _test(
+        self, seen: Marked, observed: float, influence: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]
+    ) -> Callable[[float], float]:
+        """The p-value of a statistic by its margin, see `Bootstrap`; `statistic` is of images that are drawn again."""
+        rng = np.random.default_rng(0)
+        step = max(1, AT_ONCE // len(seen))
+        sizes = [min(step, REPLICATES - start) for start in range(0, REPLICATES, step)]
+        replicates = np.concatenate([statistic(resampled(seen.strata, size, rng)) for size in sizes])
+        found = Bootstrap(observed, replicates, influence)
+        stakes, counts = np.unique(self.stakes(seen.there, seen.several), return_counts=True)
+        return lambda margin: max(found.p_value(margin), unseen(stakes, counts, observed, margin))
 
     def smallest_margin(self, labels: np.ndarray, delta: float) -> float:
         """What no disagreement leaves open."""

@@ -89,6 +89,7 @@ class WithinMargins:
     Attributes:
         epsilon: by how much the error on `search` may exceed the dense model's.
         eta: by how much the gap may exceed the dense model's. Not applied where data is not clean.
+        gap_max: how large the gap may be, whatever the dense model's is; takes the place of `eta`.
         measure: the entry of `cost` that "smallest" goes by.
         metric: what errors are of.
         where: what `search_error` was measured on or by, in words.
@@ -96,6 +97,7 @@ class WithinMargins:
 
     epsilon: float = 0.01
     eta: float = 0.02
+    gap_max: float | None = None
     measure: str = "params"
     metric: Metric = ACCURACY
     where: str = "on search"
@@ -108,14 +110,16 @@ class WithinMargins:
         budget: Mapping[str, float] | None = None,
         clean: bool = True,
     ) -> Verdict:
-        """See `Rule.select`; the dense model passes by definition, so there is always an answer.
+        """See `Rule.select`; where nothing passes the dense model stays, so there is always an answer.
+
+        The dense model itself is within margins of itself; with `gap_max` it can fail as any other.
 
         Raises:
             SelectionError: no finalist meets the budget.
         """
         everyone = [*finalists, dense]
         _comparable(everyone, {self.measure, *(budget or {})})
-        faults = {f.name: self._faults(f, dense, clean) if f is not dense else [] for f in everyone}
+        faults = {f.name: self._faults(f, dense, clean) for f in everyone}
         over = {f.name: _excess(f, budget or {}) for f in everyone}
         reasons = {f.name: "; ".join(over[f.name] + faults[f.name]) or "passes" for f in everyone}
         allowed = [f for f in everyone if not over[f.name]]
@@ -124,7 +128,7 @@ class WithinMargins:
         if budget:
             chosen = min(allowed, key=lambda f: (_worst_if_nan(f.search_error), f.cost[self.measure]))
         else:
-            passing = [f for f in allowed if not faults[f.name]]
+            passing = [f for f in allowed if not faults[f.name]] or [dense]
             chosen = min(passing, key=lambda f: (f.cost[self.measure], f.search_error))
         passed = not faults[chosen.name]
         sentence = self._sentence(chosen, dense, faults[chosen.name], budget, clean, len(finalists))
@@ -133,11 +137,14 @@ class WithinMargins:
     def _faults(self, model: Finalist, dense: Finalist, clean: bool) -> list[str]:
         faults = []
         worse = model.search_error - dense.search_error
-        if not worse <= self.epsilon + SLACK:
+        if model is not dense and not worse <= self.epsilon + SLACK:
             above, allowed = self.metric.amount(worse), self.metric.amount(self.epsilon)
             faults.append(f"{self.metric.noun} {self.where} is {above} above dense, allowed {allowed}")
         wider = model.gap - dense.gap
-        if clean and not wider <= self.eta + SLACK:
+        if clean and self.gap_max is not None:
+            if not model.gap <= self.gap_max + SLACK:
+                faults.append(f"gap is {self.metric.amount(model.gap)}, allowed {self.metric.amount(self.gap_max)}")
+        elif clean and model is not dense and not wider <= self.eta + SLACK:
             more, allowed = self.metric.amount(wider), self.metric.amount(self.eta)
             faults.append(f"gap is {more} wider than dense's, allowed {allowed}")
         return faults

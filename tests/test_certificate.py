@@ -170,7 +170,25 @@ def test_a_wider_gap_is_a_matter_of_the_train_error():
     for train, passes in ((0.10, True), (0.08, False)):  # fitted better, no better on new data: it overfits
         found = certify([finalist("a", 1, train)], dense, lambda _: same, **settings)
         assert (found.selected == "a") == passes
-    assert "no wider gap" in found.sentence
+    assert "could not be shown to keep its gap within the margin" in found.sentence
+
+
+def test_with_an_absolute_allowance_the_gap_is_the_variants_own():
+    count = 1000
+    dense, own = np.arange(count) < 200, np.arange(count) < 195
+    fits = [finalist("b", 1, train=0.16), finalist("a", 2, train=0.18)]
+    settings = {"epsilon": 0.05, "eta": 0.001, "delta": 0.05, "measure": "params"}
+    seen = {"dense": dense, "a": own, "b": own}
+    found = certify(fits, finalist("dense", 4, train=0.05), lambda f: seen[f.name], **settings, gap_max=0.04)
+    assert (found.selected, found.passed, len(found.steps)) == ("a", True, 2)  # 19.5 % is below 22 %, not 20 %
+    assert found.steps[0].margins == (0.05, pytest.approx(0.22))
+    expected = [binom.cdf(195, count, bound) for bound in (0.22, 0.20)]
+    assert [step.p_values[1] for step in found.steps] == pytest.approx(expected)
+    assert "and its gap is less than 4 points" in found.sentence
+    assert "b, could not be shown to keep its gap within the margin (p = 0.36" in found.sentence
+    none = certify(fits[:1], finalist("dense", 4, train=0.05), lambda f: seen[f.name], **settings, gap_max=0.04)
+    assert (none.selected, none.passed) == ("dense", False)  # nothing says that the dense model keeps it
+    assert "Whether the dense model's own gap is within the allowance was not tested" in none.sentence
 
 
 def test_variants_that_a_smaller_one_beats_on_search_are_not_tested():
@@ -190,3 +208,8 @@ def test_variants_that_a_smaller_one_beats_on_search_are_not_tested():
     assert names(mid, one("overfits", 20, 0.0, 0.19)) == ["overfits", "mid"]
     assert names(one("nan", 10, 0.1, float("nan")), mid) == ["nan", "mid"]
     assert names(one("twin", 50, 0.1, 0.25), mid) == ["mid"]
+    # An absolute allowance of the gap: mid has 0.095, small 0.105, and dense, 0.10, does not matter.
+    found = undominated([big, mid, small], dense, 0.05, 0.02, "params", gap_max=0.1)
+    assert [f.name for f in found] == ["small", "mid"]
+    found = undominated([mid, one("fits", 20, 0.18, 0.2)], dense, 0.05, 0.02, "params", gap_max=0.05)
+    assert [f.name for f in found] == ["fits"]

@@ -293,6 +293,38 @@ def test_false_claims_at_a_tight_null(name, monkeypatch):
     assert claims / rounds < delta + 3 * np.sqrt(delta * (1 - delta) / rounds) + 0.02 * metric.approximate
 
 
+@pytest.mark.parametrize("name", ["accuracy", "balanced_accuracy", "cross_entropy", *BOOTSTRAPPED])
+def test_an_error_is_rarely_claimed_to_be_below_itself(name, monkeypatch):
+    """The bound is the true error: every claim is false, and with a bound well above it most are made."""
+    monkeypatch.setattr(resampling, "REPLICATES", 400)
+    metric, rounds, delta = METRICS[name], 250, 0.1
+    everyone, _ = population(3, 0.0)
+    truth = metric.error(metric.observe(everyone))
+    rng = np.random.default_rng(0)
+    claims, above = 0, 0
+    for _ in range(rounds):
+        rows = np.concatenate([rng.choice(np.flatnonzero(everyone.labels == k), 80) for k in range(3)])
+        test = metric.absolute(metric.observe(everyone[rows]))
+        claims += test(truth) <= delta
+        above += test(2 * truth) <= delta
+    assert claims / rounds < delta + 3 * np.sqrt(delta * (1 - delta) / rounds) + 0.02 * metric.approximate
+    assert above / rounds > 0.5
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_bounds_of_an_error(name, monkeypatch):
+    """Likelier the higher they are; none is claimed of 0, or below what was seen."""
+    monkeypatch.setattr(resampling, "REPLICATES", 400)
+    metric = METRICS[name]
+    seen = metric.observe(answers(400, 3, 1))
+    error, test = metric.error(seen), metric.absolute(seen)
+    p_values = [test(bound) for bound in (0.0, error / 2, error, (error + metric.reach) / 2)]
+    assert p_values == sorted(p_values, reverse=True)
+    assert p_values[0] == pytest.approx(1, abs=1e-6)
+    assert p_values[2] > 0.3
+    assert p_values[3] < 0.05
+
+
 # --- the road -------------------------------------------------------------------------------------------------
 
 

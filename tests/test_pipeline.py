@@ -392,6 +392,7 @@ def zoo(place):
         ({"macs": -1.0}, "--macs"),
         ({"delta": 0.0}, "--delta"),
         ({"eta": 0.0}, "--eta 0.0: expected more than 0"),
+        ({"gap_max": 0.0}, "--gap-max 0.0: expected more than 0"),
         ({"latency": -1.0}, "--latency"),
         ({"activation_bytes": 1e-9}, "--activation-bytes: .* cannot be met"),
         ({"population": 1}, "--population"),

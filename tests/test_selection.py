@@ -73,6 +73,32 @@ def test_only_dense_passes():
     }
 
 
+@given(models, counts, counts, st.booleans())
+def test_with_an_absolute_allowance_the_dense_model_can_fail_as_well(finalists, train, search, clean):
+    dense = Finalist("dense", DENSE.cost, train, search)
+    verdict = WithinMargins(epsilon=0.01, gap_max=0.05).select(finalists, dense, clean=clean)
+
+    def passes(f):
+        worse, gap = exactly(f.search_error) - exactly(search), exactly(f.search_error) - exactly(f.train_error)
+        return worse <= Fraction(1, 100) and (gap <= Fraction(1, 20) or not clean)
+
+    passing = [f for f in [*finalists, dense] if passes(f)]
+    assert verdict.passed == bool(passing)
+    assert verdict.selected.cost["params"] == min([f.cost["params"] for f in passing], default=1000)
+    assert {n for n, why in verdict.reasons.items() if why == "passes"} == {f.name for f in passing}
+
+
+def test_what_keeps_no_allowance_is_said():
+    verdict = WithinMargins(epsilon=0.01, gap_max=0.05).select([finalist("half", 500, 0.10)], DENSE)
+    assert verdict.selected is DENSE
+    assert not verdict.passed
+    assert verdict.reasons == dict.fromkeys(("half", "dense"), "gap is 8.00 points, allowed 5.00 points")
+    assert verdict.sentence == (
+        "The dense model stays: none of 1 smaller variants passed; it fails: gap is 8.00 points, allowed 5.00 points "
+        "(chosen on search)."
+    )
+
+
 def test_the_sentence_names_size_and_error():
     verdict = RULE.select([finalist("v1", 250, 0.105)], DENSE)
     assert verdict.sentence == (

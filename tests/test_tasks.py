@@ -336,12 +336,16 @@ def test_units_turn_numbers_and_heads_there_and_back(place, monkeypatch):
 def test_a_search_on_labels_or_numbers(place, data, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(place))
     lines = []
-    outcome = run(config(place, data, head="fit", epsilon=0.2, eta=0.2), say=lines.append)
+    gap = {"eta": 0.2} if data == "numbers" else {"gap_max": 0.3}
+    outcome = run(config(place, data, head="fit", epsilon=0.2, **gap), say=lines.append)
     model = engine.load(outcome.path, allow_import=True)
     manifest = json.loads((outcome.path / "manifest.json").read_text())
     task = MULTILABEL if data == "several" else REGRESSION
     name = "label_accuracy" if data == "several" else "r2"
     assert (manifest["task"], manifest["metric"]) == (task.name, name)
+    if data == "several":
+        assert manifest["verdict"]["certified"]
+        assert "and its gap is less than 30 points, at level 0.05" in manifest["certificate"]["sentence"]
     assert any(line.startswith(task.name) for line in lines)
     test = images_again(manifest, "test", f"npz:{place / data}.npz", "")
     answers = np.asarray(model(test.images))
