@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 from treesurgeon.search.data import Split
 from treesurgeon.search.metrics import Answers, Metric
@@ -127,7 +127,7 @@ def cross_validate(
             kept.append(best)
     tries, mean = len(differences), float(np.mean(differences))
     deviation = math.sqrt(np.var(differences, ddof=1) * (1 / tries + 1 / (folds - 1)))
-    half = float(stats.t.ppf(1 - delta, tries - 1)) * deviation
+    half = float(stdtrit(tries - 1, 1 - delta)) * deviation
     return Estimate(mean, mean - half, mean + half, float(np.mean(dense_errors)), tuple(kept))
 
 

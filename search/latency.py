@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.optimize import nnls
 
 from treesurgeon import engine
 from treesurgeon.engine import Graph, Plan
@@ -141,6 +140,8 @@ def fit(measure: str, rows: Any, values: Sequence[float]) -> Fit:
         rows: the features of each plan, `[plans, 4]`.
         values: what was measured, above 0.
     """
+    from scipy.optimize import nnls  # takes half a second to import
+
     rows = np.asarray(rows, np.float64)
     target = np.asarray(values, np.float64)
     design = np.concatenate([np.ones((len(rows), 1)), rows], 1)

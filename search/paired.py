@@ -25,9 +25,7 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-from scipy.optimize import root_scalar
 from scipy.special import bdtr, betaincinv
-from scipy.stats import binom
 
 POWER = 0.8
 OUTSIDE = 1e-4  # chance that the share of gained images is not among those that `exact` tries
@@ -87,6 +85,8 @@ def exact(worse: int, better: int, count: int, margin: float) -> float:
     Returns:
         The p-value: the claim that the difference is below the margin holds at every level above it.
     """
+    from scipy.stats import binom  # takes most of a second to import
+
     if not -1 < margin < 1:
         return 0.0 if margin >= 1 else 1.0
     least = betaincinv(better, count - better + 1, OUTSIDE / 2) if better else 0.0
@@ -114,7 +114,7 @@ def binomial(wrong: int, count: int, bound: float) -> float:
         count: images.
         bound: what the rate is tested against.
     """
-    return float(binom.cdf(wrong, count, min(bound, 1.0))) if bound > 0 else 1.0
+    return float(bdtr(wrong, count, min(bound, 1.0))) if bound > 0 else 1.0
 
 
 def smallest_margin(count: int, delta: float) -> float:
@@ -205,6 +205,8 @@ def stratified(worse: np.ndarray, better: np.ndarray, counts: np.ndarray, margin
         counts: `int[classes]`, images, at least 1.
         margin: above -1 and below 1.
     """
+    from scipy.optimize import root_scalar  # takes half a second to import
+
     if not -1 < margin < 1:
         return 0.0 if margin >= 1 else 1.0
     worse, better, counts = (np.asarray(v, np.float64) for v in (worse, better, counts))

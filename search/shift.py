@@ -23,7 +23,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.stats import mannwhitneyu
 
 from treesurgeon import engine
 from treesurgeon.search.data import Split
@@ -93,6 +92,8 @@ def two_sample(source: np.ndarray, target: np.ndarray) -> tuple[float, float]:
         source: features `[N, F]` in an order without meaning.
         target: features `[M, F]`, likewise.
     """
+    from scipy.stats import mannwhitneyu  # takes most of a second to import
+
     halves = [np.array_split(np.asarray(x, np.float32), 2) for x in (source, target)]
     x = np.concatenate([first for first, _ in halves])
     y = np.repeat([-1.0, 1.0], [len(first) for first, _ in halves])[:, None]

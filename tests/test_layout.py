@@ -1,6 +1,8 @@
 """The house's one direction of dependencies, and its one door to JAX's internals."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,3 +52,10 @@ def test_two_files_touch_jax_internals_and_two_know_flax(path):
 def test_modules_are_read_in_a_sitting():
     long = {str(path.relative_to(ROOT)): lines for path in FILES if (lines := len(path.read_text().splitlines())) > 450}
     assert not long
+
+
+def test_what_takes_seconds_to_import_is_imported_where_it_is_used():
+    slow = {"ray", "scipy.optimize", "scipy.stats", "sklearn", "tensorflow", "tensorflow_datasets", "torch"}
+    program = f"import sys, treesurgeon.search.cli; print({slow} & sys.modules.keys() or 'none')"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "none"
