@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import jax
@@ -90,6 +91,7 @@ def variables_spec(module: nn.Module, *inputs: Any) -> Any:
     return unflatten_dict(flat)
 
 
+@cache
 def subject(name: str, train: bool) -> Subject:
     module, inputs = MODELS[name]
     spec = variables_spec(module, *inputs(1))
@@ -104,6 +106,17 @@ def subject(name: str, train: bool) -> Subject:
     return Subject(f"{name}-train", step, spec, (*inputs(4), A((), "key")))
 
 
-def subjects() -> dict[str, Subject]:
-    out = [subject(name, train) for name in MODELS for train in (False, True)]
-    return {s.name: s for s in out}
+class Subjects(Mapping[str, Subject]):
+    """All of them by name, with `-train` for the training pass; each is made when it is asked for."""
+
+    def __getitem__(self, name: str) -> Subject:
+        return subject(name.removesuffix("-train"), name.endswith("-train"))
+
+    def __iter__(self) -> Iterator[str]:
+        return (name + mode for name in MODELS for mode in ("", "-train"))
+
+    def __len__(self) -> int:
+        return 2 * len(MODELS)
+
+
+SUBJECTS = Subjects()

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import Bench, arr, draw
 from regressions import REGRESSIONS
-from subjects import subjects
+from subjects import SUBJECTS
 
 from treesurgeon import engine
 from treesurgeon.engine import Plan, PlanError, StructureError
@@ -223,7 +223,7 @@ def test_shared_layers_make_blocks_that_drop_apart():
     ],
 )
 def test_blocks_are_named_by_the_modules_that_they_are(name, blocks):
-    found = list(Bench(subjects()[name]).graph.blocks)
+    found = list(Bench(SUBJECTS[name]).graph.blocks)
     assert [block.removeprefix("layer0/") for block in found if block.startswith("layer0/")] == blocks
 
 

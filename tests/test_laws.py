@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import ChainMap
 from pathlib import Path
 
 import jax
@@ -16,10 +17,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from laws import Bench, plans, random_plan
 from regressions import REGRESSIONS
-from subjects import subjects
+from subjects import SUBJECTS as MODELS
 
-MODELS = subjects()
-SUBJECTS = {name: case.subject for name, case in {**zoo.ZOO, **zoo.ODD, **REGRESSIONS}.items()} | MODELS
+CASES = {name: case.subject for name, case in {**zoo.ZOO, **zoo.ODD, **REGRESSIONS}.items()}
+SUBJECTS = ChainMap(MODELS, CASES)
 
 quiet = settings(
     deadline=None,

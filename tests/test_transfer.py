@@ -6,6 +6,7 @@ import json
 import pickle
 import xml.etree.ElementTree as ET
 
+import fewer
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +29,7 @@ from treesurgeon.search.sources import Source
 from treesurgeon.search.subject import Subject, SubjectError, open_subject
 from treesurgeon.search.transfer import Labels, adapted, count_argument, match_labels, replaceable, with_new_head
 
+fewer_layers = fewer.fewer_layers
 RNG = np.random.default_rng(0)
 SMALL = {"population": 4, "generations": 1, "search_images": 32, "calibration_images": 8, "refit_images": 32,
          "finalists": 1, "epochs": 1, "certify": False, "reconstruct": "none", "formats": False,
@@ -113,6 +115,7 @@ def test_rows_of_named_classes_are_carried_over_and_the_others_fitted(place):
     setting = prepare(config(place, "names", calibration_images=0))
     subject, head = setting.subject, setting.head
     assert (head.carried, head.fitted) == (("3", "9"), ("seven", "box"))
+    assert head.dropped == ()  # two labels are the checkpoint's
     assert subject.num_classes == 4
     assert subject.spec.kwargs == {"num_classes": 4}
     old, new = before.variables["params"]["linear"], subject.variables["params"]["linear"]
@@ -130,11 +133,12 @@ def test_rows_of_named_classes_are_carried_over_and_the_others_fitted(place):
 
 
 def test_with_no_label_in_common_the_dense_layers_after_the_pool_go(place, monkeypatch):
-    whole, short = (prepare(config(place, "counted", head=head)) for head in ("fit", "auto"))
+    plain = {"head_widths": (0,)}
+    whole, short = (prepare(config(place, "counted", head=head, **plain)) for head in ("fit", "auto"))
     assert whole.head.dropped == ()
     assert any("dense0" in path for path in leaves_of(whole.subject.variables))
-    assert prepare(config(place, "names")).head.dropped == ()  # two of its labels are the checkpoint's
     assert short.head.dropped == ("params/dense0/kernel",)
+    assert short.head.hidden == 0
     assert (short.head.carried, short.head.fitted) == ((), ("0", "1", "2", "3"))
     subject, roles = short.subject, short.roles
     assert not any("dense0" in path for path in leaves_of(subject.variables))
@@ -153,7 +157,6 @@ def test_with_no_label_in_common_the_dense_layers_after_the_pool_go(place, monke
     deep = prepare(config(place, "counted"))
     assert deep.head.hidden == deep.subject.spec.hidden == 64
     assert "on 48 features, with a hidden layer of 64; fitted to" in deep.head.sentence
-    assert prepare(config(place, "counted", head_widths=(0,))).head.hidden == 0
 
 
 @pytest.mark.parametrize("width", [pytest.param(0, marks=pytest.mark.slow), 16])
@@ -167,7 +170,8 @@ def test_a_search_from_there_is_saved_and_loaded(place, tmp_path, monkeypatch, w
     manifest = json.loads((outcome.path / "manifest.json").read_text())
     assert manifest["head"]["dropped"] == ["params/dense0/kernel"]
     assert {"v1", "t1"} <= manifest["metrics"].keys()
-    model, test = engine.load(outcome.path), prepare(given).roles.test
+    model, setting = engine.load(outcome.path), prepare(given)
+    test, subject = setting.roles.test, setting.subject
     right = (np.asarray(model(test.images)).argmax(1) == test.labels).mean()
     assert right == pytest.approx(manifest["metrics"][manifest["selected"]]["test_accuracy"])
     with (tmp_path / "out" / "groups.csv").open() as file:
@@ -176,7 +180,6 @@ def test_a_search_from_there_is_saved_and_loaded(place, tmp_path, monkeypatch, w
     main(["verify", str(outcome.path), "--data", given.data])
     assert run(given, said.append).sentence == outcome.sentence  # complete: read from its manifest
     # Cut once more, and opened with the module of the search.
-    subject = prepare(given).subject
     x = test.images[:4]
     points = engine.points(subject.infer, subject.graph, subject.spec.example)
     assert (points[-2] == ENTRY) == bool(width)

@@ -4,6 +4,7 @@ import csv
 import json
 from dataclasses import replace
 
+import fewer
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +22,7 @@ from treesurgeon.search.survey import Cut, survey
 from treesurgeon.search.truncating import choose, depth_of, headed
 from treesurgeon.search.tuning import Tuned
 
+fewer_layers = fewer.fewer_layers
 RNG = np.random.default_rng(0)
 
 
@@ -87,8 +89,8 @@ def test_a_head_is_fitted_to_what_stands_at_the_point(place, setting, monkeypatc
     sizes = [found.params for found in cuts]
     assert sizes == sorted(sizes)
     assert sizes[-1] == engine.cost(setting.subject.graph, engine.Plan()).params
-    subject = headed(setting, cuts[2].point, Budget(None, {}, {}, {}), said.append)
-    assert engine.cost(subject.graph, engine.Plan())._asdict() == cuts[2].cost
+    subject = headed(setting, cuts[1].point, Budget(None, {}, {}, {}), said.append)
+    assert engine.cost(subject.graph, engine.Plan())._asdict() == cuts[1].cost
     old, new = leaves_of(setting.subject.variables), leaves_of(subject.variables)
     for path in new.keys() - {f"params/{HEAD}/kernel", f"params/{HEAD}/bias"}:
         np.testing.assert_array_equal(new[path], old[path])
@@ -104,19 +106,19 @@ def test_a_head_is_fitted_to_what_stands_at_the_point(place, setting, monkeypatc
     # A hidden layer, where that is better.
     monkeypatch.setattr(hidden, "choose", lambda linear, heads, x, y, task: heads[0])
     plain = Budget(None, {}, {}, {})
-    deep = headed(setting, cuts[2].point, plain, said.append)
-    assert said[-1] == f"{cuts[2].point}: its head has 16 hidden units, which are better on search than none"
+    deep = headed(setting, cuts[1].point, plain, said.append)
+    assert said[-1] == f"{cuts[1].point}: its head has 16 hidden units, which are better on search than none"
     assert deep.spec.hidden == 16
     whole = Tuned("t1", engine.Plan(), deep.variables, deep.infer, None, {}, deep)
-    assert depth_of(whole) == f"up to {cuts[2].point}, a hidden layer of 16"
+    assert depth_of(whole) == f"up to {cuts[1].point}, a hidden layer of 16"
     right = np.asarray(deep.infer(deep.variables, roles.search.images)).argmax(1) == roles.search.labels
     assert right.mean() > 0.9
-    tight = Budget(None, {"params": float(cuts[2].cost["params"])}, {}, {})
-    assert headed(setting, cuts[2].point, tight, said.append).spec.hidden == 0
+    tight = Budget(None, {"params": float(cuts[1].cost["params"])}, {}, {})
+    assert headed(setting, cuts[1].point, tight, said.append).spec.hidden == 0
     assert "not within the budget" in said[-1]
     monkeypatch.undo()
     # With statistics estimated anew, the features are other ones.
-    fresh = headed(replace(setting, config=config(place, head_widths=(0,))), cuts[2].point, plain, said.append)
+    fresh = headed(replace(setting, config=config(place, head_widths=(0,))), cuts[1].point, plain, said.append)
     assert np.abs(
         leaves_of(fresh.variables)["batch_stats/stage1_0/bn/mean"] - old["batch_stats/stage1_0/bn/mean"]
     ).max()

@@ -20,7 +20,7 @@ from jax.interpreters import mlir
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as S
 from laws import Bench, draw, leaves_of, random_plan
-from subjects import subjects
+from subjects import SUBJECTS
 from zoo import C, D, conv, dense
 
 from treesurgeon import engine
@@ -153,8 +153,8 @@ def test_an_unknown_primitive_that_meets_a_pruned_axis():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_inference_graph_serves_training(name):
-    bench = Bench(subjects()[f"{name}-train"])
-    bench.graph = Bench(subjects()[name]).graph
+    bench = Bench(SUBJECTS[f"{name}-train"])
+    bench.graph = Bench(SUBJECTS[name]).graph
     plan = random_plan(bench.graph, 1, drop=0.6)
     assert plan.drop
     small, fast = bench.narrowed(plan)
@@ -166,8 +166,8 @@ def test_the_inference_graph_serves_training(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_the_inference_graph_serves_training_in_numbers(name):
-    bench = Bench(subjects()[f"{name}-train"])
-    bench.graph = Bench(subjects()[name]).graph
+    bench = Bench(SUBJECTS[f"{name}-train"])
+    bench.graph = Bench(SUBJECTS[name]).graph
     for seed in range(3):
         bench.law2_and_5(random_plan(bench.graph, seed, drop=0.6))
 
@@ -374,7 +374,7 @@ def test_trace_inside_jit():
 
 @pytest.mark.parametrize("name", ["mlp", pytest.param("digits_cnn", marks=pytest.mark.slow), *MODELS[2:]])
 def test_symbolic_batch(name):
-    bench = Bench(subjects()[name])
+    bench = Bench(SUBJECTS[name])
     plan = random_plan(bench.graph, 1)
     small, fast = bench.narrowed(plan)
     x = bench.args[0]
