@@ -70,7 +70,16 @@ def gate(fn: Callable, graph: Graph, *, gradients: bool = True, finite: bool = F
         NarrowError: on call, `fn` reads a group in a way that the traced function did not; or a derivative is taken
             without `gradients`.
     """
-    retracer, guard = Retracer(fn, graph), Guard(gradients, not finite)
+    return gate_retraced(Retracer(fn, graph), Guard(gradients, not finite))
+
+
+def gate_retraced(
+    retracer: Retracer, guard: Guard, also: Callable[[Retraced], Sequence[int]] | None = None
+) -> Callable:
+    """`gate`, which returns further values of the program as well: `(outputs, values)`, where `also` names any.
+
+    Removed units of these values hold zeros.
+    """
 
     def gated(params: Any, masks: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         maps = masks.get("maps", {})
@@ -83,7 +92,7 @@ def gate(fn: Callable, graph: Graph, *, gradients: bool = True, finite: bool = F
                 x = apply_map(x, site.dim, site.places[name], matrix)
             return x
 
-        return run_gated(retracer, params, masks, args, kwargs, mend if maps else None, guard=guard)
+        return run_gated(retracer, params, masks, args, kwargs, mend if maps else None, guard=guard, also=also)
 
     return gated
 
@@ -97,6 +106,7 @@ def run_gated(
     mend: Mend | None = None,
     adapt: Callable[[Retraced], Adapt] | None = None,
     guard: Guard = ALL,
+    also: Callable[[Retraced], Sequence[int]] | None = None,
 ) -> Any:
     """Run a function under masks.
 
@@ -105,6 +115,7 @@ def run_gated(
         mend: may replace what a contraction reads at a site, its removed units being zero.
         adapt: of the function as it was traced again, what may replace the operands of each equation.
         guard: against what.
+        also: see `gate_retraced`.
     """
     graph = retracer.graph
     leaves = check_leaves(params, {path: leaf.shape for path, leaf in graph.leaves.items()}, "gate")
@@ -121,10 +132,12 @@ def run_gated(
     sites = found.sites if mend is not None else {}
     check_maps(masks.get("maps", {}), sites)
     gate = _Gate(units, mend=mend, sites=sites, adapt=adapt(found) if adapt else None, guard=guard)
-    outs = gate.main(found, graph, [*(leaves[path] for path in graph.leaves), *call.arrays], blocks)
+    wanted = also(found) if also else ()
+    outs, values = gate.main(found, graph, [*(leaves[path] for path in graph.leaves), *call.arrays], blocks, wanted)
     if not guard.gradients:
-        outs = undifferentiated(outs)
-    return jax.tree.unflatten(found.analysis.traced.out_tree, outs)
+        outs, values = undifferentiated((outs, values))
+    out = jax.tree.unflatten(found.analysis.traced.out_tree, outs)
+    return (out, values) if also else out
 
 
 def undifferentiated(tree: Any) -> Any:
@@ -153,8 +166,10 @@ class _Gate:
         self.guard, self.selects = guard, Selects(units, guard)
         self.on = on  # whether the block that is being run is kept, None for always
 
-    def main(self, found: Retraced, graph: Graph, inputs: list[Any], blocks: Mapping[str, Any]) -> list[Any]:
-        """Run a whole function."""
+    def main(
+        self, found: Retraced, graph: Graph, inputs: list[Any], blocks: Mapping[str, Any], wanted: Sequence[int]
+    ) -> tuple[list[Any], list[Any]]:
+        """Run a whole function: what it returns, and these values without what is removed of them."""
         analysis = found.analysis
         program, solution = analysis.program, analysis.solution
         shared = shared_kernels(program, analysis.kinds)
@@ -197,7 +212,8 @@ class _Gate:
                         entry, bit = exits[v]
                         env[v] = lax.select(bit, x, self._passed(env[entry], solution.axes[entry], solution.axes[v]))
         self.on = None
-        return [v.value if isinstance(v, Literal) else env[v] for v in program.outputs]
+        values = [self.selects.clear(env[v], dict(enumerate(solution.axes[v])), 0) for v in wanted]
+        return [v.value if isinstance(v, Literal) else env[v] for v in program.outputs], values
 
     def _enter(self, x: Any, axes: Sequence[Axis], on: Any) -> Any:
         """A parameter or an input as the function reads it."""

@@ -27,6 +27,7 @@ from jax.tree_util import tree_map_with_path
 from treesurgeon.engine.analysis import Analysis
 from treesurgeon.engine.errors import PlanError, StructureError
 from treesurgeon.engine.flow import kernel_leaves, kernel_operand
+from treesurgeon.engine.gating import gate_retraced
 from treesurgeon.engine.graph import Graph
 from treesurgeon.engine.jaxprs import Operand, Program, named_leaves, path_name
 from treesurgeon.engine.linear import linear
@@ -35,6 +36,7 @@ from treesurgeon.engine.narrowing import GONE, without_gone
 from treesurgeon.engine.refit import find_biases
 from treesurgeon.engine.retrace import Retraced, Retracer
 from treesurgeon.engine.rules import lookup
+from treesurgeon.engine.selects import Guard
 from treesurgeon.engine.sites import leaf_axis, live_eqns
 from treesurgeon.engine.splitting import needed, run
 from treesurgeon.engine.stack import find_stack, signal_of
@@ -158,6 +160,33 @@ def features(fn: Callable, graph: Graph) -> Callable:
         return {name: pooled(x, point.channels) for (name, point), x in zip(there.items(), values, strict=True)}
 
     return every
+
+
+def gated_features(fn: Callable, graph: Graph, *, finite: bool = False) -> Callable:
+    """The model under masks, with what its points hold: `(params, masks, *args, **kwargs) -> (outputs, table)`.
+
+    The outputs are those of `gate(fn, graph, gradients=False)`, the table is that of `features`, zero where units are
+    removed: for a plan's masks, what the truncated and narrowed function returns. One forward pass.
+
+    Args:
+        fn: the function.
+        graph: the traced graph.
+        finite: see `gate`.
+    """
+    there: dict[str, _Point] = {}
+
+    def also(found: Retraced) -> list[int]:
+        there.clear()
+        there.update(_points(found))
+        return [point.value for point in there.values()]
+
+    gated = gate_retraced(Retracer(fn, graph), Guard(False, not finite), also)
+
+    def both(params: Any, masks: Mapping[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        out, values = gated(params, masks, *args, **kwargs)
+        return out, {name: pooled(x, point.channels) for (name, point), x in zip(there.items(), values, strict=True)}
+
+    return both
 
 
 @dataclass(frozen=True, eq=False)

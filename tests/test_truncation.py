@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from laws import draw, leaves_of
+from laws import draw, leaves_of, random_plan
 from subjects import MODELS, subject
 
 from treesurgeon import engine
@@ -267,3 +267,32 @@ def test_where_there_is_no_pool_there_is_no_stack():
 
     for fn in (dense, past):
         assert engine.dense_stack(fn, engine.trace(fn, p, x), x) is None
+
+
+@pytest.mark.parametrize("name", some(("mlp", "resnet20", "vgg11", "vit", "mixer", "mobilenet_v2", "convnext")))
+def test_under_masks_points_hold_what_the_narrowed_part_returns(name):
+    """The law of `gate`, at every point: against the model up to there, with a head, narrowed by the same plan."""
+    module, fn, graph, params, args = opened(name)
+    both = jax.jit(engine.gated_features(fn, graph))
+    every = engine.points(fn, graph, *args)
+    compared = 0
+    for seed in range(2):
+        plan = random_plan(graph, seed)
+        masks = graph.masks(plan)
+        closed = {group: np.flatnonzero(mask) for group, mask in masks["units"].items()}  # behind the point as well
+        out, table = both(params, masks, *args)
+        np.testing.assert_allclose(out, engine.gate(fn, graph)(params, masks, *args), rtol=1e-5, atol=1e-5)
+        assert set(table) == set(every)
+        for point in every[:: 1 if name == "mlp" else 3]:
+            kernel = rows(table[point].shape[1], 3)
+            short = engine.Shortened(module, point, 3, args[0])
+            given = short.with_head(short.take(params), kernel, np.zeros(3, np.float32))
+            part = engine.trace(short.apply, given, args[0])
+            sizes = {group: graph.groups[group].size for group in part.groups.keys() & graph.groups.keys()}
+            if sizes != {group: part.groups[group].size for group in part.groups}:
+                continue  # a later layer joined what are several groups here
+            mine = Plan({group: closed[group] for group in part.groups}, plan.drop & part.blocks.keys())
+            small = engine.narrow(short.apply, part, mine)(engine.cut(given, part, mine), *args)
+            np.testing.assert_allclose(table[point] @ kernel, small, rtol=1e-3, atol=1e-4)
+            compared += 1
+    assert compared > 1
