@@ -6,10 +6,11 @@ variants of the space that are measured first. What counts is the measurement: f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -18,6 +19,7 @@ from treesurgeon import engine
 from treesurgeon.engine import Graph
 from treesurgeon.search import latency, sensitivity
 from treesurgeon.search.config import RunError
+from treesurgeon.search.exits import GENE, within, without_gene
 from treesurgeon.search.selection import limits
 from treesurgeon.search.setting import Setting
 from treesurgeon.search.space import Space
@@ -35,12 +37,14 @@ class Budget:
         limits: absolute, by the name of the cost.
         dense: the dense model's costs, those that are predicted as the prediction has them.
         weights: of the predictions, by the name of what is predicted.
+        ends: graphs of the model up to each of the points at which candidates may end.
     """
 
     graph: Graph
     limits: Mapping[str, float]
     dense: Mapping[str, float]
     weights: Mapping[str, np.ndarray]
+    ends: Sequence[Graph] = ()
 
     @property
     def measure(self) -> str:
@@ -58,8 +62,20 @@ class Budget:
         return {name: limit for name, limit in self.limits.items() if name in self.weights}
 
     def costs(self, masks: Any) -> dict[str, Array]:
-        """All costs under masks, or stacks of masks; works inside jit."""
-        return _costs(self.graph, self.weights, masks)
+        """All costs under masks, or stacks of masks; works inside jit.
+
+        What ends early costs what the model up to there does.
+        """
+        whole = _costs(self.graph, self.weights, without_gene(masks))
+        if GENE not in masks:
+            return whole
+        each = [whole, *(_costs(end, self.weights, within(masks, end), self.graph) for end in self.ends)]
+        at = jnp.asarray(masks[GENE])[None]
+
+        def chosen(*values: Array) -> Array:
+            return jnp.take_along_axis(jnp.stack([jnp.broadcast_to(v, at.shape[1:]) for v in values]), at, 0)[0]
+
+        return jax.tree.map(chosen, *each)
 
     def over(self, costs: Mapping[str, Any]) -> Any:
         """By how much costs exceed the limits, as the sum of shares; 0 where they are within all."""
@@ -82,7 +98,7 @@ def make_budget(setting: Setting, space: Space, states: States, say: Callable[[s
     dense = {name: float(value) for name, value in _costs(graph, weights, engine.Plan()).items()}
     smallest = space.to_plan(sensitivity.smallest(space))
     refuse(given, _costs(graph, weights, smallest))
-    return Budget(graph, given, dense, weights)
+    return Budget(graph, given, dense, weights, [end.subject(setting.subject).graph for end in setting.exits])
 
 
 def refuse(limits: Mapping[str, float], least: Mapping[str, Any]) -> None:
@@ -125,9 +141,9 @@ def example(setting: Setting) -> np.ndarray:
     return images[np.arange(setting.config.latency_batch) % len(images)]
 
 
-def _costs(graph: Graph, weights: Mapping[str, np.ndarray], masks: Any) -> dict[str, Any]:
+def _costs(graph: Graph, weights: Mapping[str, np.ndarray], masks: Any, dense: Graph | None = None) -> dict[str, Any]:
     found = engine.cost(graph, masks)._asdict()
     if weights:
-        rows = latency.features(graph, masks)
+        rows = latency.features(graph, masks, dense)
         found |= {name: latency.predict(jnp.asarray(w, jnp.float32), rows) for name, w in weights.items()}
     return found

@@ -137,9 +137,9 @@ def conclude(
             **({f"cv_{end}": getattr(estimates[f.name], end) for end in report.ENDS} if estimates else {}),
             "best_epoch": f.ref.fitted.best_epoch if f.ref.fitted else None,
             "reason": verdict.reasons[f.name],
-            "description": (space.describe(genomes[f.name]) if f.name in genomes else depth_of(f.ref))
+            "description": (space.describe(genomes[f.name]) if f.ref.subject is setting.subject else depth_of(f.ref))
             + (f"; fine-tuned with {f.ref.policy}" if f.ref.policy else ""),
-            "genome": genomes.get(f.name, ()),
+            "genome": genomes.get(f.name, ())[: len(space.groups) + len(space.blocks)],
         }
         for f in others
     ]

@@ -171,9 +171,9 @@ class Config:
     finalists, after the better half of them, if that is more, has been fine-tuned for an epoch. Default: as many as
     finalists."""
     truncations: int | None = None
-    """More finalists, cut in depth with a new head where a linear one on the features does as well as at full depth;
-    each also with the widths and blocks of the first variant. Default: 2 where the labels ask for a new head, else
-    none."""
+    """Points at which candidates may end, by a new head, where a linear one on the features does as well as at full
+    depth: a gene of the search. The model up to each, with all that it has, is a finalist besides, if it is within the
+    budget. Default: 2 where the labels ask for a new head, else none."""
     head_widths: tuple[int, ...] = (16, 64)
     """Widths of a hidden layer that a new head may have, in a truncated model or where dense layers go; one that is
     better than a linear head on `search`, beyond what chance explains, is taken. 0: always a linear head."""

@@ -14,7 +14,7 @@ images, and kept for the whole search where it fits into memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from jax import Array
 from treesurgeon import engine
 from treesurgeon.search.chunking import SHARE_OF_MEMORY, chunks, fitting_chunk
 from treesurgeon.search.data import Split
+from treesurgeon.search.exits import Exit, ending, moved, without_gene
 from treesurgeon.search.mesh import (
     CANDIDATE,
     DATA,
@@ -117,8 +118,12 @@ def measurer(
     return measure
 
 
-def calibrate(subject: Subject, masks: Any, variables: Any, x: Array, reconstruct: Reconstruct) -> tuple[Any, Any]:
+def calibrate(
+    subject: Subject, masks: Any, variables: Any, x: Array, reconstruct: Reconstruct, exits: Sequence[Exit] = ()
+) -> tuple[Any, Any]:
     """What one candidate needs besides its masks: its own leaves (norm statistics, kernels) by path, and its maps.
+
+    Where it may end early, its heads there are among the leaves.
 
     Args:
         subject: the dense model.
@@ -126,7 +131,12 @@ def calibrate(subject: Subject, masks: Any, variables: Any, x: Array, reconstruc
         variables: the dense ones.
         x: images that it is fitted to, `[N, H, W, C]`.
         reconstruct: how removed units are made up for.
+        exits: where candidates may end.
     """
+    if exits:
+        leaves, maps = calibrate(subject, without_gene(masks), variables, x, reconstruct)
+        own = with_leaves(variables, leaves)
+        return leaves | moved(subject, exits, variables, {**masks, "maps": maps}, own, x), maps
     key = jax.random.key(0)
     kernels: dict[str, Any] = {}
     maps: dict[str, Any] = {}
@@ -197,9 +207,11 @@ class Evaluator:
         precision: str = "float32",
         cache_bytes: int | None = None,
         layout: Layout | None = None,
+        exits: Sequence[Exit] = (),
     ):
         """`masks` are those of any one candidate: they say what is searched; calls will mostly have `population`."""
         self.data, self.count, task = data, int(np.asarray(data.weights).sum()), data.task
+        self.exits = exits
         self.compiled = 0
         self.layout = layout = layout or one_device()
         self.mesh = mesh = layout.mesh
@@ -218,8 +230,10 @@ class Evaluator:
         def score(variables: Any, x: Array, late: Any) -> Array:
             masks, (stats, maps) = late
             variables, stats = in_precision((variables, stats), dtype)
-            gated = engine.gate(subject.infer, subject.graph, gradients=False, finite=True)
-            return gated(with_leaves(variables, stats), {**masks, "maps": maps}, x.astype(dtype))
+            own, masks, x = with_leaves(variables, stats), {**masks, "maps": maps}, x.astype(dtype)
+            if exits:
+                return ending(subject, exits)(own, masks, stats, x)
+            return engine.gate(subject.infer, subject.graph, gradients=False, finite=True)(own, masks, x)
 
         self._images = Ahead(self._laid_out)
         example = jax.ShapeDtypeStruct(data.images.shape[1:], data.images.dtype)
@@ -263,7 +277,7 @@ class Evaluator:
         layout = self.layout
 
         def find(variables: Any, x: Array, masks: Any) -> Any:
-            return calibrate(subject, masks, variables, x, reconstruct)
+            return calibrate(subject, masks, variables, x, reconstruct, self.exits)
 
         parts = engine.split(find, variables.shapes, calibration, masks)
         fixed = layout.once(parts, variables.shapes)(variables)
@@ -306,7 +320,7 @@ class Evaluator:
         Loss and divergence are at the best temperature of every model (see tasks.py).
 
         Args:
-            masks: `{"units": {group: bool[P, size]}, "blocks": {block: bool[P]}}`.
+            masks: `{"units": {group: bool[P, size]}, "blocks": {block: bool[P]}}`, with exits `"exit": int[P]` too.
             keep: called after each batch with the losses so far, `[P, n]`: which candidates go on, `bool[P]`.
             limit: batches of images at most.
         """

@@ -16,17 +16,55 @@ from treesurgeon.search import crossval, evolve, hosts
 from treesurgeon.search.budget import Budget, example
 from treesurgeon.search.config import Config, RunError
 from treesurgeon.search.evaluate import answering
+from treesurgeon.search.exits import restricted
 from treesurgeon.search.finetune import FitResult
-from treesurgeon.search.latency import pick_measured, profile_plan
+from treesurgeon.search.heads import best_head
+from treesurgeon.search.latency import Profile, pick_measured, profile_plan
 from treesurgeon.search.metrics import Answers
 from treesurgeon.search.setting import Setting
 from treesurgeon.search.space import Space
 from treesurgeon.search.state import States
 from treesurgeon.search.subject import Subject
+from treesurgeon.search.transfer import feature_finder
 from treesurgeon.search.tuning import Tuned, best_tuned, tune
 from treesurgeon.search.unlabelled import judging
 
 HOPELESS = 1.5  # nats above the best loss of the front, before any fine-tuning
+
+
+class Pick(NamedTuple):
+    """What a genome says of a finalist.
+
+    Attributes:
+        at: the point at which it ends, see exits.py; empty for the whole depth.
+        plan: of the whole model.
+    """
+
+    at: str
+    plan: engine.Plan
+
+
+def picked(space: Space, genome: Any) -> Pick:
+    """What this genome says."""
+    return Pick(space.end(genome), space.to_plan(genome))
+
+
+def part(setting: Setting, pick: Pick) -> tuple[Subject, engine.Plan]:
+    """The model that a pick is of, whole or up to a point, and its plan for that.
+
+    Up to a point it has a head with a hidden layer, where that is better and within the budget.
+    """
+    if not pick.at:
+        return setting.subject, pick.plan
+    end = next(each for each in setting.exits if each.point == pick.at)
+    if end.deep:
+        subject = end.subject(setting.subject, deep=True)
+        plan = restricted(pick.plan, subject.graph)
+        cost = engine.cost(subject.graph, plan)._asdict()
+        if all(cost[name] <= limit for name, limit in setting.budget.items()):
+            return subject, plan
+    subject = end.subject(setting.subject)
+    return subject, restricted(pick.plan, subject.graph)
 
 
 def pick(
@@ -74,14 +112,14 @@ def picked_once(
 ) -> list[tuple[Any, Mapping[str, float]]]:
     """What is `pick`ed in a run: where it depends on measurements, a resumed run goes on with those from before."""
 
-    def picked() -> list[tuple[Any, Mapping[str, float]]]:
+    def chosen() -> list[tuple[Any, Mapping[str, float]]]:
         return hosts.together(lambda: pick(setting, space, budget, front, say))
 
     if not budget.measured or not len(_reduced(setting.config, space, front)[0]):
-        return picked()
+        return chosen()
 
     def arrays() -> dict[str, np.ndarray]:
-        genomes, costs = zip(*picked(), strict=True)
+        genomes, costs = zip(*chosen(), strict=True)
         return {"genomes": np.stack(genomes)} | {name: np.array([c[name] for c in costs]) for name in budget.measured}
 
     kept = states.arrays("picked", arrays)
@@ -93,10 +131,15 @@ def _within_measured(
     setting: Setting, space: Space, budget: Budget, genomes: list[Any], say: Callable[[str], None]
 ) -> list[tuple[Any, Mapping[str, float]]]:
     """The first genomes that meet the limits on what is measured: they are cut, compiled and measured."""
-    subject, x = setting.subject, example(setting)
+    x = example(setting)
+
+    def measured(genome: Any) -> Profile:
+        subject, plan = part(setting, picked(space, genome))
+        return profile_plan(subject.infer, subject.graph, subject.variables, plan, x)
+
     passed, failed = pick_measured(
         genomes,
-        lambda genome: profile_plan(subject.infer, subject.graph, subject.variables, space.to_plan(genome), x),
+        measured,
         budget.measured,
         shortlisted(setting.config),
     )
@@ -120,16 +163,16 @@ def shortlisted(config: Config) -> int:
     return max(config.shortlist or 0, config.finalists)
 
 
-def appraise(setting: Setting, plan: engine.Plan, epochs: int = 0, start: Tuned | None = None) -> tuple[float, Tuned]:
+def appraise(setting: Setting, pick: Pick, epochs: int = 0, start: Tuned | None = None) -> tuple[float, Tuned]:
     """A candidate's loss on what judges, at the temperature that suits it best, and the candidate as it starts.
 
     Args:
         setting: the run's.
-        plan: the candidate's.
+        pick: the candidate.
         epochs: of fine-tuning before it is measured.
         start: the candidate, if it was refitted before.
     """
-    start = found = start or variant(setting, setting.subject, "", plan)
+    start = found = start or variant(setting, "", pick)
     if epochs:
         how = as_finalists(setting)
         found = tune(setting, start, lambda line: None, policy=setting.policy, epochs=epochs, **how)
@@ -176,21 +219,35 @@ def prepared(setting: Setting, subject: Subject, plan: engine.Plan) -> Any:
 def finish(
     setting: Setting,
     name: str,
-    plan: engine.Plan,
+    pick: Pick,
     measured: Mapping[str, float],
     say: Callable[[str], None],
     start: Tuned | None = None,
 ) -> Tuned:
     """Cut a variant, refit it (unless it was `appraise`d) and fine-tune it on its small shapes."""
-    start = start or variant(setting, setting.subject, name, plan)
+    start = start or variant(setting, name, pick)
     return fine_tuned(setting, replace(start, name=name, cost={**start.cost, **measured}), say)
 
 
-def variant(setting: Setting, subject: Subject, name: str, plan: engine.Plan) -> Tuned:
-    """What a plan makes of a model, before any fine-tuning."""
+def variant(setting: Setting, name: str, pick: Pick) -> Tuned:
+    """What a pick makes of the model, before any fine-tuning."""
+    subject, plan = part(setting, pick)
     cost = {k: int(v) for k, v in engine.cost(subject.graph, plan)._asdict().items()}
     infer = engine.narrow(subject.infer, subject.graph, plan)
-    return Tuned(name, plan, prepared(setting, subject, plan), infer, None, cost, subject)
+    made = Tuned(name, plan, prepared(setting, subject, plan), infer, None, cost, subject)
+    return reheaded(made, setting) if pick.at else made
+
+
+def reheaded(model: Tuned, setting: Setting) -> Tuned:
+    """The truncated variant with its linear head fitted again, to the features that it has; other heads stay."""
+    module, train = model.subject.module, setting.roles.train
+    assert isinstance(module, engine.Shortened)
+    if module.hidden:
+        return model
+    graph = engine.trace(model.infer, model.variables, model.subject.spec.example)
+    z = feature_finder(model.infer, graph, model.variables)(train)
+    linear = best_head(train.task, z, train.labels, module.outputs)
+    return replace(model, variables=module.with_head(model.variables, linear.kernel, linear.bias))
 
 
 def fine_tuned(setting: Setting, start: Tuned, say: Callable[[str], None]) -> Tuned:
@@ -214,7 +271,7 @@ class Refined(NamedTuple):
     """A finalist that was finished on another machine: what can be sent from there, and what there was to say."""
 
     name: str
-    plan: engine.Plan
+    pick: Pick
     variables: Any
     fitted: FitResult | None
     cost: Mapping[str, float]
@@ -224,21 +281,21 @@ class Refined(NamedTuple):
     said: tuple[str, ...]
 
 
-def refine(setting: Setting, name: str, plan: engine.Plan, measured: Mapping[str, float]) -> Refined:
+def refine(setting: Setting, name: str, pick: Pick, measured: Mapping[str, float]) -> Refined:
     """`finish`, to be `received` elsewhere."""
     said: list[str] = []
-    found = finish(setting, name, plan, measured, said.append)
+    found = finish(setting, name, pick, measured, said.append)
     variables = jax.tree.map(np.asarray, found.variables)
     fitted = replace(found.fitted, params=variables) if found.fitted else None
     parts = found.cost, found.trail, found.judges, found.policy
-    return Refined(name, plan, variables, fitted, *parts, tuple(said))
+    return Refined(name, pick, variables, fitted, *parts, tuple(said))
 
 
 def received(setting: Setting, found: Refined, say: Callable[[str], None]) -> Tuned:
     """The finalist that was refined elsewhere."""
     for line in found.said:
         say(line)
-    subject = setting.subject
-    infer = engine.narrow(subject.infer, subject.graph, found.plan)
+    subject, plan = part(setting, found.pick)
+    infer = engine.narrow(subject.infer, subject.graph, plan)
     parts = found.fitted, found.cost, subject, found.trail, found.judges, found.policy
-    return Tuned(found.name, found.plan, found.variables, infer, *parts)
+    return Tuned(found.name, plan, found.variables, infer, *parts)

@@ -76,15 +76,16 @@ def profile_plan(
     return profile(engine.narrow(fn, graph, plan), engine.cut(params, graph, plan), x, repeats)
 
 
-def features(graph: Graph, masks: Plan | Mapping[str, Any]) -> jax.Array:
+def features(graph: Graph, masks: Plan | Mapping[str, Any], dense: Graph | None = None) -> jax.Array:
     """What predictions are made from, `float32[…, 4]`: MACs, activation bytes, live contractions, parameters.
 
-    Each is a share of the dense model's. Works inside jit and on stacks of masks, as `engine.cost` does.
+    Each is a share of the dense model's, whose graph is another one where the model is cut in depth. Works inside jit
+    and on stacks of masks, as `engine.cost` does.
     """
-    dense = _amounts(graph, Plan())
+    most = _amounts(dense or graph, Plan())
     found = _amounts(graph, masks)
     shape = jnp.broadcast_shapes(*(jnp.shape(n) for n in found))
-    shares = [jnp.asarray(n / float(max(d, 1)), jnp.float32) for n, d in zip(found, dense, strict=True)]
+    shares = [jnp.asarray(n / float(max(d, 1)), jnp.float32) for n, d in zip(found, most, strict=True)]
     return jnp.stack([jnp.broadcast_to(share, shape) for share in shares], -1)
 
 

@@ -137,7 +137,8 @@
     const gone = new Set(item.dropped);
     const narrow = data.groups
       .map((group, k) => ({ ...group, kept: item.kept[k] }))
-      .filter((group) => group.kept < group.size && !group.blocks.some((block) => gone.has(block)));
+      .filter((group) => group.kept && group.kept < group.size && !group.blocks.some((block) => gone.has(block)));
+    if (item.up_to) add("p", `up to ${item.up_to}`);
     if (narrow.length) add("p", `units kept: ${narrow.map((g) => `${g.name} ${g.kept} of ${g.size}`).join(", ")}`);
     if (gone.size) {
       const line = add("p", "blocks dropped: ");
@@ -146,7 +147,7 @@
         add("del", data.blocks[block], line);
       });
     }
-    if (!narrow.length && !gone.size) add("p", "everything kept");
+    if (!narrow.length && !gone.size && !item.up_to) add("p", "everything kept");
   }
 
   function nearest(event) {

@@ -46,6 +46,7 @@ def plot_data(run: Run) -> dict[str, Any]:
             "within": number(row["violation"]) == 0,
             "kept": numbers(row["kept"]),
             "dropped": _dropped(run, row),
+            "up_to": row["up_to"],
         }
         for row in run.tables["candidates"]
     ]
@@ -176,13 +177,13 @@ def _dropped(run: Run, row: Row) -> list[int]:
 
 def _changes(run: Run, row: Row) -> str:
     groups, blocks = run.tables["groups"], run.tables["blocks"]
-    gone = _dropped(run, row)
+    gone, end = _dropped(run, row), [f"up to {row['up_to']}"] if row["up_to"] else []
     kept = [
         f"{group['group']} {units} of {group['size']}"
         for group, units in zip(groups, numbers(row["kept"]), strict=True)
-        if units != int(group["size"]) and not set(gone) & set(numbers(group["blocks"]))
+        if 0 < units != int(group["size"]) and not set(gone) & set(numbers(group["blocks"]))
     ]
-    return "; ".join(kept + [f"without {blocks[i]['block']}" for i in gone]) or "everything kept"
+    return "; ".join(end + kept + [f"without {blocks[i]['block']}" for i in gone]) or "everything kept"
 
 
 # --- the network ------------------------------------------------------------------------------------------------------

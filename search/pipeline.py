@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -26,14 +26,14 @@ from treesurgeon.search.budget import Budget, make_budget, refuse
 from treesurgeon.search.conclusion import Outcome, conclude, recall, save
 from treesurgeon.search.config import Config, RunError, claim, identity
 from treesurgeon.search.evaluate import Batches, in_precision
-from treesurgeon.search.finalists import finish, picked_once, received, refine
+from treesurgeon.search.finalists import finish, picked, picked_once, received, refine
 from treesurgeon.search.live import Generation
 from treesurgeon.search.lock import alone
 from treesurgeon.search.openings import REGISTER, opened_elsewhere
 from treesurgeon.search.page import write_page
 from treesurgeon.search.pool import Pool
 from treesurgeon.search.room import roomy
-from treesurgeon.search.scoring import describe, hire, lay_out, make_scorer, make_sweep
+from treesurgeon.search.scoring import describe, hire, lay_out, make_scorer, make_sweep, with_ends
 from treesurgeon.search.setting import Setting, prepare
 from treesurgeon.search.sharding import Layout, one_device
 from treesurgeon.search.shortlist import halved
@@ -44,7 +44,7 @@ from treesurgeon.search.subject import on_host
 from treesurgeon.search.tasks import CLASSIFICATION
 from treesurgeon.search.teaching import with_teacher
 from treesurgeon.search.timings import Timings
-from treesurgeon.search.truncating import truncations
+from treesurgeon.search.truncating import find_exits, truncations
 from treesurgeon.search.tuning import Tuned
 from treesurgeon.search.unlabelled import taught
 from treesurgeon.search.workers import Crew, Job
@@ -175,9 +175,12 @@ def go_on(setting: Setting, say: Say, pool: Pool, layout: Layout | None, timings
     if setting.unlabelled:
         with timings.part("the dense model's answers"):
             setting = replace(setting, taught=states.arrays("answers", lambda: taught(setting))["logits"])
+    with timings.part("trying depths"):
+        setting = replace(setting, exits=find_exits(setting, states, say))
     with timings.part("ranking units"):
         space, crew = ranked(setting, states, say, pool, layout)
-    variants = np.prod(space.cardinality.astype(float))
+    ends = with_ends(setting, space)
+    variants = np.prod(ends.cardinality.astype(float))
     graph = setting.subject.graph
     whole = len(space.groups) == len(graph.groups) and len(space.blocks) == len(graph.blocks)
     shares = f"{len(space.groups)} of {len(graph.groups)} groups and {len(space.blocks)} of {len(graph.blocks)} blocks"
@@ -186,13 +189,13 @@ def go_on(setting: Setting, say: Say, pool: Pool, layout: Layout | None, timings
     budget = make_budget(setting, space, states, say)
     scored = search(setting, space, budget, states, say, layout, crew, timings)
     start = time.perf_counter()
-    picked = picked_once(setting, space, budget, scored, states, say)
+    chosen = picked_once(setting, ends, budget, scored, states, say)
     refitted: dict[str, Tuned] = {}
-    if len(picked) > config.finalists:
-        best, made = halved(setting, [space.to_plan(genome) for genome, _ in picked], states, crew, say)
-        picked = [picked[i] for i in best]
+    if len(chosen) > config.finalists:
+        best, made = halved(setting, [picked(ends, genome) for genome, _ in chosen], states, crew, say)
+        chosen = [chosen[i] for i in best]
         refitted = {f"v{k}": made[i] for k, i in enumerate(best, 1) if i in made}
-    finalists = [(setting, f"v{i}", space.to_plan(genome), found) for i, (genome, found) in enumerate(picked, 1)]
+    finalists = [(setting, f"v{i}", picked(ends, genome), found) for i, (genome, found) in enumerate(chosen, 1)]
     if crew:
         refined = crew.done([Job("refine", tuple(given)) for _, *given in finalists])
         tuned = [received(setting, each, say) for each in refined]
@@ -200,11 +203,11 @@ def go_on(setting: Setting, say: Say, pool: Pool, layout: Layout | None, timings
         tuned = [received(setting, each, say) for each in hosts.shared(len(finalists), lambda i: refine(*finalists[i]))]
     else:
         tuned = [finish(*given, say, refitted.pop(given[1], None)) for given in finalists]
-    genomes = {each.name: genome for each, (genome, _) in zip(tuned, picked, strict=True)}
-    tuned += truncations(setting, budget, states, say, tuned[0].plan if tuned else None)
+    genomes = {each.name: genome for each, (genome, _) in zip(tuned, chosen, strict=True)}
+    tuned += truncations(setting, budget, states, say)
     timings.add("finalists", time.perf_counter() - start)
     with timings.part("measuring and selecting"):
-        found = hosts.together(lambda: conclude(setting, space, budget, genomes, tuned, say))
+        found = hosts.together(lambda: conclude(setting, ends, budget, genomes, tuned, say))
     with timings.part("saving"):
         save(setting, tuned, found)
     say(f"wrote {hosts.together(lambda: write_page(config.directory))}")
@@ -297,10 +300,13 @@ def search(
 ) -> evolve.Scored:
     """Evolve the front, or what is left of it; every generation is saved.
 
+    The walk down is of the whole depth, `space`; candidates may end earlier.
+
     Returns the front; with a budget, the last population too, from which a shortlist is made.
     """
     config, measure, dense = setting.config, budget.measure, budget.dense
     timings, start = timings or Timings(), time.perf_counter()
+    whole, space = space, with_ends(setting, space)
     evaluator = make_scorer(setting, space, layout, crew)
     describe(setting, evaluator, say)
 
@@ -320,16 +326,19 @@ def search(
         parts = [masks_and_costs(filled[i : i + size])[1] for i in range(0, len(filled), size)]
         return {name: np.concatenate([part[name] for part in parts])[: len(genomes)] for name in dense}
 
+    def to_the_end(genomes: np.ndarray) -> np.ndarray:
+        return np.pad(genomes, ((0, 0), (0, len(space.cardinality) - len(whole.cardinality))))
+
     def sizes(genomes: np.ndarray) -> np.ndarray:
-        return costs_of(genomes)[measure] / dense[measure]
+        return costs_of(to_the_end(genomes))[measure] / dense[measure]
 
     rng = np.random.default_rng(config.seed)
     walked = states.arrays(
         "descent",
         lambda: walk(
-            space,
-            make_sweep(setting, space, layout, crew),
-            energies(setting, space, layout),
+            whole,
+            make_sweep(setting, whole, layout, crew),
+            energies(setting, whole, layout),
             sizes,
             budget.share,
             config.population,
@@ -338,13 +347,14 @@ def search(
         ),
     )
     timings.add("walking down", time.perf_counter() - start)
-    rises = sensitivity.table(space, walked["rise"])
+    rises = sensitivity.table(whole, walked["rise"])
+    path, near = (to_the_end(walked[name]) for name in ("path", "near"))
     hosts.together(lambda: report.write_sensitivity(config.directory / "sensitivity.csv", rises))
     state = evolve.init(
         jax.random.key(config.seed),
         space.cardinality,
         population=config.population,
-        seeds=starting_points(config, space, budget, walked["path"], walked["near"], costs_of)[: config.population],
+        seeds=starting_points(config, space, budget, path, near, costs_of)[: config.population],
     )
     references = racing.References.empty(config.population, evaluator.count)
     progress = states.latest(Progress(state, references))
@@ -372,8 +382,10 @@ def search(
             error[within] = wrong.sum(1, where=~np.isnan(losses)) / np.maximum((~np.isnan(losses)).sum(1), 1)
             references, scored = references.joined(size[within], losses), int((~np.isnan(losses)).sum())
         state = tell(state, children, np.stack([size, loss], 1), violation)
-        seen = {"genome": np.asarray(children), "loss": loss, "error": error, "violation": violation, **costs}
-        seen["kept"] = kept_units(space, masks)
+        genes = np.asarray(children)
+        seen = {"genome": genes[:, : len(whole.cardinality)], "up_to": [space.end(each) for each in genes]}
+        seen |= {"loss": loss, "error": error, "violation": violation, **costs}
+        seen["kept"] = kept_units(space, masks, budget.ends)
         seen.pop("size")
         rows = [{name: values[i] for name, values in seen.items()} for i in range(config.population)]
         hosts.together(
@@ -389,12 +401,22 @@ def search(
     return evolve.everyone(state) if budget.limits else evolve.front(state)
 
 
-def kept_units(space: Space, masks: Any) -> np.ndarray:
-    """Units that candidates keep of every group, `int[candidates, groups]`, from their stacked masks."""
+def kept_units(space: Space, masks: Any, ends: Sequence[engine.Graph]) -> np.ndarray:
+    """Units that candidates keep of every group, `int[candidates, groups]`, from their stacked masks.
+
+    Args:
+        space: what candidates are of.
+        masks: theirs.
+        ends: graphs of the model up to the points at which they may end.
+    """
     count = len(next(iter([*masks["units"].values(), *masks["blocks"].values()])))
     units = {group: np.asarray(mask).sum(-1) for group, mask in masks["units"].items()}
     kept = [units.get(group, np.full(count, size)) for group, size in space.sizes.items()]
-    return np.array(kept, int).reshape(-1, count).T
+    found = np.array(kept, int).reshape(-1, count).T
+    if ends:
+        there = [[True] * len(space.sizes), *([name in end.groups for name in space.sizes] for end in ends)]
+        found *= np.array(there)[np.asarray(masks["exit"])]
+    return found
 
 
 def answer_loss(setting: Setting, data: Batches, precision: str, layout: Layout | None = None) -> float:

@@ -29,6 +29,7 @@ CANDIDATE_COLUMNS = (
     "memory",
     "kept",  # units of each group of groups.csv, in its order
     "genome",  # the last genes are the searched blocks of blocks.csv, in its order: 1 keeps, 0 drops
+    "up_to",  # the point at which the candidate ends, empty for the whole depth
 )
 SENSITIVITY_COLUMNS = ("kind", "name", "kept", "rise")
 GROUP_COLUMNS = (

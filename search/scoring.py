@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -77,9 +78,14 @@ def make_scorer(
     return make_evaluator(setting, space, layout)
 
 
+def with_ends(setting: Setting, space: Space) -> Space:
+    """The space of the whole depth, and of candidates that end at one of the exits."""
+    return replace(space, exits=tuple(each.point for each in setting.exits))
+
+
 def make_evaluator(setting: Setting, space: Space, layout: Layout | None = None, chunk: int | None = None) -> Evaluator:
     """What scores the candidates of a space, on devices of this process."""
-    config = setting.config
+    config, space = setting.config, with_ends(setting, space)
     one = jax.jit(space.decode)(space.dense_genome())
     count = config.calibration_images
     calibration = jnp.asarray(setting.calibration(count)) if count else None
@@ -93,6 +99,7 @@ def make_evaluator(setting: Setting, space: Space, layout: Layout | None = None,
         reconstruct=config.reconstruct,
         precision=config.precision,
         layout=layout,
+        exits=setting.exits,
     )
 
 

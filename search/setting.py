@@ -15,6 +15,7 @@ from treesurgeon import engine, models
 from treesurgeon.search.augment import check_augment
 from treesurgeon.search.config import AUTO, Config, RunError
 from treesurgeon.search.data import ROLES, Roles, Split, open_source, sample_images, split_roles
+from treesurgeon.search.exits import Exit
 from treesurgeon.search.finetune import FitResult, Recipe
 from treesurgeon.search.metrics import pick_metric
 from treesurgeon.search.policy import EVERYTHING, Policy, make_policy, overruled
@@ -58,6 +59,7 @@ class Setting:
         teacher: the dense model fine-tuned, once it is, where finalists learn its answers; see teaching.py.
         answered: what the teacher answers to `train`, `[N, outputs]`; None where it sees the images of each batch.
         policies: other ways to fine-tune, by what they say: configuration, policy and recipe.
+        exits: points at which candidates may end, once they are chosen; see exits.py.
     """
 
     config: Config
@@ -79,6 +81,7 @@ class Setting:
     teacher: FitResult | None = None
     answered: np.ndarray | None = None
     policies: Mapping[str, tuple[Config, Policy, Recipe]] = field(default_factory=dict)
+    exits: tuple[Exit, ...] = ()
 
     @property
     def tries(self) -> dict[str, Setting]:

@@ -26,7 +26,7 @@ from treesurgeon.search.transfer import Labels, NewHead, adapted, by_batch, chec
 
 def shortened(
     subject: Subject, at: str, roles: Roles, images: np.ndarray, widths: Sequence[int], seed: int, classes: int
-) -> tuple[Subject, LinearHead, Subject | None]:
+) -> tuple[Subject, LinearHead, HiddenHead | None]:
     """The model up to a point, its running statistics estimated anew, with a head fitted to `train`.
 
     Args:
@@ -39,7 +39,7 @@ def shortened(
         classes: outputs of the head.
 
     Returns:
-        the model with a linear head; that head; and the model with a hidden layer, where it is better on `search`.
+        the model with a linear head; that head; and one with a hidden layer, where it is better on `search`.
     """
     train, x = roles.train, subject.spec.example
     features = jax.eval_shape(engine.truncate(subject.infer, subject.graph, at, x), subject.variables, x)
@@ -51,8 +51,7 @@ def shortened(
     widths, deep = sorted(set(widths) - {0}), None
     if widths:
         heads = hidden.hidden(z, train.labels, classes, widths, seed, train.task)
-        found = hidden.choose(linear, heads, features_of(roles.search), roles.search.labels, train.task)
-        deep = found and truncated(short, at, found)
+        deep = hidden.choose(linear, heads, features_of(roles.search), roles.search.labels, train.task)
     assert isinstance(short.module, engine.Shortened)
     variables = short.module.with_head(short.variables, linear.kernel, linear.bias)
     return replace(short, variables=variables), linear, deep
@@ -76,7 +75,7 @@ def without_stack(
     check_classes(labels, roles)
     at, kernels = stack
     linear, head, deep = shortened(subject, at, roles, images, widths, seed, len(labels.names))
-    made, train = deep or linear, roles.train
+    made, train = truncated(linear, at, deep) if deep else linear, roles.train
     infer = jax.jit(made.infer)
     logits = by_batch(lambda x: infer(made.variables, x), train)
     told = NewHead(

@@ -9,9 +9,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from treesurgeon import engine
 from treesurgeon.search import hosts
-from treesurgeon.search.finalists import appraise
+from treesurgeon.search.finalists import Pick, appraise
 from treesurgeon.search.setting import Setting
 from treesurgeon.search.state import States
 from treesurgeon.search.tuning import Tuned
@@ -19,25 +18,25 @@ from treesurgeon.search.workers import Crew, Job
 
 
 def halved(
-    setting: Setting, plans: Sequence[engine.Plan], states: States, crew: Crew | None, say: Callable[[str], None]
+    setting: Setting, picks: Sequence[Pick], states: States, crew: Crew | None, say: Callable[[str], None]
 ) -> tuple[list[int], dict[int, Tuned]]:
     """Which candidates of a shortlist become finalists, and those that were refitted in this process.
 
     All are refitted. The better half of them, if that is more than there are to be finalists, is fine-tuned for an
     epoch, and the best of these go on.
     """
-    count, half = setting.config.finalists, -(-len(plans) // 2)
+    count, half = setting.config.finalists, -(-len(picks) // 2)
     short = setting.recipe.epochs > 1 and half > count
     made: dict[int, Tuned] = {}
     on = setting.judges
 
     def losses(name: str, which: Sequence[int], epochs: int) -> np.ndarray:
         def measure() -> dict[str, np.ndarray]:
-            return {"losses": np.array(appraised(setting, plans, which, epochs, crew, made))}
+            return {"losses": np.array(appraised(setting, picks, which, epochs, crew, made))}
 
         return states.arrays(name, measure)["losses"]
 
-    best = chosen(losses("shortlist", range(len(plans)), 0), half if short else count, f"refitted, loss on {on}", say)
+    best = chosen(losses("shortlist", range(len(picks)), 0), half if short else count, f"refitted, loss on {on}", say)
     if short:
         found = chosen(losses("shortlist_tuned", best, 1), count, f"fine-tuned for an epoch, loss on {on}", say)
         best = [best[i] for i in found]
@@ -46,7 +45,7 @@ def halved(
 
 def appraised(
     setting: Setting,
-    plans: Sequence[engine.Plan],
+    picks: Sequence[Pick],
     which: Sequence[int],
     epochs: int,
     crew: Crew | None,
@@ -54,11 +53,11 @@ def appraised(
 ) -> list[float]:
     """The losses of these candidates, each computed by one of the pool; what is refitted in this process is noted."""
     if crew:
-        return list(crew.done([Job("appraise", (plans[i], epochs)) for i in which]))
+        return list(crew.done([Job("appraise", (picks[i], epochs)) for i in which]))
 
     def one(k: int) -> float:
         i = which[k]
-        loss, made[i] = appraise(setting, plans[i], epochs, made.get(i))
+        loss, made[i] = appraise(setting, picks[i], epochs, made.get(i))
         return loss
 
     return hosts.shared(len(which), one)

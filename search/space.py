@@ -1,7 +1,8 @@
 """The space of variants: a keep level per group of units, a keep bit per block.
 
 A genome is `int32[groups + blocks]`: first a level index for each searched group (0 keeps every unit), then a
-bit for each searched block (1 keeps it). `decode` turns one genome into masks inside jit, with fixed shapes;
+bit for each searched block (1 keeps it); where there are points at which candidates may end (see exits.py), a last gene
+says at which one, 0 for the whole depth. `decode` turns one genome into masks inside jit, with fixed shapes;
 `vmap` it over a population. Which units a level keeps is settled beforehand by a ranking of the units, so
 that the search is over how many, not over which.
 
@@ -20,7 +21,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jax.typing import ArrayLike
 
 from treesurgeon import engine
@@ -44,37 +44,40 @@ class Space:
     widths: Mapping[str, np.ndarray]  # searched group -> int32[levels], units kept, from all downwards
     ranks: Mapping[str, np.ndarray]  # searched group -> int32[size], 0 = the best unit
     ties: Ties | None
+    exits: tuple[str, ...] = ()  # points at which candidates may end, from value 1 of the last gene on
 
     @property
     def cardinality(self) -> np.ndarray:
         """`int32[G]`: how many values each gene takes."""
-        return np.array([len(self.widths[g]) for g in self.groups] + [2] * len(self.blocks), np.int32)
+        last = [1 + len(self.exits)] if self.exits else []
+        return np.array([len(self.widths[g]) for g in self.groups] + [2] * len(self.blocks) + last, np.int32)
 
     def dense_genome(self) -> np.ndarray:
         """The genome that keeps everything."""
-        return np.array([0] * len(self.groups) + [1] * len(self.blocks), np.int32)
+        return self.encode()
 
     def encode(self, keep: Mapping[str, int] | None = None, drop: Collection[str] = ()) -> np.ndarray:
-        """The genome nearest to these widths (units kept; all if not named), without these blocks."""
+        """The genome nearest to these widths (units kept; all if not named), without these blocks, up to the end."""
         keep = keep or {}
         _known(keep, self.groups, "searched group")
         _known(drop, self.blocks, "searched block")
         levels = [int(np.abs(self.widths[g] - keep.get(g, self.sizes[g])).argmin()) for g in self.groups]
-        return np.array(levels + [int(b not in drop) for b in self.blocks], np.int32)
+        return np.array(levels + [int(b not in drop) for b in self.blocks] + [0] * bool(self.exits), np.int32)
 
     def seeds(self) -> np.ndarray:
         """Genomes to start from, `int32[S, G]`: dense first, then every group at the same share."""
         shares = [self.encode({g: round(f * self.sizes[g]) for g in self.groups}) for f in LEVELS]
         return np.array(list(dict.fromkeys(map(tuple, [self.dense_genome(), *shares]))), np.int32)
 
-    def decode(self, genome: ArrayLike) -> dict[str, dict[str, Array]]:
+    def decode(self, genome: ArrayLike) -> dict[str, Any]:
         """One genome's masks: `{"units": {group: bool[size]}, "blocks": {block: bool[]}}`, True = kept.
 
-        Only what can change is named: what is left out of masks is kept, and costs nothing under `engine.gate`.
+        With exits `"exit": int[]` as well, 0 for the whole depth. Only what can change is named: what is left out of
+        masks is kept, and costs nothing under `engine.gate`.
         """
         genome = jnp.asarray(genome)
         keep = {g: jnp.asarray(self.widths[g])[genome[i]] for i, g in enumerate(self.groups)}
-        kept = genome[len(self.groups) :] > 0
+        kept = genome[len(self.groups) :][: len(self.blocks)] > 0
         units = {g: jnp.asarray(self.ranks[g]) < n for g, n in keep.items()}
         if self.ties is not None:
             counts = jnp.stack([keep.get(g, jnp.asarray(self.sizes[g])) for g in self.ties.names])
@@ -82,20 +85,25 @@ class Space:
             merged = jnp.split(merge(self.ties, counts, ~kept), ends[:-1])
             held = np.asarray(self.ties.protected)[ends - 1]  # these cannot change
             units |= {g: m for g, m, whole in zip(self.ties.names, merged, held, strict=True) if not whole}
-        return {"units": units, "blocks": dict(zip(self.blocks, kept, strict=True))}
+        masks: dict[str, Any] = {"units": units, "blocks": dict(zip(self.blocks, kept, strict=True))}
+        return masks | {"exit": genome[-1]} if self.exits else masks
 
-    def stacked(self, genomes: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
+    def stacked(self, genomes: np.ndarray) -> dict[str, Any]:
         """The masks of many genomes, `int[K, G]`, as arrays of the host with a leading axis."""
         return jax.tree.map(np.asarray, _decoded(self, genomes))
 
+    def end(self, genome: ArrayLike) -> str:
+        """The point at which a genome ends; empty for the whole depth."""
+        return ("", *self.exits)[int(np.asarray(genome)[-1])] if self.exits else ""
+
     def to_plan(self, genome: ArrayLike) -> Any:
-        """The `engine.Plan` of one genome, on the host; groups that keep everything are not named."""
+        """The `engine.Plan` of one genome but for its end, on the host; groups that keep everything are not named."""
         masks = self._masks(genome)
         keep = {g: np.flatnonzero(m) for g, m in masks["units"].items() if not m.all()}
         return engine.Plan(keep=keep, drop=frozenset(b for b, m in masks["blocks"].items() if not m))
 
     def describe(self, genome: ArrayLike, limit: int = 4) -> str:
-        """One line for a person: widths as they turn out after ties, and the blocks that are out."""
+        """One line for a person: widths as they turn out after ties, and the blocks that are out; not where it ends."""
         masks = self._masks(genome)
         narrow = [f"{g} {m.size}→{m.sum()}" for g, m in masks["units"].items() if not m.all()]
         gone = [b for b, m in masks["blocks"].items() if not m]
@@ -107,14 +115,13 @@ class Space:
         if genes.shape != cards.shape:
             raise SpaceError(f"genome: expected {len(cards)} genes, got shape {list(genes.shape)}")
         if bad := np.flatnonzero((genes < 0) | (genes >= cards)).tolist():
-            name = (*self.groups, *self.blocks)[bad[0]]
+            name = (*self.groups, *self.blocks, "where it ends")[bad[0]]
             raise SpaceError(
                 f"gene {bad[0]} ({name}): expected 0 to {cards[bad[0]] - 1}, got {genes[bad[0]]}; "
                 "was the genome made by another space?"
             )
-        return {
-            kind: {name: np.asarray(mask) for name, mask in masks.items()} for kind, masks in self.decode(genes).items()
-        }
+        masks = self.decode(genes)
+        return {kind: {name: np.asarray(mask) for name, mask in masks[kind].items()} for kind in ("units", "blocks")}
 
 
 @partial(jax.jit, static_argnums=0)

@@ -88,7 +88,8 @@ def starting_points(
 ) -> np.ndarray:
     """Genomes to start from, those on the way down that sensitivities suggest first.
 
-    With a budget these are the ones within it and their neighbours, else sizes spread evenly; then uniform ones.
+    With a budget these are the ones within it and their neighbours, else sizes spread evenly; then uniform ones. After
+    the first half of them come some that end at each of the exits.
     """
     half = max(config.population // 2, 2)
 
@@ -100,4 +101,9 @@ def starting_points(
         chosen = [*fitting(path)[:1], *fitting(near)]
     else:
         chosen = path[np.unique(np.linspace(0, len(path) - 1, half).round().astype(int))]
-    return np.array(list(dict.fromkeys(map(tuple, [*chosen, *fitting(space.seeds())]))), np.int32)
+    ended = []
+    for end in range(1, len(space.exits) + 1):
+        way, close = (np.concatenate([each[:, :-1], np.full((len(each), 1), end)], 1) for each in (path, near))
+        ended += [*fitting(way)[:2], *fitting(close)[:1]]
+    every = [*chosen[:half], *ended, *chosen[half:], *fitting(space.seeds())]
+    return np.array(list(dict.fromkeys(map(tuple, every))), np.int32)

@@ -24,14 +24,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from treesurgeon import engine
 from treesurgeon.engine import TreesurgeonError
 from treesurgeon.engine.errors import first_line
 from treesurgeon.models.errors import ModelError
 from treesurgeon.search.chunking import chunks
 from treesurgeon.search.config import RunError
 from treesurgeon.search.evaluate import Evaluator, Keep, race
-from treesurgeon.search.finalists import Refined, appraise, refine
+from treesurgeon.search.finalists import Pick, Refined, appraise, refine
 from treesurgeon.search.hosts import versions
 from treesurgeon.search.setting import Setting
 from treesurgeon.search.subject import Subject
@@ -115,13 +114,13 @@ class Worker:
         rows = np.arange(1, len(leaves[0]))
         return self._sweep.answers(self._sweep.parts[part], leaves, [rows])[0]
 
-    def appraise(self, plan: engine.Plan, epochs: int) -> float:
+    def appraise(self, pick: Pick, epochs: int) -> float:
         """The loss of a candidate for the finalists; see `finalists.appraise`."""
-        return appraise(self._setting, plan, epochs)[0]
+        return appraise(self._setting, pick, epochs)[0]
 
-    def refine(self, name: str, plan: engine.Plan, measured: Mapping[str, float]) -> Refined:
+    def refine(self, name: str, pick: Pick, measured: Mapping[str, float]) -> Refined:
         """A finalist; see `finalists.refine`."""
-        return refine(self._setting, name, plan, measured)
+        return refine(self._setting, name, pick, measured)
 
 
 class Crew:

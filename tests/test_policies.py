@@ -13,7 +13,7 @@ from treesurgeon.search import RunError, run
 from treesurgeon.search.config import Config
 from treesurgeon.search.crossval import cross_validate, pool
 from treesurgeon.search.evaluate import answering
-from treesurgeon.search.finalists import fine_tuned, variant
+from treesurgeon.search.finalists import Pick, fine_tuned, variant
 from treesurgeon.search.policy import overruled
 from treesurgeon.search.setting import prepare
 from treesurgeon.search.state import States
@@ -47,7 +47,7 @@ def test_the_one_that_is_best_on_search_is_kept(tmp_path):
         small_config(tmp_path, epochs=2, learning_rate=0.001, policies=(HARMFUL, HELPFUL, "augment=flip"))
     )
     setting = with_teacher(setting, States(tmp_path / "state"), lambda line: None)
-    start, said = variant(setting, setting.subject, "v1", engine.Plan()), []
+    start, said = variant(setting, "v1", Pick("", engine.Plan())), []
     found = fine_tuned(setting, start, said.append)
     each = {name: tune(one, start, lambda line: None, distill=0.5, policy=one.policy)
             for name, one in setting.tries.items()}  # fmt: skip
@@ -62,13 +62,13 @@ def test_the_one_that_is_best_on_search_is_kept(tmp_path):
 
 def test_among_equals_the_options_as_given(tmp_path):
     setting = prepare(small_config(tmp_path, epochs=1, policies=("clip=5.0", "layer-decay=1")))
-    start = variant(setting, setting.subject, "v1", engine.Plan())
+    start = variant(setting, "v1", Pick("", engine.Plan()))
     assert best_tuned(setting, start, lambda line: None).policy == ""
 
 
 def test_a_cross_validation_repeats_the_choice_among_them(tmp_path):
     setting = prepare(small_config(tmp_path, epochs=1, learning_rate=0.001, policies=(HELPFUL,)))
-    start = variant(setting, setting.subject, "v1", engine.Plan())
+    start = variant(setting, "v1", Pick("", engine.Plan()))
     note = answering(start.infer, pool(setting))
     found = best_tuned(setting, start, lambda line: None, note=note)
     assert len(found.trail) == 4  # two ways, before and after an epoch

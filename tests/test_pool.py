@@ -227,6 +227,23 @@ def test_processes_find_what_one_finds(place, serial, count):
 
 
 @pytest.mark.slow
+def test_processes_and_devices_find_where_candidates_end(place):
+    more = "--truncations", "1"
+    code, out, err = ended(start(place, "ends", *more))
+    assert code == 0, err
+    assert "candidates may end at" in out, out
+    one = contents(place / "ends")
+    ends = [row.rsplit(",", 1)[1] for row in one["tables"][0].splitlines()[1:]]
+    assert "" in ends
+    assert len(set(ends)) == 2
+    assert [code for code, _, _ in map(ended, several(place, "ends-processes", 2, *more))] == [0, 0]
+    assert contents(place / "ends-processes") == one
+    code, _, err = ended(start(place, "ends-devices", "--mesh", "2x2", "--shard", "always", *more, devices=4))
+    assert code == 0, err
+    assert contents(place / "ends-devices") == one
+
+
+@pytest.mark.slow
 def test_where_a_process_ends_all_do_and_the_run_goes_on(place, serial):
     first, second = several(place, "lost", 2)
     for line in first.stdout:

@@ -12,7 +12,7 @@ from treesurgeon.search import finalists, pipeline, shortlist
 from treesurgeon.search.budget import Budget
 from treesurgeon.search.config import Config
 from treesurgeon.search.evolve import Scored
-from treesurgeon.search.finalists import appraise, prepared, shortlisted
+from treesurgeon.search.finalists import Pick, appraise, prepared, shortlisted
 from treesurgeon.search.latency import Profile
 from treesurgeon.search.setting import prepare
 from treesurgeon.search.shortlist import chosen
@@ -31,7 +31,7 @@ def test_appraisal_is_the_loss_of_the_refitted_model_at_its_best_temperature(con
     plans = [engine.Plan({name: np.arange(kept) for name in graph.groups}) for kept in (4, 8)]
     losses = []
     for plan in plans:
-        loss, found = appraise(setting, plan)
+        loss, found = appraise(setting, Pick("", plan))
         losses.append(loss)
         small = prepared(setting, subject, plan)
         jax.tree.map(np.testing.assert_array_equal, small, found.variables)
@@ -79,22 +79,23 @@ def test_what_was_measured_is_not_measured_again(config, monkeypatch, tmp_path):
 def test_appraisal_after_fine_tuning_leaves_the_candidate_as_it_starts(config):
     setting = prepare(config)
     plan = engine.Plan({name: np.arange(8) for name in setting.subject.graph.groups})
-    before, start = appraise(setting, plan)
-    after, same = appraise(setting, plan, 2, start)
+    before, start = appraise(setting, Pick("", plan))
+    after, same = appraise(setting, Pick("", plan), 2, start)
     assert same is start
     assert after < before
-    assert appraise(setting, plan, 2)[0] == after
+    assert appraise(setting, Pick("", plan), 2)[0] == after
 
 
 def test_the_better_half_is_fine_tuned_and_the_best_of_it_goes_on(config, tmp_path):
     """And the same again where it was measured before."""
     setting = prepare(replace(config, epochs=2, finalists=1, distill=0.0))
-    plans = [engine.Plan({name: np.arange(kept) for name in setting.subject.graph.groups}) for kept in (4, 8, 12, 16)]
-    refitted = [appraise(setting, plan)[0] for plan in plans]
+    groups = setting.subject.graph.groups
+    picks = [Pick("", engine.Plan({name: np.arange(kept) for name in groups})) for kept in (4, 8, 12, 16)]
+    refitted = [appraise(setting, pick)[0] for pick in picks]
     half = np.argsort(refitted)[:2]
-    wanted = min(half, key=lambda i: appraise(setting, plans[i], 1)[0])
+    wanted = min(half, key=lambda i: appraise(setting, picks[i], 1)[0])
     for again in (False, True):
-        best, made = shortlist.halved(setting, plans, States(tmp_path / "state"), None, lambda line: None)
+        best, made = shortlist.halved(setting, picks, States(tmp_path / "state"), None, lambda line: None)
         assert best == [wanted]
         assert made.keys() == (set() if again else set(range(4)))
 
@@ -105,8 +106,8 @@ def test_a_run_halves_the_shortlist(config, monkeypatch, tmp_path, epochs, round
     config = replace(config, out=str(tmp_path / "run"), epochs=epochs, baselines=False, finalists=1)
     said, seen = [], []
 
-    def appraised(setting, plans, which, epochs, crew, made):
-        seen.append((epochs, [plans[i] for i in which]))
+    def appraised(setting, picks, which, epochs, crew, made):
+        seen.append((epochs, [picks[i].plan for i in which]))
         return [float(k if epochs else -i) for k, i in enumerate(which)]
 
     monkeypatch.setattr(shortlist, "appraised", appraised)

@@ -12,7 +12,7 @@ from treesurgeon import engine
 from treesurgeon.search import run
 from treesurgeon.search.augment import AUGMENTATIONS
 from treesurgeon.search.evaluate import answering, measurer
-from treesurgeon.search.finalists import fine_tuned, variant
+from treesurgeon.search.finalists import Pick, fine_tuned, variant
 from treesurgeon.search.finetune import fit, objective
 from treesurgeon.search.setting import prepare
 from treesurgeon.search.state import States
@@ -36,7 +36,7 @@ def test_finalists_learn_its_answers(tmp_path, augment):
     opened = prepare(small_config(tmp_path, epochs=2, distill=0.7, augment=augment))
     ready = with_teacher(opened, States(tmp_path / "state"), silent)
     subject, train = opened.subject, opened.roles.train
-    start = variant(ready, subject, "v1", engine.Plan({name: [0, 1, 5] for name in list(subject.graph.groups)[:1]}))
+    start = variant(ready, "v1", Pick("", engine.Plan({name: [0, 1, 5] for name in list(subject.graph.groups)[:1]})))
     found = fine_tuned(ready, start, silent)
 
     dense, apply = ready.teacher.params, engine.narrow(subject.train, subject.graph, start.plan)

@@ -3,6 +3,7 @@
 import csv
 import json
 from dataclasses import replace
+from functools import partial
 
 import fewer
 import jax
@@ -16,11 +17,16 @@ from treesurgeon import engine, models
 from treesurgeon.engine.shortened import HEAD
 from treesurgeon.search import Config, RunError, contenders, depth, hidden, run, truncating
 from treesurgeon.search.budget import Budget
+from treesurgeon.search.exits import Exit, ending, moved, paths, restricted
+from treesurgeon.search.finalists import Pick, part, picked, variant
+from treesurgeon.search.scoring import make_evaluator, with_ends
 from treesurgeon.search.setting import prepare
+from treesurgeon.search.shortening import shortened
+from treesurgeon.search.space import SpaceError, build
+from treesurgeon.search.start import starting_points
 from treesurgeon.search.state import States
 from treesurgeon.search.survey import Cut, survey
-from treesurgeon.search.truncating import choose, depth_of, headed
-from treesurgeon.search.tuning import Tuned
+from treesurgeon.search.truncating import choose, depth_of, find_exits, truncations
 
 fewer_layers = fewer.fewer_layers
 RNG = np.random.default_rng(0)
@@ -34,22 +40,19 @@ WHOLE = cut("before linear", 100, 0.2)
 
 
 @pytest.mark.parametrize(
-    ("cuts", "limits", "want"),
+    ("cuts", "want"),
     [
         # One standard error of 0.2 on 100 images is 0.04; b is beaten by the smaller a.
-        ([cut("a", 30, 0.23), cut("b", 40, 0.235), cut("c", 50, 0.22), WHOLE], {}, ["a", "c"]),
-        ([cut("a", 30, 0.25), cut("c", 50, 0.22), WHOLE], {}, ["c"]),
-        ([cut("a", 30, 0.5), cut("c", 50, 0.4), WHOLE], {}, ["c"]),  # none is as good: the nearest
-        ([cut("a", 30, 0.1), cut("b", 40, 0.09), cut("c", 50, 0.08), WHOLE], {}, ["a", "b"]),
-        ([cut("a", 30, 0.1, macs=90), cut("b", 40, 0.08, macs=60), WHOLE], {"macs": 70}, ["b"]),
-        ([cut("a", 100, 0.1), WHOLE], {}, []),  # nothing is saved
-        ([WHOLE], {}, []),
-        ([cut("a", 30, 0.1), WHOLE], {"latency": 1e-9}, ["a"]),  # that is measured later
+        ([cut("a", 30, 0.23), cut("b", 40, 0.235), cut("c", 50, 0.22), WHOLE], ["a", "c"]),
+        ([cut("a", 30, 0.25), cut("c", 50, 0.22), WHOLE], ["c"]),
+        ([cut("a", 30, 0.5), cut("c", 50, 0.4), WHOLE], ["c"]),  # none is as good: the nearest
+        ([cut("a", 30, 0.1), cut("b", 40, 0.09), cut("c", 50, 0.08), WHOLE], ["a", "b"]),
+        ([cut("a", 100, 0.1), WHOLE], []),  # nothing is saved
+        ([WHOLE], []),
     ],
 )
-def test_the_smallest_depths_that_are_enough_are_chosen(cuts, limits, want):
-    budget = Budget(None, limits, {}, {})
-    assert [found.point for found in choose(cuts, budget, 2)] == want
+def test_the_smallest_depths_that_are_enough_are_chosen(cuts, want):
+    assert [found.point for found in choose(cuts, 2)] == want
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +83,20 @@ def setting(place):
     return prepare(config(place, calibration_images=0))
 
 
-def test_a_head_is_fitted_to_what_stands_at_the_point(place, setting, monkeypatch):
-    said = []
+def whole(limits=None, graph=None):
+    return Budget(graph, limits or {}, {}, {})
+
+
+@pytest.fixture(scope="module")
+def exits(setting):
+    """Where candidates may end: the second point and the first."""
+    first, second, *_ = survey(setting.subject, setting.roles, 3)
+    given = setting.roles, np.zeros(0), (), 0, 3
+    made = [shortened(setting.subject, cut.point, *given) for cut in (second, first)]
+    return tuple(Exit(cut.point, linear) for cut, (_, linear, _) in zip((second, first), made, strict=True))
+
+
+def test_a_head_is_fitted_to_what_stands_at_the_point(setting, exits):
     cuts = survey(setting.subject, setting.roles, 3)
     assert [found.point for found in cuts] == list(
         engine.points(setting.subject.infer, setting.subject.graph, setting.subject.spec.example)
@@ -89,7 +104,7 @@ def test_a_head_is_fitted_to_what_stands_at_the_point(place, setting, monkeypatc
     sizes = [found.params for found in cuts]
     assert sizes == sorted(sizes)
     assert sizes[-1] == engine.cost(setting.subject.graph, engine.Plan()).params
-    subject = headed(setting, cuts[1].point, Budget(None, {}, {}, {}), said.append)
+    subject = exits[0].subject(setting.subject)
     assert engine.cost(subject.graph, engine.Plan())._asdict() == cuts[1].cost
     old, new = leaves_of(setting.subject.variables), leaves_of(subject.variables)
     for path in new.keys() - {f"params/{HEAD}/kernel", f"params/{HEAD}/bias"}:
@@ -103,25 +118,111 @@ def test_a_head_is_fitted_to_what_stands_at_the_point(place, setting, monkeypatc
     assert np.isfinite(subject.infer(fresh, roles.search.images[:2])).all()
     kernel = f"params/{HEAD}/kernel"
     assert leaves_of(fresh)[kernel].std() == pytest.approx(1 / np.sqrt(len(new[kernel])), rel=0.3)
-    # A hidden layer, where that is better.
+
+
+def test_a_hidden_layer_where_it_is_better_and_within_the_budget(place, setting, tmp_path, monkeypatch):
     monkeypatch.setattr(hidden, "choose", lambda linear, heads, x, y, task: heads[0])
-    plain = Budget(None, {}, {}, {})
-    deep = headed(setting, cuts[1].point, plain, said.append)
-    assert said[-1] == f"{cuts[1].point}: its head has 16 hidden units, which are better on search than none"
-    assert deep.spec.hidden == 16
-    whole = Tuned("t1", engine.Plan(), deep.variables, deep.infer, None, {}, deep)
-    assert depth_of(whole) == f"up to {cuts[1].point}, a hidden layer of 16"
-    right = np.asarray(deep.infer(deep.variables, roles.search.images)).argmax(1) == roles.search.labels
+    said = []
+    made = replace(setting, config=config(place, truncations=1, out=str(tmp_path)))
+    made = replace(made, exits=find_exits(made, States(tmp_path / "state"), said.append))
+    (end,) = made.exits
+    monkeypatch.setattr(truncating, "choose", None)  # it was chosen: a resumed run does not do it again
+    (again,) = find_exits(made, States(tmp_path / "state"), lambda line: None)
+    assert again.point == end.point
+    assert said[-1] == f"{end.point}: a head with 16 hidden units is better on search than a linear one"
+    deep = variant(made, "t1", Pick(end.point, engine.Plan()))
+    assert deep.subject.spec.hidden == 16
+    assert depth_of(deep) == f"up to {end.point}, a hidden layer of 16"
+    right = np.asarray(deep.infer(deep.variables, setting.roles.search.images)).argmax(1) == setting.roles.search.labels
     assert right.mean() > 0.9
-    tight = Budget(None, {"params": float(cuts[1].cost["params"])}, {}, {})
-    assert headed(setting, cuts[1].point, tight, said.append).spec.hidden == 0
-    assert "not within the budget" in said[-1]
-    monkeypatch.undo()
-    # With statistics estimated anew, the features are other ones.
-    fresh = headed(replace(setting, config=config(place, head_widths=(0,))), cuts[1].point, plain, said.append)
-    assert np.abs(
-        leaves_of(fresh.variables)["batch_stats/stage1_0/bn/mean"] - old["batch_stats/stage1_0/bn/mean"]
-    ).max()
+    tight = replace(made, budget={"params": deep.cost["params"] - 1})
+    linear = variant(tight, "t1", Pick(end.point, engine.Plan()))
+    assert linear.subject.spec.hidden == 0
+    assert linear.cost["params"] < deep.cost["params"]
+
+
+def ended(setting, exits):
+    """A setting and its space, whose candidates may end early."""
+    setting = replace(setting, exits=exits)
+    scores = {name: RNG.random(group.size) for name, group in setting.subject.graph.groups.items()}
+    return setting, with_ends(setting, build(setting.subject.graph, scores))
+
+
+def test_a_space_with_exits(setting, exits):
+    setting, space = ended(setting, exits)
+    assert space.cardinality[-1] == 3
+    dense = space.dense_genome()
+    assert dense[-1] == 0
+    assert space.end(dense) == ""
+    genome = space.encode(drop=space.blocks[:1])
+    genome[-1] = 2
+    assert space.end(genome) == exits[1].point
+    assert space.to_plan(genome) == engine.Plan(drop=frozenset(space.blocks[:1]))
+    masks = space.stacked(np.stack([dense, genome]))
+    assert masks["exit"].tolist() == [0, 2]
+    assert masks["blocks"][space.blocks[0]].tolist() == [True, False]
+    genome[-1] = 3
+    with pytest.raises(SpaceError, match="where it ends"):
+        space.to_plan(genome)
+
+
+def test_candidates_that_end_early_are_scored_and_cost_as_what_they_become(setting, exits):
+    """In one program with all others: against each of them cut, narrowed and run alone."""
+    setting, space = ended(replace(setting, config=replace(setting.config, calibration_images=0)), exits)
+    genomes = np.stack([RNG.integers(0, space.cardinality) for _ in range(6)]).astype(np.int32)
+    genomes[:, -1] = np.arange(6) % 3
+    masks = space.stacked(genomes)
+    evaluator = make_evaluator(setting, space)
+    losses, wrong, _ = evaluator(masks)
+    assert evaluator.compiled == 1
+    ends = [each.subject(setting.subject).graph for each in exits]
+    budget = Budget(setting.subject.graph, {}, {}, {}, ends)
+    found = jax.jit(budget.costs)(masks)
+    search = setting.roles.search
+    for i, genome in enumerate(genomes):
+        subject, plan = part(setting, picked(space, genome))
+        assert (subject is setting.subject) == (genome[-1] == 0)
+        expected = engine.cost(subject.graph, plan)._asdict()
+        assert {name: float(value[i]) for name, value in found.items()} == pytest.approx(expected)
+        small = engine.cut(subject.variables, subject.graph, plan)
+        logits = engine.narrow(subject.infer, subject.graph, plan)(small, search.images[:32])
+        np.testing.assert_array_equal(wrong[i] > 0, np.asarray(logits).argmax(1) != search.labels[:32])
+        assert np.isfinite(losses[i]).all()
+
+
+def test_heads_move_towards_what_they_answer_to_the_dense_model(setting, exits):
+    setting, space = ended(setting, exits)
+    subject, x = setting.subject, jnp.asarray(setting.roles.train.images)
+    genome = space.encode({name: size // 2 for name, size in space.sizes.items()})
+    masks = jax.tree.map(lambda leaf: leaf[0], space.stacked(genome[None]))
+    heads = jax.jit(partial(moved, subject, exits))(subject.variables, {**masks, "maps": {}}, subject.variables, x)
+    test = setting.roles.test.images
+    for i, end in enumerate(exits, 1):
+        want = engine.features(subject.infer, subject.graph)(subject.variables, test)[end.point] @ end.linear.kernel
+        here = {**masks, "exit": np.int32(i)}
+        answers = [ending(subject, exits)(subject.variables, here, own, test) for own in ({}, heads)]
+        off = [np.abs(answer - end.linear.bias - want).mean() for answer in answers]
+        assert off[1] < 0.5 * off[0]
+    dense = jax.tree.map(lambda leaf: leaf[0], space.stacked(space.dense_genome()[None]))
+    same = moved(subject, exits, subject.variables, {**dense, "maps": {}}, subject.variables, x)
+    for end in exits:
+        kernel, bias = (same[path] for path in paths(end))
+        np.testing.assert_allclose(kernel, end.linear.kernel, atol=1e-5)
+        np.testing.assert_allclose(bias, end.linear.bias, atol=1e-5)
+
+
+def test_a_search_starts_at_every_exit(setting, exits):
+    setting, space = ended(setting, exits)
+    path = np.stack([space.dense_genome(), space.encode(dict.fromkeys(space.groups, 8))])
+
+    def costs(genomes):
+        size = np.asarray([-len(space.to_plan(genome).keep) for genome in genomes])
+        return {"macs": size, "params": size}
+
+    for limits in ({}, {"params": 0.5}):
+        found = starting_points(setting.config, space, whole(limits), path, path, costs)
+        assert set(found[: setting.config.population + 2, -1]) == {0, 1, 2}
+        assert found[0, -1] == 0
 
 
 @pytest.mark.slow
@@ -133,7 +234,11 @@ def test_a_truncation_is_selected_saved_and_loaded(place):
         front = {row["variant"]: row for row in csv.DictReader(file)}
     assert {"v1", "t1"} <= front.keys()
     assert front["t1"]["description"].startswith("up to ")
-    assert any("→" in row["description"] for name, row in front.items() if name.startswith("t"))
+    with (place / "out" / "candidates.csv").open() as file:
+        candidates = list(csv.DictReader(file))
+    assert {bool(row["up_to"]) for row in candidates} == {True, False}  # they compete
+    for row in candidates:
+        assert ("0" in row["kept"].split()) == bool(row["up_to"])
     model = engine.load(outcome.path)
     manifest = json.loads((outcome.path / "manifest.json").read_text())
     assert manifest["selected"].startswith("t"), manifest["verdict"]
@@ -150,33 +255,26 @@ def test_a_truncation_is_selected_saved_and_loaded(place):
     assert said[-1].startswith("this run is complete")
 
 
-def test_a_truncation_comes_with_the_widths_of_a_variant_as_well(place, tmp_path, monkeypatch):
-    setting, said = prepare(config(place, epochs=0, truncations=1, head_widths=(0,), out=str(tmp_path))), []
-    graph = setting.subject.graph
-    plan = engine.Plan({name: np.arange(max(1, group.size // 2)) for name, group in graph.groups.items()})
-    none = Budget(None, {}, {}, {})
-    deep, narrow = truncating.truncations(setting, none, States(tmp_path / "state"), said.append, plan)
-    with (setting.config.directory / "depth.csv").open() as file:
-        depths = [row["point"] for row in csv.DictReader(file)]
-    assert depths == list(engine.points(setting.subject.infer, setting.subject.graph, setting.subject.spec.example))
-    assert [deep.name, narrow.name] == ["t1", "t2"]
-    assert deep.subject is narrow.subject
-    assert not deep.plan.keep
-    assert narrow.plan.keep.keys() == {name for name in graph.groups if name in narrow.subject.graph.groups}
-    assert 0 < len(narrow.plan.keep) < len(plan.keep)
-    assert narrow.cost["params"] < 0.6 * deep.cost["params"]
-    assert depth_of(narrow).startswith(depth_of(deep) + "; ")
-    assert "→" in depth_of(narrow)
+def test_truncations_within_the_budget_become_finalists(place, setting, exits, tmp_path, monkeypatch):
+    recipe, said = replace(setting.recipe, epochs=0), []
+    made = replace(setting, exits=exits, config=replace(setting.config, epochs=0), recipe=recipe)
+    states = States(tmp_path / "state")
+    second, first = truncations(made, whole(), states, said.append)
+    assert [second.name, first.name] == ["t1", "t2"]
+    assert not second.plan.keep
     test = setting.roles.test
-    logits = np.asarray(narrow.infer(narrow.variables, test.images))
+    logits = np.asarray(second.infer(second.variables, test.images))
     assert (logits.argmax(1) == test.labels).mean() > 0.6
-    engine.save(tmp_path / "saved", narrow.subject.spec, narrow.variables, narrow.plan, module=narrow.subject.module)
-    np.testing.assert_allclose(engine.load(tmp_path / "saved")(test.images), logits, rtol=1e-5, atol=1e-5)
-    tight = Budget(graph, {"memory": 1.0}, {}, {"memory": np.zeros(1)})
-    assert truncating.truncations(setting, tight, States(tmp_path / "state"), said.append, plan) == []
-    assert said[-1] == f"{depth_of(narrow)} is not within the budget as measured"
+    spec, saved = second.subject.spec, tmp_path / "saved"
+    engine.save(saved, spec, second.variables, second.plan, module=second.subject.module)
+    np.testing.assert_allclose(engine.load(saved)(test.images), logits, rtol=1e-5, atol=1e-5)
+    (only,) = truncations(made, whole({"params": first.cost["params"]}), states, said.append)
+    assert (only.name, only.cost) == ("t1", first.cost)
+    tight = Budget(setting.subject.graph, {"memory": 1.0}, {}, {"memory": np.zeros(1)})
+    assert truncations(made, tight, states, said.append) == []
+    assert said[-1] == f"{depth_of(first)} is not within the budget as measured"
     monkeypatch.setattr(truncating, "profile", None)  # it was measured: a resumed run does not do it again
-    assert truncating.truncations(setting, tight, States(tmp_path / "state"), said.append, plan) == []
+    assert truncations(made, tight, states, said.append) == []
 
 
 def test_what_a_plan_says_about_a_part_of_the_model(setting):
@@ -184,7 +282,7 @@ def test_what_a_plan_says_about_a_part_of_the_model(setting):
     first = next(iter(graph.groups))
     block = next(iter(graph.blocks))
     plan = engine.Plan({first: np.arange(graph.groups[first].size), "elsewhere": np.arange(2)}, frozenset({block, "x"}))
-    assert truncating.restricted(plan, graph) == engine.Plan({}, frozenset({block}))
+    assert restricted(plan, graph) == engine.Plan({}, frozenset({block}))
 
 
 def test_a_model_that_cannot_be_cut_anywhere(place, setting, monkeypatch):
@@ -192,7 +290,7 @@ def test_a_model_that_cannot_be_cut_anywhere(place, setting, monkeypatch):
     for module in (truncating, depth):
         monkeypatch.setattr(module, "survey", lambda *_: [])
     given = config(place)
-    assert truncating.truncations(setting, Budget(None, {}, {}, {}), States(place / "none"), said.append) == []
+    assert find_exits(setting, States(place / "none"), said.append) == ()
     assert said == ["no truncation: the model has no boundary of blocks"]
     with pytest.raises(RunError, match="digits_cnn: it has no boundary of blocks"):
         depth.depth(depth.Depth(given.model, given.checkpoint, given.data, fitted_split=("none",)), said.append)

@@ -18,7 +18,7 @@ from treesurgeon.search.config import Config
 from treesurgeon.search.crossval import pool
 from treesurgeon.search.data import open_source, sample_images, split_roles
 from treesurgeon.search.evaluate import measurer
-from treesurgeon.search.finalists import fine_tuned, variant
+from treesurgeon.search.finalists import Pick, fine_tuned, variant
 from treesurgeon.search.finetune import FitResult, Recipe, fit, objective
 from treesurgeon.search.pipeline import build_space
 from treesurgeon.search.scoring import make_evaluator
@@ -254,7 +254,7 @@ def test_kernels_and_rankings_and_scores_change_with_them(tmp_path):
     alone = replace(setting, unlabelled=None, taught=None)
     graph = setting.subject.graph
     plan = engine.Plan({name: np.arange(group.size // 2) for name, group in graph.groups.items()})
-    assert not same(*(variant(each, each.subject, "v1", plan).variables for each in (setting, alone)))
+    assert not same(*(variant(each, "v1", Pick("", plan)).variables for each in (setting, alone)))
     scores = {name: np.arange(group.size) for name, group in graph.groups.items()}
     space = build_space(setting, scores)
     curves = [energies(each, space) for each in (setting, alone)]
@@ -266,7 +266,7 @@ def test_kernels_and_rankings_and_scores_change_with_them(tmp_path):
 
 def test_finalists_learn_from_them_and_plain_baselines_do_not(tmp_path):
     setting = known(prepare(with_more(tmp_path, epochs=1, distill=0.0)))
-    start = variant(setting, setting.subject, "v1", engine.Plan())
+    start = variant(setting, "v1", Pick("", engine.Plan()))
     said = []
     both, plain = (tune(setting, start, said.append, unlabelled=each) for each in (True, False))
     assert not same(both.variables, plain.variables)
@@ -306,7 +306,7 @@ def test_some_are_held_out_where_search_has_few(tmp_path, wanted, unlabelled, he
 def test_the_best_epoch_is_by_search_and_those_held_out(tmp_path):
     """What learns from labels alone is judged on these alone; the pool of a cross-validation holds all of them."""
     setting = known(prepare(with_more(tmp_path, epochs=3, search_images=512)))
-    start, said = variant(setting, setting.subject, "v1", engine.Plan()), []
+    start, said = variant(setting, "v1", Pick("", engine.Plan())), []
     both, plain = (tune(setting, start, said.append, unlabelled=each) for each in (True, False))
     for model, judges in ((both, judging(setting)), (plain, setting.roles.search)):
         kept = model.fitted.history[model.fitted.best_epoch]
@@ -357,7 +357,7 @@ def test_images_on_disk_are_the_same(tmp_path):
     assert isinstance(streamed.unlabelled.images, Streamed)
     assert np.array_equal(held.calibration(100), streamed.calibration(100))
     assert np.array_equal(held.taught, streamed.taught)
-    start = variant(held, held.subject, "v1", engine.Plan())
+    start = variant(held, "v1", Pick("", engine.Plan()))
     one, two = (tune(each, start, lambda line: None, unlabelled=True).variables for each in (held, streamed))
     assert same(one, two)
 
