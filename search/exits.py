@@ -2,9 +2,9 @@
 
 A candidate is evaluated in one forward pass of the whole model under its masks; what stands at a few points
 (`engine.gated_features`) makes an answer for each of them, and the gene says which counts. So depth, dropped blocks
-and widths compete on the same images. The heads at the points are fitted to `train` in closed form (see shortening.py);
-a candidate with fewer or other units has them moved, by ridge regression on the images that it is calibrated on,
-towards what they answer to the dense model's features. What lies behind its point costs a candidate nothing.
+and widths are searched at once, on the same images. The heads at the points are fitted to `train` in closed form (see
+shortening.py); a candidate with fewer or other units has them moved, by ridge regression on the images that it is
+calibrated on, towards what they answer to the dense model's features. What lies behind its point costs it nothing.
 
 Exits within a network: S. Teerapittayanon, B. McDanel, H. T. Kung: "BranchyNet: fast inference via early exiting from
 deep neural networks", ICPR 2016; here one exit is chosen for good, and what follows is cut off.

@@ -72,15 +72,32 @@ def pick(
 ) -> list[tuple[Any, Mapping[str, float]]]:
     """The genomes that go on: with a budget the best within it, a shortlist, else some spread over the front.
 
-    Each comes with what was measured of it, for the limits that are on measurements.
+    These are of the whole depth; after them comes the best of those that end at each of the exits and are smaller than
+    the model up to there. Each comes with what was measured of it, for the limits that are on measurements.
     """
+    genomes, objectives = _reduced(setting.config, space, front)
+    ends = np.array([space.end(genome) for genome in genomes])
+    out = _pick_whole(setting, space, budget, genomes[ends == ""], objectives[ends == ""], say)
+    for end, graph in zip(space.exits, budget.ends, strict=False):
+        here = np.flatnonzero(ends == end)
+        plans = {i: restricted(space.to_plan(genomes[i]), graph) for i in here[np.argsort(objectives[here, 1])]}
+        smaller = [genomes[i] for i, plan in plans.items() if plan.keep or plan.drop]
+        if budget.measured:
+            out += _within_measured(setting, space, budget, smaller, say, 1, needed=False)
+        else:
+            out += [(genome, {}) for genome in smaller[:1]]
+    return out
+
+
+def _pick_whole(
+    setting: Setting, space: Space, budget: Budget, genomes: Any, objectives: Any, say: Callable[[str], None]
+) -> list[tuple[Any, Mapping[str, float]]]:
     config = setting.config
-    genomes, objectives = _reduced(config, space, front)
     if not len(genomes):
         return []
     order = np.argsort(objectives[:, 1], kind="stable")
     if budget.measured:
-        return _within_measured(setting, space, budget, list(genomes[order]), say)
+        return _within_measured(setting, space, budget, list(genomes[order]), say, shortlisted(config))
     if budget.limits:
         return [(genomes[i], {}) for i in order[: shortlisted(config)]]
     # Without a budget sizes fall by equal factors, from a little below dense to the smallest that is not hopeless.
@@ -128,9 +145,19 @@ def picked_once(
 
 
 def _within_measured(
-    setting: Setting, space: Space, budget: Budget, genomes: list[Any], say: Callable[[str], None]
+    setting: Setting,
+    space: Space,
+    budget: Budget,
+    genomes: list[Any],
+    say: Callable[[str], None],
+    enough: int,
+    needed: bool = True,
 ) -> list[tuple[Any, Mapping[str, float]]]:
-    """The first genomes that meet the limits on what is measured: they are cut, compiled and measured."""
+    """The first genomes that meet the limits on what is measured: they are cut, compiled and measured.
+
+    Raises:
+        RunError: none does, and one is needed.
+    """
     x = example(setting)
 
     def measured(genome: Any) -> Profile:
@@ -141,14 +168,14 @@ def _within_measured(
         genomes,
         measured,
         budget.measured,
-        shortlisted(setting.config),
+        enough,
     )
     wanted = ", ".join(f"{name} {limit:,.4g}" for name, limit in budget.measured.items())
     for _, found in passed:
         say(f"measured {found.latency:.2f} ms and {found.memory / 2**20:.1f} MB, within the budget ({wanted})")
     if failed:
         say(f"{len(failed)} candidates were within the budget as predicted, and not as measured")
-    if not passed:
+    if not passed and needed:
         best = {name: min(getattr(found, name) for _, found in failed) for name in budget.measured}
         nearest = ", ".join(f"{name} {value:,.4g}" for name, value in best.items())
         raise RunError(

@@ -53,7 +53,7 @@ class Generation(str):
     ) -> Generation:
         """From what a generation left behind; it took so many seconds for so many candidates and candidate-images."""
         feasible = front.violation == 0
-        found = [(float(size), float(loss)) for size, loss in np.asarray(front.objectives)[feasible]]
+        found = [(float(size), float(loss)) for size, loss in np.asarray(front.objectives)[feasible, :2]]
         found.sort()
         left = (total - done) * took
         text = f"generation {done:>3}/{total}  {candidates / took:5.1f} candidates/s  {images / took:6,.0f} images/s  "

@@ -191,10 +191,13 @@ def go_on(setting: Setting, say: Say, pool: Pool, layout: Layout | None, timings
     start = time.perf_counter()
     chosen = picked_once(setting, ends, budget, scored, states, say)
     refitted: dict[str, Tuned] = {}
+    early = [each for each in chosen if ends.end(each[0])]
+    chosen = [each for each in chosen if not ends.end(each[0])]
     if len(chosen) > config.finalists:
         best, made = halved(setting, [picked(ends, genome) for genome, _ in chosen], states, crew, say)
         chosen = [chosen[i] for i in best]
         refitted = {f"v{k}": made[i] for k, i in enumerate(best, 1) if i in made}
+    chosen += early
     finalists = [(setting, f"v{i}", picked(ends, genome), found) for i, (genome, found) in enumerate(chosen, 1)]
     if crew:
         refined = crew.done([Job("refine", tuple(given)) for _, *given in finalists])
@@ -354,6 +357,7 @@ def search(
         jax.random.key(config.seed),
         space.cardinality,
         population=config.population,
+        objectives=4 if space.exits else 2,
         seeds=starting_points(config, space, budget, path, near, costs_of)[: config.population],
     )
     references = racing.References.empty(config.population, evaluator.count)
@@ -377,11 +381,14 @@ def search(
         if len(within):
             chosen = jax.tree.map(lambda leaf, rows=within: leaf[rows], masks)
             judge = partial(racing.judge, size[within], references=references, looks=len(evaluator.data.images))
-            losses, wrong, _ = evaluator(chosen, judge)
+            losses, wrong, _ = evaluator(chosen, None if space.exits else judge)
             loss[within] = racing.estimates(losses, references)
             error[within] = wrong.sum(1, where=~np.isnan(losses)) / np.maximum((~np.isnan(losses)).sum(1), 1)
             references, scored = references.joined(size[within], losses), int((~np.isnan(losses)).sum())
-        state = tell(state, children, np.stack([size, loss], 1), violation)
+        # Before any fine-tuning a short network is ahead of a deep one: none beats one that ends elsewhere.
+        end = np.asarray(children)[:, -1]
+        apart = [end, -end] if space.exits else []
+        state = tell(state, children, np.stack([size, loss, *apart], 1), violation)
         genes = np.asarray(children)
         seen = {"genome": genes[:, : len(whole.cardinality)], "up_to": [space.end(each) for each in genes]}
         seen |= {"loss": loss, "error": error, "violation": violation, **costs}

@@ -17,8 +17,9 @@ from treesurgeon import engine, models
 from treesurgeon.engine.shortened import HEAD
 from treesurgeon.search import Config, RunError, contenders, depth, hidden, run, truncating
 from treesurgeon.search.budget import Budget
+from treesurgeon.search.evolve import Scored
 from treesurgeon.search.exits import Exit, ending, moved, paths, restricted
-from treesurgeon.search.finalists import Pick, part, picked, variant
+from treesurgeon.search.finalists import Pick, part, pick, picked, variant
 from treesurgeon.search.scoring import make_evaluator, with_ends
 from treesurgeon.search.setting import prepare
 from treesurgeon.search.shortening import shortened
@@ -209,6 +210,21 @@ def test_heads_move_towards_what_they_answer_to_the_dense_model(setting, exits):
         kernel, bias = (same[path] for path in paths(end))
         np.testing.assert_allclose(kernel, end.linear.kernel, atol=1e-5)
         np.testing.assert_allclose(bias, end.linear.bias, atol=1e-5)
+
+
+def test_finalists_are_picked_of_every_end(setting, exits):
+    setting, space = ended(replace(setting, config=replace(setting.config, finalists=1)), exits)
+    ends = [each.subject(setting.subject).graph for each in exits]
+    budget = Budget(setting.subject.graph, {"params": 1e9}, {"params": 1e6}, {}, ends)
+    halves = space.encode({name: size // 2 for name, size in space.sizes.items()})
+    genomes = np.array([halves] * 4 + [space.dense_genome()])
+    genomes[1:4, -1] = 1, 2, 2
+    genomes[4, -1] = 1  # with all units: a truncation, which is a finalist anyway
+    losses = np.array([0.9, 0.3, 0.5, 0.4, 0.1])
+    front = Scored(genomes, np.stack([np.ones(5), losses], 1), np.zeros(5))
+    found = [genome for genome, _ in pick(setting, space, budget, front, lambda line: None)]
+    np.testing.assert_array_equal(found, genomes[[0, 1, 3]])
+    assert len(pick(setting, space, budget, Scored(genomes[4:], front.objectives[4:], np.zeros(1)), print)) == 0
 
 
 def test_a_search_starts_at_every_exit(setting, exits):
