@@ -78,7 +78,7 @@ def pick(
     genomes, objectives = _reduced(setting.config, space, front)
     ends = np.array([space.end(genome) for genome in genomes])
     out = _pick_whole(setting, space, budget, genomes[ends == ""], objectives[ends == ""], say)
-    for end, graph in zip(space.exits, budget.ends, strict=False):
+    for end, graph in zip(space.exits, budget.ends, strict=True):
         here = np.flatnonzero(ends == end)
         plans = {i: restricted(space.to_plan(genomes[i]), graph) for i in here[np.argsort(objectives[here, 1])]}
         smaller = [genomes[i] for i, plan in plans.items() if plan.keep or plan.drop]
@@ -92,6 +92,7 @@ def pick(
 def _pick_whole(
     setting: Setting, space: Space, budget: Budget, genomes: Any, objectives: Any, say: Callable[[str], None]
 ) -> list[tuple[Any, Mapping[str, float]]]:
+    """Of those of the whole depth."""
     config = setting.config
     if not len(genomes):
         return []

@@ -84,8 +84,8 @@ def setting(place):
     return prepare(config(place, calibration_images=0))
 
 
-def whole(limits=None, graph=None):
-    return Budget(graph, limits or {}, {}, {})
+def whole(limits=None):
+    return Budget(None, limits or {}, {}, {})
 
 
 @pytest.fixture(scope="module")
