@@ -181,7 +181,7 @@ class Config:
     """Epochs of fine-tuning for each finalist; the one that is best on `search` is kept (and on unlabelled images that
     are held out, see --unlabelled). 0 only re-estimates statistics. Default: 2, and where `train` is small as many as
     make 80 steps, but no more than 30. With --unlabelled an epoch goes over the larger of both; where there are
-    more of these it is 400 steps instead of 80, and baselines that have labels alone take as many."""
+    more of these it is 800 steps instead of 80, and baselines that have labels alone take as many."""
     learning_rate: float = 0.01
     """Peak learning rate of fine-tuning, which a warm-up leads to and a cosine to 0."""
     optimizer: OptimizerName = "sgd"

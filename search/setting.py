@@ -30,8 +30,8 @@ from treesurgeon.search.transfer import Labels, NewHead, adapted, match_labels, 
 SOURCE_IMAGES = 1000  # at most
 CALIBRATION = 256  # images that units are ranked on
 BATCH, SMALLEST_BATCH, STEPS_AN_EPOCH = 128, 16, 16  # of fine-tuning, where nothing else is said
-STEPS, TAUGHT_STEPS, MOST_EPOCHS = 80, 400, 30  # to labels; where more unlabelled images are learnt from
-BESIDE = 64  # unlabelled images a step
+STEPS, TAUGHT_STEPS, MOST_EPOCHS = 80, 800, 30  # to labels; where more unlabelled images are learnt from
+BESIDE = 32  # unlabelled images a step
 HELD = 5  # one unlabelled image in so many, at most, is held out to judge fine-tuning by
 DISTILL = 0.5  # weight of the teacher's answers, where nothing else is said
 

@@ -300,7 +300,7 @@ def test_some_are_held_out_where_search_has_few(tmp_path, wanted, unlabelled, he
     assert np.array_equal(judges.labels[:64], setting.roles.search.labels)
     assert np.array_equal(judges.images[64:], setting.unlabelled.images[:held])
     assert np.array_equal(judges.labels[64:], setting.taught[:held].argmax(1))
-    assert setting.recipe.steps == max(5, -(-(unlabelled - held) // 64))
+    assert setting.recipe.steps == max(5, -(-(unlabelled - held) // 32))
 
 
 def test_the_best_epoch_is_by_search_and_those_held_out(tmp_path):
@@ -389,7 +389,7 @@ def test_what_outputs_amount_to(name, wanted):
 def test_the_recipe_counts_the_steps_of_both():
     config = Config("m", "c", "d")
     assert (make_recipe(config, 133).steps, make_recipe(config, 133).epochs) == (9, 9)
-    for unlabelled, steps, epochs in ((5000, 79, 6), (50000, 782, 2), (133, 9, 9), (134, 9, 30)):
+    for unlabelled, steps, epochs in ((5000, 157, 6), (50000, 1563, 2), (133, 9, 9), (134, 9, 30)):
         recipe = make_recipe(config, 133, unlabelled)
         assert (recipe.steps, recipe.epochs) == (steps, epochs)
 
