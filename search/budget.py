@@ -19,7 +19,7 @@ from treesurgeon import engine
 from treesurgeon.engine import Graph
 from treesurgeon.search import latency, sensitivity
 from treesurgeon.search.config import RunError
-from treesurgeon.search.exits import GENE, within, without_gene
+from treesurgeon.search.exits import GENE, restricted, within, without_gene
 from treesurgeon.search.selection import limits
 from treesurgeon.search.setting import Setting
 from treesurgeon.search.space import Space
@@ -87,7 +87,7 @@ def make_budget(setting: Setting, space: Space, states: States, say: Callable[[s
     """The budget of a run; measures where it has to, once in a run.
 
     Raises:
-        RunError: the smallest variant of the space does not meet it.
+        RunError: no smallest variant, of the whole depth or up to a point, meets it.
     """
     graph, given = setting.subject.graph, dict(setting.budget)
     weights: dict[str, np.ndarray] = {}
@@ -97,18 +97,28 @@ def make_budget(setting: Setting, space: Space, states: States, say: Callable[[s
         given |= limits(setting.config.measured, {name: float(found[f"dense {name}"]) for name in weights})
     dense = {name: float(value) for name, value in _costs(graph, weights, engine.Plan()).items()}
     smallest = space.to_plan(sensitivity.smallest(space))
-    refuse(given, _costs(graph, weights, smallest))
-    return Budget(graph, given, dense, weights, [end.subject(setting.subject).graph for end in setting.exits])
+    ends = [end.subject(setting.subject).graph for end in setting.exits]
+    early = [_costs(end, weights, restricted(smallest, end), graph) for end in ends]
+    refuse(given, [_costs(graph, weights, smallest), *early])
+    return Budget(graph, given, dense, weights, ends)
 
 
-def refuse(limits: Mapping[str, float], least: Mapping[str, Any]) -> None:
-    """Raise RunError where the smallest variant of a space costs more than a limit."""
-    for name, limit in limits.items():
-        if float(least[name]) > limit:
-            raise RunError(
-                f"--{name.replace('_', '-')}: the budget of {limit:,.6g} cannot be met, the smallest variant of the "
-                f"space has {float(least[name]):,.6g}; raise it, or protect less (--protect none)"
-            )
+def met(limits: Mapping[str, float], costs: Mapping[str, Any]) -> bool:
+    """Whether costs are within the limits that are on them."""
+    return all(float(costs[name]) <= limit for name, limit in limits.items() if name in costs)
+
+
+def refuse(limits: Mapping[str, float], least: Sequence[Mapping[str, Any]]) -> None:
+    """Raise RunError where no smallest variant, of the whole depth or up to a point, is within all limits."""
+    if any(met(limits, costs) for costs in least):
+        return
+    nearest = min(least, key=lambda costs: sum(max(float(costs[k]) / v - 1, 0) for k, v in limits.items()))
+    name = next(name for name, limit in limits.items() if float(nearest[name]) > limit)
+    raise RunError(
+        f"--{name.replace('_', '-')}: the budget of {limits[name]:,.6g} cannot be met, the smallest variant of the "
+        f"space has {float(nearest[name]):,.6g}; raise it, protect less (--protect none), or let models end early "
+        f"(--truncations)"
+    )
 
 
 def measure(setting: Setting, space: Space, say: Callable[[str], None]) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ from jax import Array
 
 from treesurgeon import engine
 from treesurgeon.search import crossval, evolve, hosts
-from treesurgeon.search.budget import Budget, example
+from treesurgeon.search.budget import Budget, example, met
 from treesurgeon.search.config import Config, RunError
 from treesurgeon.search.evaluate import answering
 from treesurgeon.search.exits import restricted
@@ -61,7 +61,7 @@ def part(setting: Setting, pick: Pick) -> tuple[Subject, engine.Plan]:
         subject = end.subject(setting.subject, deep=True)
         plan = restricted(pick.plan, subject.graph)
         cost = engine.cost(subject.graph, plan)._asdict()
-        if all(cost[name] <= limit for name, limit in setting.budget.items()):
+        if met(setting.budget, cost):
             return subject, plan
     subject = end.subject(setting.subject)
     return subject, restricted(pick.plan, subject.graph)
@@ -74,6 +74,9 @@ def pick(
 
     These are of the whole depth; after them comes the best of those that end at each of the exits and are smaller than
     the model up to there. Each comes with what was measured of it, for the limits that are on measurements.
+
+    Raises:
+        RunError: none meets these.
     """
     genomes, objectives = _reduced(setting.config, space, front)
     ends = np.array([space.end(genome) for genome in genomes])
@@ -83,10 +86,20 @@ def pick(
         plans = {i: restricted(space.to_plan(genomes[i]), graph) for i in here[np.argsort(objectives[here, 1])]}
         smaller = [genomes[i] for i, plan in plans.items() if plan.keep or plan.drop]
         if budget.measured:
-            out += _within_measured(setting, space, budget, smaller, say, 1, needed=False)
+            out += _within_measured(setting, space, budget, smaller, say, 1)
         else:
             out += [(genome, {}) for genome in smaller[:1]]
+    if budget.measured and len(genomes) and not out:
+        raise RunError(
+            f"none of the candidates on the front met the budget ({in_words(budget.measured)}) when measured: lower "
+            f"the budget, so that the search looks further down, or measure on a quiet machine"
+        )
     return out
+
+
+def in_words(numbers: Mapping[str, float]) -> str:
+    """Limits, or what was measured."""
+    return ", ".join(f"{name} {value:,.4g}" for name, value in numbers.items())
 
 
 def _pick_whole(
@@ -152,13 +165,8 @@ def _within_measured(
     genomes: list[Any],
     say: Callable[[str], None],
     enough: int,
-    needed: bool = True,
 ) -> list[tuple[Any, Mapping[str, float]]]:
-    """The first genomes that meet the limits on what is measured: they are cut, compiled and measured.
-
-    Raises:
-        RunError: none does, and one is needed.
-    """
+    """The first genomes that meet the limits on what is measured: they are cut, compiled and measured."""
     x = example(setting)
 
     def measured(genome: Any) -> Profile:
@@ -171,18 +179,12 @@ def _within_measured(
         budget.measured,
         enough,
     )
-    wanted = ", ".join(f"{name} {limit:,.4g}" for name, limit in budget.measured.items())
+    wanted = in_words(budget.measured)
     for _, found in passed:
         say(f"measured {found.latency:.2f} ms and {found.memory / 2**20:.1f} MB, within the budget ({wanted})")
     if failed:
-        say(f"{len(failed)} candidates were within the budget as predicted, and not as measured")
-    if not passed and needed:
-        best = {name: min(getattr(found, name) for _, found in failed) for name in budget.measured}
-        nearest = ", ".join(f"{name} {value:,.4g}" for name, value in best.items())
-        raise RunError(
-            f"none of the {len(failed)} candidates on the front met the budget ({wanted}) when measured, the least "
-            f"was {nearest}: lower the budget, so that the search looks further down, or measure on a quiet machine"
-        )
+        least = in_words({name: min(getattr(found, name) for _, found in failed) for name in budget.measured})
+        say(f"{len(failed)} candidates were within the budget as predicted, and not as measured: {least} at least")
     return [(genome, {name: getattr(found, name) for name in budget.measured}) for genome, found in passed]
 
 

@@ -44,7 +44,7 @@ from treesurgeon.search.subject import on_host
 from treesurgeon.search.tasks import CLASSIFICATION
 from treesurgeon.search.teaching import with_teacher
 from treesurgeon.search.timings import Timings
-from treesurgeon.search.truncating import find_exits, truncations
+from treesurgeon.search.truncating import find_exits, least, truncations
 from treesurgeon.search.tuning import Tuned
 from treesurgeon.search.unlabelled import taught
 from treesurgeon.search.workers import Crew, Job
@@ -149,10 +149,15 @@ def choices(setting: Setting) -> list[str]:
 def opened(config: Config, hold: int | None) -> Setting:
     """What the configuration refers to; what would be refused later on is, before anything is written."""
     setting = prepare(config, hold)
-    graph = setting.subject.graph
-    space = build_space(setting, {name: np.arange(group.size) for name, group in graph.groups.items()})  # any ranking
-    refuse(setting.budget, engine.cost(graph, space.to_plan(sensitivity.smallest(space)))._asdict())
+    refuse(setting.budget, least(setting, smallest(setting)))
     return setting
+
+
+def smallest(setting: Setting) -> engine.Plan:
+    """The plan that keeps least of the whole depth."""
+    groups = setting.subject.graph.groups
+    space = build_space(setting, {name: np.arange(group.size) for name, group in groups.items()})  # any ranking
+    return space.to_plan(sensitivity.smallest(space))
 
 
 def go_on(setting: Setting, say: Say, pool: Pool, layout: Layout | None, timings: Timings) -> Outcome:
@@ -176,7 +181,7 @@ def go_on(setting: Setting, say: Say, pool: Pool, layout: Layout | None, timings
         with timings.part("the dense model's answers"):
             setting = replace(setting, taught=states.arrays("answers", lambda: taught(setting))["logits"])
     with timings.part("trying depths"):
-        setting = replace(setting, exits=find_exits(setting, states, say))
+        setting = replace(setting, exits=find_exits(setting, smallest(setting), states, say))
     with timings.part("ranking units"):
         space, crew = ranked(setting, states, say, pool, layout)
     ends = with_ends(setting, space)

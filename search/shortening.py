@@ -41,10 +41,7 @@ def shortened(
     Returns:
         the model with a linear head; that head; and one with a hidden layer, where it is better on `search`.
     """
-    train, x = roles.train, subject.spec.example
-    features = jax.eval_shape(engine.truncate(subject.infer, subject.graph, at, x), subject.variables, x)
-    blank = LinearHead(jnp.zeros((features.shape[-1], classes)), jnp.zeros(classes), jnp.float32(0))
-    short = adapted(truncated(subject, at, blank), images)
+    train, short = roles.train, adapted(blank(subject, at, classes), images)
     features_of = feature_finder(short.infer, short.graph, short.variables)
     z = features_of(train)
     linear = best_head(train.task, z, train.labels, classes)
@@ -91,6 +88,14 @@ def without_stack(
         made.spec.hidden,
     )
     return made, told
+
+
+def blank(subject: Subject, at: str, classes: int) -> Subject:
+    """The model up to a point, with a linear head of zeros."""
+    x = subject.spec.example
+    features = jax.eval_shape(engine.truncate(subject.infer, subject.graph, at, x), subject.variables, x)
+    zeros = LinearHead(jnp.zeros((features.shape[-1], classes)), jnp.zeros(classes), jnp.float32(0))
+    return truncated(subject, at, zeros)
 
 
 def truncated(subject: Subject, at: str, head: LinearHead | HiddenHead) -> Subject:

@@ -13,18 +13,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
 
 from treesurgeon import engine
 from treesurgeon.search import hosts
-from treesurgeon.search.budget import Budget, example
-from treesurgeon.search.exits import Exit
+from treesurgeon.search.budget import Budget, example, met
+from treesurgeon.search.exits import Exit, restricted
 from treesurgeon.search.finalists import Pick, fine_tuned, variant
 from treesurgeon.search.latency import profile
 from treesurgeon.search.setting import Setting
-from treesurgeon.search.shortening import shortened
+from treesurgeon.search.shortening import blank, shortened
 from treesurgeon.search.space import in_words
 from treesurgeon.search.state import States
 from treesurgeon.search.survey import Cut, survey, write_cuts
@@ -33,16 +34,43 @@ from treesurgeon.search.tuning import Tuned
 DEFAULT = 2  # where the head is new
 
 
-def find_exits(setting: Setting, states: States, say: Callable[[str], None]) -> tuple[Exit, ...]:
+def wanted(setting: Setting) -> int:
+    """At how many points candidates may end, at most."""
+    count = setting.config.truncations
+    return (DEFAULT if setting.head else 0) if count is None else count
+
+
+def least(setting: Setting, smallest: engine.Plan) -> list[dict[str, Any]]:
+    """What the smallest variant costs; where it is over the budget, and candidates may end early, at each point too.
+
+    Args:
+        setting: the run's.
+        smallest: the plan of that variant.
+    """
+    subject = setting.subject
+    whole = engine.cost(subject.graph, smallest)._asdict()
+    if met(setting.budget, whole) or not wanted(setting):
+        return [whole]
+    points = engine.points(subject.infer, subject.graph, subject.spec.example)[:-1]  # the last is the whole model
+    return [whole, *(least_at(setting, point, smallest) for point in points)]
+
+
+def least_at(setting: Setting, point: str, smallest: engine.Plan) -> dict[str, Any]:
+    """What the smallest variant that ends at a point costs, with a linear head there."""
+    graph = blank(setting.subject, point, setting.subject.num_classes).graph
+    return engine.cost(graph, restricted(smallest, graph))._asdict()
+
+
+def find_exits(setting: Setting, smallest: engine.Plan, states: States, say: Callable[[str], None]) -> tuple[Exit, ...]:
     """The points at which candidates of a search may end, with their heads: as many as are configured, or can be had.
 
     Args:
         setting: the run's.
+        smallest: the plan of the smallest variant of the whole depth.
         states: where the choice is kept: genomes go by it.
         say: for what is done.
     """
-    config = setting.config
-    count = config.truncations if config.truncations is not None else DEFAULT if setting.head else 0
+    config, count = setting.config, wanted(setting)
     if not count:
         return ()
     cuts = survey(setting.subject, setting.roles, setting.subject.num_classes)
@@ -51,7 +79,9 @@ def find_exits(setting: Setting, states: States, say: Callable[[str], None]) -> 
         return ()
 
     def choice() -> dict[str, np.ndarray]:
-        few = choose(cuts, count)
+        whole = engine.cost(setting.subject.graph, smallest)._asdict()
+        loose = met(setting.budget, whole)  # then every point has variants within the budget
+        few = choose(cuts, count, lambda cut: loose or met(setting.budget, least_at(setting, cut.point, smallest)))
         return {"chosen": np.array([cut in few for cut in cuts])}
 
     chosen = [cut for cut, one in zip(cuts, states.arrays("exits", choice)["chosen"], strict=True) if one]
@@ -86,7 +116,7 @@ def truncations(setting: Setting, budget: Budget, states: States, say: Callable[
     for i, each in enumerate(setting.exits):
         start = variant(setting, "", Pick(each.point, engine.Plan()))
         cost = dict(start.cost)
-        if any(cost[name] > limit for name, limit in budget.limits.items() if name in cost):
+        if not met(budget.limits, cost):
             continue
         if budget.measured:
 
@@ -102,10 +132,10 @@ def truncations(setting: Setting, budget: Budget, states: States, say: Callable[
     return out
 
 
-def choose(cuts: Sequence[Cut], count: int) -> list[Cut]:
+def choose(cuts: Sequence[Cut], count: int, fits: Callable[[Cut], bool] = lambda cut: True) -> list[Cut]:
     """The smallest cuts that are as good as the best, as far as so many images tell; no smaller one beats them.
 
-    The last cut is the whole model: it is compared with, and not chosen.
+    The last cut is the whole model: it is compared with, and not chosen. `fits` says which ones a budget allows.
     """
     *rest, whole = cuts
     best = max(cuts, key=lambda cut: cut.search)
@@ -114,6 +144,7 @@ def choose(cuts: Sequence[Cut], count: int) -> list[Cut]:
     for cut in sorted(rest, key=lambda cut: (cut.params, cut.macs, -cut.search)):
         if cut.params < whole.params and (not front or cut.search > front[-1].search):
             front.append(cut)
+    front = [cut for cut in front if fits(cut)]
     good = [cut for cut in front if cut.search >= bar]
     return (good or front[-1:])[:count]
 

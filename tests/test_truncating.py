@@ -15,11 +15,13 @@ from orbax.checkpoint import v1 as ocp
 
 from treesurgeon import engine, models
 from treesurgeon.engine.shortened import HEAD
+from treesurgeon.models import presets
 from treesurgeon.search import Config, RunError, contenders, depth, hidden, run, truncating
-from treesurgeon.search.budget import Budget
+from treesurgeon.search.budget import Budget, make_budget
 from treesurgeon.search.evolve import Scored
 from treesurgeon.search.exits import Exit, ending, moved, paths, restricted
 from treesurgeon.search.finalists import Pick, part, pick, picked, variant
+from treesurgeon.search.pipeline import build_space, opened, smallest
 from treesurgeon.search.scoring import make_evaluator, with_ends
 from treesurgeon.search.setting import prepare
 from treesurgeon.search.shortening import shortened
@@ -59,7 +61,10 @@ def test_the_smallest_depths_that_are_enough_are_chosen(cuts, want):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A checkpoint of random weights and images that shallow features tell apart."""
-    home = tmp_path_factory.mktemp("truncating")
+    return furnished(tmp_path_factory.mktemp("truncating"))
+
+
+def furnished(home):
     variables = models.resolve("digits_cnn").init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
     ocp.save(str(home / "checkpoint"), jax.tree.map(np.asarray, variables))
     kinds = RNG.random((3, 8, 8, 1))
@@ -125,10 +130,10 @@ def test_a_hidden_layer_where_it_is_better_and_within_the_budget(place, setting,
     monkeypatch.setattr(hidden, "choose", lambda linear, heads, x, y, task: heads[0])
     said = []
     made = replace(setting, config=config(place, truncations=1, out=str(tmp_path)))
-    made = replace(made, exits=find_exits(made, States(tmp_path / "state"), said.append))
+    made = replace(made, exits=find_exits(made, engine.Plan(), States(tmp_path / "state"), said.append))
     (end,) = made.exits
     monkeypatch.setattr(truncating, "choose", None)  # it was chosen: a resumed run does not do it again
-    (again,) = find_exits(made, States(tmp_path / "state"), lambda line: None)
+    (again,) = find_exits(made, engine.Plan(), States(tmp_path / "state"), lambda line: None)
     assert again.point == end.point
     assert said[-1] == f"{end.point}: a head with 16 hidden units is better on search than a linear one"
     deep = variant(made, "t1", Pick(end.point, engine.Plan()))
@@ -271,6 +276,43 @@ def test_a_truncation_is_selected_saved_and_loaded(place):
     assert said[-1].startswith("this run is complete")
 
 
+@pytest.fixture
+def deep(tmp_path, monkeypatch):
+    """The same with a stage more, and a budget that is too low for the whole depth."""
+    preset = presets.get("digits_cnn")
+    factory = partial(preset.factory, stages=((16, 16), (48,)), residual=(0, 48))
+    monkeypatch.setattr(presets, "ZOO", {**presets.ZOO, preset.name: replace(preset, factory=factory)})
+    place = furnished(tmp_path)
+    return place, 1000 / engine.cost(prepare(config(place)).subject.graph, engine.Plan()).params
+
+
+def test_a_budget_that_only_an_early_end_meets(deep, tmp_path):
+    place, limit = deep
+    with pytest.raises(RunError, match=r"budget of 1,000 cannot be met, the smallest variant .* has 1,371; raise"):
+        opened(config(place, params=limit, truncations=0), None)
+    with pytest.raises(RunError, match=r"cannot be met, the smallest variant of the space has 227; raise"):
+        opened(config(place, params=0.001), None)
+    setting = opened(config(place, params=limit, out=str(tmp_path)), None)
+    states = States(tmp_path / "state")
+    exits = find_exits(setting, smallest(setting), states, lambda line: None)
+    assert [end.point for end in exits] == ["before stage1_1"]
+    made = replace(setting, exits=exits)
+    scores = {name: RNG.random(group.size) for name, group in setting.subject.graph.groups.items()}
+    budget = make_budget(made, build_space(made, scores), states, lambda line: None)
+    assert budget.limits == {"params": pytest.approx(1000)}
+    with pytest.raises(RunError, match="cannot be met"):
+        make_budget(setting, build_space(made, scores), states, lambda line: None)
+
+
+@pytest.mark.slow
+def test_a_search_for_a_budget_that_only_an_early_end_meets(deep, tmp_path):
+    place, limit = deep
+    outcome = run(config(place, params=limit, out=str(tmp_path / "out")))
+    manifest = json.loads((outcome.path / "manifest.json").read_text())
+    assert manifest["model"]["at"] == "before stage1_1"
+    assert manifest["metrics"][manifest["selected"]]["params"] <= 1000
+
+
 def test_truncations_within_the_budget_become_finalists(place, setting, exits, tmp_path, monkeypatch):
     recipe, said = replace(setting.recipe, epochs=0), []
     made = replace(setting, exits=exits, config=replace(setting.config, epochs=0), recipe=recipe)
@@ -306,7 +348,7 @@ def test_a_model_that_cannot_be_cut_anywhere(place, setting, monkeypatch):
     for module in (truncating, depth):
         monkeypatch.setattr(module, "survey", lambda *_: [])
     given = config(place)
-    assert find_exits(setting, States(place / "none"), said.append) == ()
+    assert find_exits(setting, engine.Plan(), States(place / "none"), said.append) == ()
     assert said == ["no truncation: the model has no boundary of blocks"]
     with pytest.raises(RunError, match="digits_cnn: it has no boundary of blocks"):
         depth.depth(depth.Depth(given.model, given.checkpoint, given.data, fitted_split=("none",)), said.append)
