@@ -69,11 +69,13 @@ class Budget:
         whole = _costs(self.graph, self.weights, without_gene(masks))
         if GENE not in masks:
             return whole
-        each = [whole, *(_costs(end, self.weights, within(masks, end), self.graph) for end in self.ends)]
+        each = [whole, *(_costs(end, self.weights, within(masks, self.graph, end), self.graph) for end in self.ends)]
         at = jnp.asarray(masks[GENE])[None]
 
         def chosen(*values: Array) -> Array:
-            return jnp.take_along_axis(jnp.stack([jnp.broadcast_to(v, at.shape[1:]) for v in values]), at, 0)[0]
+            return jnp.take_along_axis(
+                jnp.stack([jnp.broadcast_to(jnp.asarray(v, values[0].dtype), at.shape[1:]) for v in values]), at, 0
+            )[0]
 
         return jax.tree.map(chosen, *each)
 
@@ -98,7 +100,7 @@ def make_budget(setting: Setting, space: Space, states: States, say: Callable[[s
     dense = {name: float(value) for name, value in _costs(graph, weights, engine.Plan()).items()}
     smallest = space.to_plan(sensitivity.smallest(space))
     ends = [end.subject(setting.subject).graph for end in setting.exits]
-    early = [_costs(end, weights, restricted(smallest, end), graph) for end in ends]
+    early = [_costs(end, weights, restricted(smallest, graph, end), graph) for end in ends]
     refuse(given, [_costs(graph, weights, smallest), *early])
     return Budget(graph, given, dense, weights, ends)
 

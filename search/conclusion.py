@@ -20,6 +20,7 @@ from treesurgeon.search.certificate import Certificate, Step, certify, not_certi
 from treesurgeon.search.crossval import Estimate, cross_validate
 from treesurgeon.search.data import Split
 from treesurgeon.search.evaluate import answering, measurer
+from treesurgeon.search.exits import counterparts
 from treesurgeon.search.metrics import ACCURACY, Metric
 from treesurgeon.search.openings import REGISTER, claim_opening, record_opening
 from treesurgeon.search.selection import Finalist, Verdict, WithinMargins
@@ -375,6 +376,12 @@ def certificate_rows(steps: Sequence[Step]) -> list[dict[str, Any]]:
     ]
 
 
+def _left(whole: engine.Graph, part: engine.Graph) -> dict[str, dict[str, str]]:
+    """What a model that is cut in depth still has: the names of the whole model, and those that it has there."""
+    names = zip(("groups", "blocks"), counterparts(whole, part), strict=True)
+    return {kind: {of: name for name, of in found.items()} for kind, found in names}
+
+
 def _manifest(
     setting: Setting,
     chosen: Tuned,
@@ -423,5 +430,5 @@ def _manifest(
         "labels": list(roles.label_names),
         "seed": config.seed,
         **({"head": asdict(setting.head)} if setting.head else {}),
-        **({"left": {"at": spec.at, "groups": list(graph.groups), "blocks": list(graph.blocks)}} if spec.at else {}),
+        **({"left": {"at": spec.at, **_left(setting.subject.graph, graph)}} if spec.at else {}),
     }

@@ -136,7 +136,7 @@ def calibrate(
     if exits:
         leaves, maps = calibrate(subject, without_gene(masks), variables, x, reconstruct)
         own = with_leaves(variables, leaves)
-        return leaves | moved(subject, exits, variables, {**masks, "maps": maps}, own, x), maps
+        return leaves | moved(subject, exits, {**masks, "maps": maps}, own, x), maps
     key = jax.random.key(0)
     kernels: dict[str, Any] = {}
     maps: dict[str, Any] = {}

@@ -11,17 +11,18 @@ domination (section VI), (mu + lambda) survival.
     best = front(state)
 
 A genome is `int32[G]`; gene i takes the values 0 to `cardinality[i] - 1`. Objectives are minimised. What
-departs from the paper: variation is for integers (uniform crossover; steps of one level, now and then a fresh
-draw); clones, by genome or by objectives, go to the last front; and an archive keeps the non-dominated of
-everything seen, since (mu + lambda) survival drops front members as soon as the front outgrows the
-population.
+departs from the paper: variation is for integers (uniform crossover; steps of one level, now and then a
+fresh draw); clones, by genome or by objectives, go to the last front; candidates may fall into niches, none
+of which beats another; and an archive keeps the non-dominated of everything seen, since (mu + lambda)
+survival drops front members as soon as the front outgrows the population.
 
 `State` is a pytree of plain arrays, its key included, and the random bits of a generation depend on the key
 and the generation alone: saving the state is all that resuming needs. Its individuals lie best first, which
 is all that a tournament has to know.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -31,11 +32,24 @@ from jax.typing import ArrayLike
 
 from treesurgeon.engine.errors import TreesurgeonError
 
+Canonical = Callable[[Array], Array]  # genome -> the one that stands for all of the same candidate
+Niche = Callable[[Array], Array]  # genome -> int[], what it competes with
+
 RETRIES = 4  # more rounds of mutation, each at twice the rate, for a child that is not new
 
 
 class EvolveError(TreesurgeonError, ValueError):
     """A population, a seed genome or a result that does not fit the search."""
+
+
+def itself(genome: Array) -> Array:
+    """Every genome is a candidate of its own."""
+    return genome
+
+
+def together(genome: Array) -> Array:
+    """All compete with all."""
+    return jnp.zeros((), genome.dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -105,8 +119,9 @@ def ask(
     crossover: float = 0.9,
     mutation: float | None = None,
     reset: float = 0.2,
+    canonical: Canonical = itself,
 ) -> Array:
-    """The genomes to evaluate next, `int32[P, G]`; the initial population itself in generation 0.
+    """The genomes to evaluate next, `int32[P, G]`; in generation 0 the initial population, without repeats.
 
     Args:
         state: where the search stands.
@@ -114,9 +129,11 @@ def ask(
         crossover: the share of children with two parents.
         mutation: the chance that a gene changes; 1 / G if None.
         reset: the share of changes that draw the gene afresh; the others move it by one level.
+        canonical: where several genomes are one candidate, the one by which that is known; a child is to be a new one.
     """
     parents = state.population.genomes
     size, genes = parents.shape
+    known, first = jax.vmap(canonical)(parents), state.generation == 0
     cards = jnp.asarray(cardinality, jnp.int32)
     rate = 1 / genes if mutation is None else mutation
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl="threefry2x32"), state.generation)
@@ -132,16 +149,26 @@ def ask(
         key, rate = now
         mutants = jax.vmap(mutate, (0, 0, None, None, None))(jax.random.split(key, size), children, cards, rate, reset)
         children = jnp.where(stale[:, None], mutants, children)
-        stale = _same(children, parents).any(1) | _later(_same(children, children))
+        new = jax.vmap(canonical)(children)
+        stale = (_same(new, known).any(1) & ~first) | _later(_same(new, new))
         return (children, stale), None
 
     rates = jnp.asarray(np.minimum(rate * 2.0 ** np.arange(1 + RETRIES), 1), jnp.float32)
     keys = jax.random.split(change, 1 + RETRIES)
-    (children, _), _ = jax.lax.scan(attempt, (children, jnp.ones(size, bool)), (keys, rates))
-    return jnp.where(state.generation == 0, parents, children)
+    stale = _later(_same(known, known)) | ~first
+    (children, _), _ = jax.lax.scan(attempt, (jnp.where(first, parents, children), stale), (keys, rates))
+    return children
 
 
-def tell(state: State, children: Array, objectives: ArrayLike, violation: ArrayLike) -> State:
+def tell(
+    state: State,
+    children: Array,
+    objectives: ArrayLike,
+    violation: ArrayLike,
+    *,
+    canonical: Canonical = itself,
+    niche: Niche = together,
+) -> State:
     """The state after the children were evaluated; one with an objective that is not a number is the worst.
 
     Args:
@@ -149,6 +176,8 @@ def tell(state: State, children: Array, objectives: ArrayLike, violation: ArrayL
         children: what `ask` returned.
         objectives: `float[P, M]`, all to be minimised.
         violation: `float[P]`, by how much a child breaks the constraints, summed; 0 or less is feasible.
+        canonical: as given to `ask`.
+        niche: of what meets the constraints, none beats one of another niche, and each has its own extremes.
     """
     values = jnp.asarray(objectives, jnp.float32)
     broken = jnp.asarray(violation, jnp.float32)
@@ -162,8 +191,8 @@ def tell(state: State, children: Array, objectives: ArrayLike, violation: ArrayL
     values = jnp.where(jnp.isnan(values).any(1, keepdims=True), jnp.inf, values)
     broken = jnp.where(jnp.isnan(broken), jnp.inf, jnp.maximum(broken, 0))
     told = Scored(jnp.asarray(children, jnp.int32), values, broken)
-    survivors, _ = select(_join(told, state.population), size)
-    elite, rank = select(_join(state.archive, told), len(state.archive.violation))
+    survivors, _ = select(_join(told, state.population), size, canonical, niche)
+    elite, rank = select(_join(state.archive, told), len(state.archive.violation), canonical, niche)
     return State(
         population=survivors,
         archive=_blank(elite, (rank > 0) | jnp.isinf(elite.violation)),
@@ -184,33 +213,40 @@ def front(state: State) -> Scored:
 
 
 def everyone(state: State) -> Scored:
-    """The archive's used rows and the population, each genome once, as numpy arrays; the front comes first."""
+    """The archive's used rows and the population as numpy arrays; the front comes first."""
     parts = front(state), jax.tree.map(np.asarray, state.population)
     pool = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
-    _, first = np.unique(pool.genomes, axis=0, return_index=True)
-    kept = np.sort(first[np.isfinite(pool.violation[first])])
-    return jax.tree.map(lambda leaf: leaf[kept], pool)
+    return jax.tree.map(lambda leaf: leaf[np.isfinite(pool.violation)], pool)
+
+
+def distinct(found: Scored, canonical: Canonical = itself) -> Scored:
+    """Every candidate once, by its canonical genome."""
+    found = replace(found, genomes=jax.vmap(canonical)(jnp.asarray(found.genomes)))
+    _, first = np.unique(np.asarray(found.genomes), axis=0, return_index=True)
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[np.sort(first)], found)
 
 
 # --- survival ---------------------------------------------------------------------------------------------
 
 
-def select(pool: Scored, count: int) -> tuple[Scored, Array]:
+def select(pool: Scored, count: int, canonical: Canonical = itself, niche: Niche = together) -> tuple[Scored, Array]:
     """The best `count` of a pool, best first, with their ranks: by front, then by crowding distance."""
-    rank = ranks(dominates(pool.objectives, pool.violation))
+    genomes, niches = jax.vmap(canonical)(pool.genomes), jax.vmap(niche)(pool.genomes)
+    rank = ranks(dominates(pool.objectives, pool.violation, niches))
     alike = _same(pool.objectives, pool.objectives) & (pool.violation[:, None] == pool.violation)
-    rank = jnp.where(_later(alike | _same(pool.genomes, pool.genomes)), len(rank), rank)
-    best = jnp.lexsort((-crowding(pool.objectives, rank), rank))[:count]
+    alike &= niches[:, None] == niches
+    rank = jnp.where(_later(alike | _same(genomes, genomes)), len(rank), rank)
+    best = jnp.lexsort((-crowding(pool.objectives, rank, niches), rank))[:count]
     return jax.tree.map(lambda leaf: leaf[best], pool), rank[best]
 
 
-def dominates(objectives: Array, violation: Array) -> Array:
+def dominates(objectives: Array, violation: Array, niches: Array) -> Array:
     """`bool[N, N]`: does the row's individual dominate the column's, constraints first (Deb's rule)?"""
     ours, theirs = objectives[:, None], objectives[None, :]
     better = (ours <= theirs).all(-1) & (ours < theirs).any(-1)
     v = jnp.maximum(violation, 0)
     feasible = (v[:, None] == 0) & (v[None, :] == 0)
-    return (v[:, None] < v[None, :]) | (feasible & better)
+    return (v[:, None] < v[None, :]) | (feasible & better & (niches[:, None] == niches))
 
 
 def ranks(dominated: Array) -> Array:
@@ -225,17 +261,17 @@ def ranks(dominated: Array) -> Array:
     return jax.lax.while_loop(lambda carry: (carry[0] < 0).any(), peel, start)[0]
 
 
-def crowding(objectives: Array, rank: Array) -> Array:
-    """`float32[N]`: the room around each individual within its front; inf at the ends of any objective."""
-    fronts = len(rank) + 1
+def crowding(objectives: Array, rank: Array, niches: Array) -> Array:
+    """`float32[N]`: the room around each within its front and niche; inf at the ends of any objective."""
 
     def along(values: Array) -> Array:
-        order = jnp.lexsort((values, rank))
-        v, r = values[order], rank[order]
-        change = r[1:] != r[:-1]
+        order = jnp.lexsort((values, niches, rank))
+        v, r, n = values[order], rank[order], niches[order]
+        change = (r[1:] != r[:-1]) | (n[1:] != n[:-1])
         end = jnp.append(True, change) | jnp.append(change, True)
-        low = jax.ops.segment_min(values, rank, fronts)[r]
-        high = jax.ops.segment_max(values, rank, fronts)[r]
+        part = jnp.cumsum(jnp.append(0, change))
+        low = jax.ops.segment_min(v, part, len(v))[part]
+        high = jax.ops.segment_max(v, part, len(v))[part]
         room = (jnp.append(v[1:], v[-1]) - jnp.append(v[0], v[:-1])) / (high - low)
         room = jnp.where(jnp.isfinite(room), room, 0)  # a front with no extent, or with infinities in it
         return jnp.zeros_like(values).at[order].set(jnp.where(end, jnp.inf, room))

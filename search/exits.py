@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from treesurgeon import engine
@@ -38,34 +39,75 @@ class Exit:
         point: see `engine.points`.
         linear: a linear head on what stands there, which scores candidates.
         deep: one with a hidden layer, where that is better on `search`.
+        groups, blocks: of the whole model, those that lie before it.
+        answers: what the model up to there, with the linear head, answers to the images that candidates are calibrated
+            on, `[N, K]`.
     """
 
     point: str
     linear: LinearHead
-    deep: HiddenHead | None = None
+    deep: HiddenHead | None
+    groups: frozenset[str]
+    blocks: frozenset[str]
+    answers: np.ndarray
 
     def subject(self, whole: Subject, deep: bool = False) -> Subject:
         """The model up to the point, with the linear head or the other one."""
         return truncated(whole, self.point, self.deep if deep and self.deep else self.linear)
 
 
-def restricted(plan: engine.Plan, graph: engine.Graph) -> engine.Plan:
-    """What a plan for the whole model says about a part of it; groups that other layers joined are left out."""
-    keep = {
-        name: kept
-        for name, kept in plan.keep.items()
-        if name in graph.groups and len(kept) < graph.groups[name].size and kept[-1] < graph.groups[name].size
-    }
-    return engine.Plan(keep, plan.drop & graph.blocks.keys())
+def make_exit(whole: Subject, short: Subject, linear: LinearHead, deep: HiddenHead | None, x: np.ndarray) -> Exit:
+    """An exit of the model.
+
+    Args:
+        whole: the model.
+        short: the model up to there with the linear head.
+        linear, deep: heads.
+        x: images that candidates are calibrated on, `[N, H, W, C]`.
+    """
+    groups, blocks = counterparts(whole.graph, short.graph)
+    answers = np.asarray(jax.jit(short.infer)(short.variables, x)) if len(x) else np.zeros((0, *linear.bias.shape))
+    linear, deep = jax.tree.map(np.asarray, (linear, deep))  # they may be sent elsewhere
+    return Exit(str(short.spec.at), linear, deep, frozenset(groups.values()), frozenset(blocks.values()), answers)
 
 
-def within(masks: Mapping[str, Any], graph: engine.Graph) -> dict[str, Any]:
+def counterparts(whole: engine.Graph, part: engine.Graph) -> tuple[dict[str, str], dict[str, str]]:
+    """For groups and blocks of a part of a model, what the whole calls them.
+
+    Names go by what else a module holds, so that a part has other ones at times; the parameters are the same. Groups
+    whose units other layers number anew are left out.
+    """
+
+    def places(group: engine.Group) -> list[Any]:
+        return [(member.path, member.axis, member.units.tobytes()) for member in group.members]
+
+    def identity(block: engine.Block) -> Any:
+        return block.kernels or block.leaves or block.name, block.turn, block.shape
+
+    there = {place: name for name, group in whole.groups.items() for place in places(group)}
+    groups = {}
+    for name, group in part.groups.items():
+        found = next((there[place] for place in places(group) if place in there), None)
+        if found is not None and whole.groups[found].size == group.size:
+            groups[name] = found
+    known = {identity(block): name for name, block in whole.blocks.items()}
+    blocks = {name: known[identity(block)] for name, block in part.blocks.items() if identity(block) in known}
+    return groups, blocks
+
+
+def restricted(plan: engine.Plan, whole: engine.Graph, part: engine.Graph) -> engine.Plan:
+    """What a plan for the whole model says about a part of it."""
+    groups, blocks = counterparts(whole, part)
+    sizes = {name: group.size for name, group in part.groups.items()}
+    keep = {name: plan.keep[of] for name, of in groups.items() if of in plan.keep and len(plan.keep[of]) < sizes[name]}
+    return engine.Plan(keep, frozenset(name for name, of in blocks.items() if of in plan.drop))
+
+
+def within(masks: Mapping[str, Any], whole: engine.Graph, part: engine.Graph) -> dict[str, Any]:
     """The same for masks, or stacks of masks."""
-    units, blocks = masks.get("units", {}), masks.get("blocks", {})
-    sizes = {name: group.size for name, group in graph.groups.items()}
     return {
-        "units": {name: mask for name, mask in units.items() if sizes.get(name) == mask.shape[-1]},
-        "blocks": {name: mask for name, mask in blocks.items() if name in graph.blocks},
+        kind: {name: masks[kind][of] for name, of in names.items() if of in masks.get(kind, {})}
+        for kind, names in zip(("units", "blocks"), counterparts(whole, part), strict=True)
     }
 
 
@@ -99,25 +141,21 @@ def ending(subject: Subject, exits: Sequence[Exit]) -> Callable[..., Array]:
     return answer
 
 
-def moved(
-    subject: Subject, exits: Sequence[Exit], variables: Any, masks: Mapping[str, Any], own: Any, x: Array
-) -> dict[str, Array]:
+def moved(subject: Subject, exits: Sequence[Exit], masks: Mapping[str, Any], own: Any, x: Array) -> dict[str, Array]:
     """A candidate's own heads, by `paths`.
 
     Args:
         subject: the dense model.
         exits: where candidates may end.
-        variables: the dense ones.
         masks: the candidate's, with `maps`.
         own: the candidate's variables.
-        x: images, `[N, H, W, C]`.
+        x: the images that the exits' `answers` are to, `[N, H, W, C]`.
     """
-    there = engine.features(subject.infer, subject.graph)(variables, x)
     _, here = engine.gated_features(subject.infer, subject.graph, finite=True)(own, without_gene(masks), x)
     out = {}
     for each in exits:
         z, kernel = here[each.point], each.linear.kernel
-        missing = (there[each.point] - z) @ kernel
+        missing = each.answers - each.linear.bias - z @ kernel
         centre, mean = z.mean(0), missing.mean(0)
         z = z - centre
         gram = z @ z.T  # of the images: there are fewer of them than features, or not many more

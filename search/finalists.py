@@ -59,12 +59,12 @@ def part(setting: Setting, pick: Pick) -> tuple[Subject, engine.Plan]:
     end = next(each for each in setting.exits if each.point == pick.at)
     if end.deep:
         subject = end.subject(setting.subject, deep=True)
-        plan = restricted(pick.plan, subject.graph)
+        plan = restricted(pick.plan, setting.subject.graph, subject.graph)
         cost = engine.cost(subject.graph, plan)._asdict()
         if met(setting.budget, cost):
             return subject, plan
     subject = end.subject(setting.subject)
-    return subject, restricted(pick.plan, subject.graph)
+    return subject, restricted(pick.plan, setting.subject.graph, subject.graph)
 
 
 def pick(
@@ -83,13 +83,14 @@ def pick(
     out = _pick_whole(setting, space, budget, genomes[ends == ""], objectives[ends == ""], say)
     for end, graph in zip(space.exits, budget.ends, strict=True):
         here = np.flatnonzero(ends == end)
-        plans = {i: restricted(space.to_plan(genomes[i]), graph) for i in here[np.argsort(objectives[here, 1])]}
+        best = here[np.argsort(objectives[here, 1], kind="stable")]
+        plans = {i: restricted(space.to_plan(genomes[i]), budget.graph, graph) for i in best}
         smaller = [genomes[i] for i, plan in plans.items() if plan.keep or plan.drop]
         if budget.measured:
             out += _within_measured(setting, space, budget, smaller, say, 1)
         else:
             out += [(genome, {}) for genome in smaller[:1]]
-    if budget.measured and len(genomes) and not out:
+    if budget.measured and len(genomes) and not out and not space.exits:  # else truncations may be within it
         raise RunError(
             f"none of the candidates on the front met the budget ({in_words(budget.measured)}) when measured: lower "
             f"the budget, so that the search looks further down, or measure on a quiet machine"
@@ -150,12 +151,16 @@ def picked_once(
         return chosen()
 
     def arrays() -> dict[str, np.ndarray]:
-        genomes, costs = zip(*chosen(), strict=True)
-        return {"genomes": np.stack(genomes)} | {name: np.array([c[name] for c in costs]) for name in budget.measured}
+        found = chosen()
+        count = {"count": np.array(len(found))}
+        found = found or [(space.dense_genome(), dict.fromkeys(budget.measured, 0.0))]  # nothing cannot be saved
+        genomes, costs = zip(*found, strict=True)
+        measured = {name: np.array([cost[name] for cost in costs]) for name in budget.measured}
+        return {"genomes": np.stack(genomes)} | count | measured
 
     kept = states.arrays("picked", arrays)
-    costs = [{name: float(kept[name][i]) for name in budget.measured} for i in range(len(kept["genomes"]))]
-    return list(zip(kept["genomes"], costs, strict=True))
+    costs = [{name: float(kept[name][i]) for name in budget.measured} for i in range(int(kept["count"]))]
+    return list(zip(kept["genomes"], costs, strict=False))
 
 
 def _within_measured(

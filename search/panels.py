@@ -196,7 +196,8 @@ def _groups(run: Run) -> list[tuple[str, int, int, bool]]:
     for row in run.tables["groups"]:
         name, size = row["group"], int(row["size"])
         struck = bool(gone & set(numbers(row["blocks"]))) or (left is not None and name not in left["groups"])
-        out.append((name, size, 0 if struck else len(plan["keep"].get(name, range(size))), struck))
+        here = name if struck or left is None else left["groups"][name]
+        out.append((name, size, 0 if struck else len(plan["keep"].get(here, range(size))), struck))
     return out
 
 
@@ -204,8 +205,8 @@ def _gone(run: Run) -> set[int]:
     """The blocks that the selected model lacks, as rows of blocks.csv."""
     plan, left = run.manifest["plan"], run.manifest.get("left")
     names = [row["block"] for row in run.tables["blocks"]]
-    there = set(names if left is None else left["blocks"]) - set(plan["drop"])
-    return {i for i, name in enumerate(names) if name not in there}
+    there = dict(zip(names, names, strict=True)) if left is None else left["blocks"]
+    return {i for i, name in enumerate(names) if there.get(name) in (None, *plan["drop"])}
 
 
 def network(run: Run) -> Chart:

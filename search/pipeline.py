@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -362,7 +362,6 @@ def search(
         jax.random.key(config.seed),
         space.cardinality,
         population=config.population,
-        objectives=4 if space.exits else 2,
         seeds=starting_points(config, space, budget, path, near, costs_of)[: config.population],
     )
     references = racing.References.empty(config.population, evaluator.count)
@@ -370,13 +369,16 @@ def search(
     state, references = progress.state, progress.references
     if int(state.generation):
         say(f"resumed after generation {int(state.generation)} of {config.generations}")
-    ask, tell = jax.jit(evolve.ask), jax.jit(evolve.tell)
+    ask = jax.jit(partial(evolve.ask, canonical=space.canonical))
+    tell = jax.jit(partial(evolve.tell, canonical=space.canonical, niche=space.niche))
+    canonical = jax.jit(jax.vmap(space.canonical))
     while int(state.generation) < config.generations:
         start = time.perf_counter()
         done = int(state.generation)
         children = ask(state, space.cardinality)
         hosts.agree("candidates", {"generation": done, "genomes": np.asarray(children).tolist()})
-        masks, costs = masks_and_costs(children)
+        genes = np.asarray(canonical(children))
+        masks, costs = masks_and_costs(genes)
         costs = {name: np.asarray(values) for name, values in costs.items()}
         violation = budget.over(costs)
         # Well below the budget smaller is no longer better, so that the search stays where the answer is.
@@ -390,14 +392,10 @@ def search(
             loss[within] = racing.estimates(losses, references)
             error[within] = wrong.sum(1, where=~np.isnan(losses)) / np.maximum((~np.isnan(losses)).sum(1), 1)
             references, scored = references.joined(size[within], losses), int((~np.isnan(losses)).sum())
-        # Before any fine-tuning a short network is ahead of a deep one: none beats one that ends elsewhere.
-        end = np.asarray(children)[:, -1]
-        apart = [end, -end] if space.exits else []
-        state = tell(state, children, np.stack([size, loss, *apart], 1), violation)
-        genes = np.asarray(children)
+        state = tell(state, children, np.stack([size, loss], 1), violation)
         seen = {"genome": genes[:, : len(whole.cardinality)], "up_to": [space.end(each) for each in genes]}
         seen |= {"loss": loss, "error": error, "violation": violation, **costs}
-        seen["kept"] = kept_units(space, masks, budget.ends)
+        seen["kept"] = kept_units(space, masks)
         seen.pop("size")
         rows = [{name: values[i] for name, values in seen.items()} for i in range(config.population)]
         hosts.together(
@@ -410,23 +408,17 @@ def search(
         say(Generation(front, done + 1, total, measure, took, config.population, scored))
     if evaluator.compiled > 2:
         raise RunError(f"the search compiled {evaluator.compiled} programs instead of 2: please report this")
-    return evolve.everyone(state) if budget.limits else evolve.front(state)
+    return evolve.distinct(evolve.everyone(state) if budget.limits else evolve.front(state), space.canonical)
 
 
-def kept_units(space: Space, masks: Any, ends: Sequence[engine.Graph]) -> np.ndarray:
-    """Units that candidates keep of every group, `int[candidates, groups]`, from their stacked masks.
-
-    Args:
-        space: what candidates are of.
-        masks: theirs.
-        ends: graphs of the model up to the points at which they may end.
-    """
+def kept_units(space: Space, masks: Any) -> np.ndarray:
+    """Units that candidates keep of every group, `int[candidates, groups]`, from their stacked masks."""
     count = len(next(iter([*masks["units"].values(), *masks["blocks"].values()])))
     units = {group: np.asarray(mask).sum(-1) for group, mask in masks["units"].items()}
     kept = [units.get(group, np.full(count, size)) for group, size in space.sizes.items()]
     found = np.array(kept, int).reshape(-1, count).T
-    if ends:
-        there = [[True] * len(space.sizes), *([name in end.groups for name in space.sizes] for end in ends)]
+    if space.exits:
+        there = [[True] * len(space.sizes), *([name in groups for name in space.sizes] for groups, _ in space.before)]
         found *= np.array(there)[np.asarray(masks["exit"])]
     return found
 

@@ -80,7 +80,8 @@ def make_scorer(
 
 def with_ends(setting: Setting, space: Space) -> Space:
     """The space of the whole depth, and of candidates that end at one of the exits."""
-    return replace(space, exits=tuple(each.point for each in setting.exits))
+    before = tuple((each.groups, each.blocks) for each in setting.exits)
+    return replace(space, exits=tuple(each.point for each in setting.exits), before=before)
 
 
 def make_evaluator(setting: Setting, space: Space, layout: Layout | None = None, chunk: int | None = None) -> Evaluator:

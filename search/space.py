@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.typing import ArrayLike
 
 from treesurgeon import engine
@@ -45,6 +46,7 @@ class Space:
     ranks: Mapping[str, np.ndarray]  # searched group -> int32[size], 0 = the best unit
     ties: Ties | None
     exits: tuple[str, ...] = ()  # points at which candidates may end, from value 1 of the last gene on
+    before: tuple[tuple[frozenset[str], frozenset[str]], ...] = ()  # groups and blocks that lie before each of these
 
     @property
     def cardinality(self) -> np.ndarray:
@@ -91,6 +93,19 @@ class Space:
     def stacked(self, genomes: np.ndarray) -> dict[str, Any]:
         """The masks of many genomes, `int[K, G]`, as arrays of the host with a leading axis."""
         return jax.tree.map(np.asarray, _decoded(self, genomes))
+
+    def canonical(self, genome: Array) -> Array:
+        """The genome that stands for the same candidate: what lies behind its end is as in the dense model."""
+        if not self.exits:
+            return genome
+        acts = [[True] * len(genome)]
+        for groups, blocks in self.before:
+            acts.append([*(name in groups for name in self.groups), *(name in blocks for name in self.blocks), True])
+        return jnp.where(jnp.asarray(acts)[genome[-1]], genome, self.dense_genome())
+
+    def niche(self, genome: Array) -> Array:
+        """What a candidate competes with: before any fine-tuning a short network is ahead of a deep one."""
+        return genome[-1] if self.exits else jnp.int32(0)
 
     def end(self, genome: ArrayLike) -> str:
         """The point at which a genome ends; empty for the whole depth."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from itertools import zip_longest
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +105,9 @@ def starting_points(
     ended = []
     for end in range(1, len(space.exits) + 1):
         way, close = (np.concatenate([each[:, :-1], np.full((len(each), 1), end)], 1) for each in (path, near))
-        ended += [*fitting(way)[:2], *fitting(close)[:1]]
+        ended.append([*fitting(way)[:2], *fitting(close)[:1]])
+    ended = [each for few in zip_longest(*ended) for each in few if each is not None]  # the first of each exit first
     every = [*chosen[:half], *ended, *chosen[half:], *fitting(space.seeds())]
-    return np.array(list(dict.fromkeys(map(tuple, every))), np.int32)
+    rows = np.array(every, np.int32)
+    _, first = np.unique(np.asarray(jax.vmap(space.canonical)(jnp.asarray(rows))), axis=0, return_index=True)
+    return rows[np.sort(first)]

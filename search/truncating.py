@@ -15,13 +15,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import jax
 import numpy as np
 
 from treesurgeon import engine
 from treesurgeon.search import hosts
 from treesurgeon.search.budget import Budget, example, met
-from treesurgeon.search.exits import Exit, restricted
+from treesurgeon.search.exits import Exit, make_exit, restricted
 from treesurgeon.search.finalists import Pick, fine_tuned, variant
 from treesurgeon.search.latency import profile
 from treesurgeon.search.setting import Setting
@@ -58,7 +57,7 @@ def least(setting: Setting, smallest: engine.Plan) -> list[dict[str, Any]]:
 def least_at(setting: Setting, point: str, smallest: engine.Plan) -> dict[str, Any]:
     """What the smallest variant that ends at a point costs, with a linear head there."""
     graph = blank(setting.subject, point, setting.subject.num_classes).graph
-    return engine.cost(graph, restricted(smallest, graph))._asdict()
+    return engine.cost(graph, restricted(smallest, setting.subject.graph, graph))._asdict()
 
 
 def find_exits(setting: Setting, smallest: engine.Plan, states: States, say: Callable[[str], None]) -> tuple[Exit, ...]:
@@ -96,8 +95,8 @@ def find_exits(setting: Setting, smallest: engine.Plan, states: States, say: Cal
     given = setting.roles, images, config.head_widths, config.seed, setting.subject.num_classes
     out = []
     for cut in chosen:
-        _, linear, deep = shortened(setting.subject, cut.point, *given)
-        out.append(Exit(cut.point, *jax.tree.map(np.asarray, (linear, deep))))  # they may be sent elsewhere
+        short, linear, deep = shortened(setting.subject, cut.point, *given)
+        out.append(make_exit(setting.subject, short, linear, deep, setting.calibration(config.calibration_images)))
         if deep:
             say(f"{cut.point}: a head with {deep.width} hidden units is better on search than a linear one")
     return tuple(out)

@@ -1,5 +1,7 @@
 """NSGA-II against slow oracles, an exact Pareto front, and itself interrupted."""
 
+from functools import partial
+
 import hypothesis.extra.numpy as hnp
 import jax
 import jax.numpy as jnp
@@ -60,17 +62,21 @@ def identical(a, b):
 # --- the sorting, against O(N^3) Python -------------------------------------------------------------------
 
 
-def better(a, b, va, vb):
+def better(a, b, va, vb, na=0, nb=0):
     if va > 0 or vb > 0:
         return va < vb
-    return all(x <= y for x, y in zip(a, b, strict=True)) and any(x < y for x, y in zip(a, b, strict=True))
+    return na == nb and all(x <= y for x, y in zip(a, b, strict=True)) and any(x < y for x, y in zip(a, b, strict=True))
 
 
-def slow_ranks(objectives, violation):
+def slow_ranks(objectives, violation, niches):
     left, rank, level = set(range(len(objectives))), [0] * len(objectives), 0
     while left:
         front = {
-            j for j in left if not any(better(objectives[i], objectives[j], violation[i], violation[j]) for i in left)
+            j
+            for j in left
+            if not any(
+                better(objectives[i], objectives[j], violation[i], violation[j], niches[i], niches[j]) for i in left
+            )
         }
         for j in front:
             rank[j] = level
@@ -78,11 +84,11 @@ def slow_ranks(objectives, violation):
     return rank
 
 
-def slow_crowding(objectives, rank):
-    """As Deb's pseudocode has it."""
+def slow_crowding(objectives, rank, niches):
+    """As Deb's pseudocode has it, for every niche by itself."""
     out = [0.0] * len(rank)
-    for level in set(rank):
-        members = [i for i in range(len(rank)) if rank[i] == level]
+    for level, niche in set(zip(rank, niches, strict=True)):
+        members = [i for i in range(len(rank)) if rank[i] == level and niches[i] == niche]
         for m in range(objectives.shape[1]):
             members.sort(key=lambda i: (objectives[i, m], i))
             low, high = objectives[members[0], m], objectives[members[-1], m]
@@ -96,27 +102,60 @@ def slow_crowding(objectives, rank):
 scored = st.tuples(
     hnp.arrays(np.float32, (12, 2), elements=st.integers(0, 5).map(float)),
     hnp.arrays(np.float32, 12, elements=st.sampled_from([0.0, 0.0, 0.0, 1.0, 2.5])),
+    hnp.arrays(np.int32, 12, elements=st.integers(0, 2)) | st.just(np.zeros(12, np.int32)),
 )
 
 
 @settings(deadline=None, max_examples=40)
 @given(scored)
 def test_ranks_and_crowding_equal_the_slow_oracle(drawn):
-    objectives, violation = drawn
-    rank = jax.jit(evolve.ranks)(jax.jit(evolve.dominates)(objectives, violation))
-    assert rank.tolist() == slow_ranks(objectives, violation)
-    room = jax.jit(evolve.crowding)(objectives, rank)
-    np.testing.assert_allclose(room, slow_crowding(objectives, rank.tolist()), rtol=1e-6)
+    objectives, violation, niches = drawn
+    rank = jax.jit(evolve.ranks)(jax.jit(evolve.dominates)(objectives, violation, niches))
+    assert rank.tolist() == slow_ranks(objectives, violation, niches)
+    room = jax.jit(evolve.crowding)(objectives, rank, niches)
+    np.testing.assert_allclose(room, slow_crowding(objectives, rank.tolist(), niches.tolist()), rtol=1e-6)
 
 
 def test_crowding_is_finite_or_inf_where_objectives_are_infinite():
     objectives = jnp.asarray([[0.0, jnp.inf], [1.0, 2.0], [jnp.inf, jnp.inf], [0.5, 3.0]])
-    assert not jnp.isnan(evolve.crowding(objectives, jnp.zeros(4, jnp.int32))).any()
+    assert not jnp.isnan(evolve.crowding(objectives, *jnp.zeros((2, 4), jnp.int32))).any()
 
 
 def test_a_feasible_individual_dominates_a_better_one_that_is_not():
-    dominates = evolve.dominates(jnp.asarray([[9.0, 9.0], [1.0, 1.0], [0.0, 0.0]]), jnp.asarray([0.0, 0.5, 2.0]))
+    values = jnp.asarray([[9.0, 9.0], [1.0, 1.0], [0.0, 0.0]])
+    dominates = evolve.dominates(values, jnp.asarray([0.0, 0.5, 2.0]), jnp.zeros(3, jnp.int32))
     assert dominates.tolist() == [[False, True, True], [False, False, True], [False, False, False]]
+
+
+def test_what_several_genomes_stand_for_is_tried_once():
+    """Here the last three genes mean nothing while the first is 0."""
+
+    def canonical(genome):
+        return jnp.where((genome[0] == 0) & (jnp.arange(len(CARDS)) > 4), 0, genome)
+
+    alike = np.zeros((8, len(CARDS)), np.int32)
+    alike[:, 5:] = [[i // 4, i // 2 % 2, i % 2] for i in range(8)]
+    state = start(seeds=alike, population=8)
+    told = evolve.tell(state, alike, *evaluate(alike), canonical=canonical)
+    assert len(evolve.front(told).genomes) == 1
+    found = evolve.distinct(evolve.everyone(told), canonical)
+    assert found.genomes.tolist() == [[0] * len(CARDS)]
+    children = [tuple(row) for row in np.asarray(jax.vmap(canonical)(evolve.ask(told, CARDS, canonical=canonical)))]
+    assert len(set(children)) == len(children)
+    assert (0,) * len(CARDS) not in children
+
+
+def test_none_beats_one_of_another_niche():
+    """The first gene is the niche; the second objective goes by it alone."""
+    state = start()
+    apart = jax.jit(partial(evolve.tell, niche=lambda genome: genome[0]))
+    for _ in range(4):
+        children = ask(state)
+        values, _ = evaluate(children)
+        state = apart(state, children, jnp.stack([values[:, 0], children[:, 0].astype(jnp.float32)], 1), np.zeros(16))
+    found = evolve.front(state)
+    assert set(found.genomes[:, 0].tolist()) == set(range(CARDS[0]))
+    assert len(found.genomes) == CARDS[0]  # the smallest of each
 
 
 def test_clones_come_last_and_the_first_of_them_is_kept():
@@ -303,6 +342,6 @@ def test_everyone_is_the_front_and_then_the_population_each_once():
         key=np.zeros(2, np.uint32),
         generation=np.int32(1),
     )
-    found = evolve.everyone(state)
+    found = evolve.distinct(evolve.everyone(state))
     assert found.genomes.tolist() == [[0], [1], [3]]
     assert found.objectives.tolist() == [[0.5, 2], [1, 1], [2, 3]]

@@ -9,6 +9,7 @@ from subjects import MODELS, subject
 
 from treesurgeon import engine
 from treesurgeon.engine import Plan, PlanError, StructureError
+from treesurgeon.search.exits import counterparts, restricted, within
 
 RNG = np.random.default_rng(0)
 
@@ -288,11 +289,28 @@ def test_under_masks_points_hold_what_the_narrowed_part_returns(name):
             short = engine.Shortened(module, point, 3, args[0])
             given = short.with_head(short.take(params), kernel, np.zeros(3, np.float32))
             part = engine.trace(short.apply, given, args[0])
-            sizes = {group: graph.groups[group].size for group in part.groups.keys() & graph.groups.keys()}
-            if sizes != {group: part.groups[group].size for group in part.groups}:
-                continue  # a later layer joined what are several groups here
-            mine = Plan({group: closed[group] for group in part.groups}, plan.drop & part.blocks.keys())
+            if len(counterparts(graph, part)[0]) < len(part.groups):
+                continue  # a later layer numbers their units anew
+            mine = restricted(Plan(closed, plan.drop), graph, part)
             small = engine.narrow(short.apply, part, mine)(engine.cut(given, part, mine), *args)
             np.testing.assert_allclose(table[point] @ kernel, small, rtol=1e-3, atol=1e-4)
             compared += 1
     assert compared > 1
+
+
+@pytest.mark.parametrize(("name", "at"), [("vit", "layer0/attention+norm1"), ("mixer", "layer0/tokens")])
+def test_a_block_is_known_again_where_the_model_ends_behind_it(name, at):
+    """The rest of its module is cut off, so that it has another name there."""
+    module, fn, graph, params, args = opened(name)
+    _, table = jax.jit(engine.gated_features(fn, graph))(params, graph.masks(Plan(drop={at})), *args)
+    kernel = rows(table[at].shape[1], 3)
+    short = engine.Shortened(module, at, 3, args[0])
+    given = short.with_head(short.take(params), kernel, np.zeros(3, np.float32))
+    part = engine.trace(short.apply, given, args[0])
+    mine = restricted(Plan(drop={at}), graph, part)
+    assert len(mine.drop) == 1
+    assert at not in part.blocks
+    small = engine.narrow(short.apply, part, mine)(engine.cut(given, part, mine), *args)
+    np.testing.assert_allclose(table[at] @ kernel, small, rtol=1e-3, atol=1e-4)
+    masks = within(graph.masks(Plan(drop={at})), graph, part)
+    assert engine.cost(part, masks)._asdict() == engine.cost(part, mine)._asdict()
