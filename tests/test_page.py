@@ -21,7 +21,7 @@ from treesurgeon.search.cli import main
 from treesurgeon.search.config import RunError
 from treesurgeon.search.metrics import METRICS
 from treesurgeon.search.page import write_page
-from treesurgeon.search.panels import AXES, overfitting
+from treesurgeon.search.panels import AXES, before_and_after, overfitting
 from treesurgeon.search.records import TABLES, open_run
 
 VOID = {"meta", "link", "br", "img", "input", "hr", "wbr"}
@@ -468,3 +468,20 @@ def test_the_page_fits_and_runs_nothing_foreign(tmp_path, tmp_path_factory):
             assert paper == ("rgb(13, 17, 23)" if dark else "rgb(255, 255, 255)")
         assert {*page.requests} == {path.absolute().as_uri()}
         assert page.errors == []
+
+
+def test_a_model_that_is_cut_in_depth_and_calls_what_is_left_otherwise(tmp_path):
+    make_run(tmp_path, groups=3, blocks=3)
+    path = tmp_path / "selected/manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["plan"] = {"keep": {"another": [0, 1]}, "drop": ["block"]}
+    groups = {"layer0/conv": "layer0/conv", "layer1/conv": "another"}
+    manifest["left"] = {"at": "layer1", "groups": groups, "blocks": {"layer0": "block", "layer1": "layer1"}}
+    path.write_text(json.dumps(manifest))
+    text = re.sub(r"<[^>]*>", " ", before_and_after(open_run(tmp_path)))
+    said = " ".join(text.split())
+    assert "layer1 is the last that it computes before its head" in said
+    assert "layer0/conv 16 of 16" in said
+    assert re.search(r"layer1/conv 2 of \d+", said)
+    assert "layer2/conv dropped" in said
+    assert "2 of 3 are layer0 dropped layer1 layer2 dropped" in said
