@@ -229,7 +229,7 @@ def test_what_needs_no_labels_is_fitted_to_them(tmp_path):
     assert np.array_equal(setting.calibration(10), train[:10])
     assert np.array_equal(setting.calibration(100), np.concatenate([train, setting.unlabelled.images[-20:]]))
     assert len(setting.calibration(1000)) == 380
-    assert setting.recipe.steps == 5  # 80 images, 16 a batch
+    assert setting.recipe.steps == 10  # 300 images, 32 a batch
     assert setting.recipe.epochs == 0
     assert weight(setting) == 300 / 380
     assert weight(prepare(replace(config, unlabelled_weight=0.25))) == 0.25
@@ -322,9 +322,11 @@ def test_the_best_epoch_is_by_search_and_those_held_out(tmp_path):
 
 def test_the_baselines_take_as_many_steps(tmp_path):
     setting = prepare(with_more(tmp_path, epochs=3))
-    assert (len(setting.roles.train), setting.recipe.batch_size, setting.recipe.steps) == (80, 16, 5)
+    assert (len(setting.roles.train), setting.recipe.batch_size, setting.recipe.steps) == (80, 16, 10)
+    even = replace(setting, recipe=replace(setting.recipe, steps=5))
     more = replace(setting, recipe=replace(setting.recipe, steps=12, patience=2))
-    assert setting.labelled == replace(setting.recipe, steps=None)
+    assert even.labelled == replace(setting.recipe, steps=None)
+    assert setting.labelled == replace(setting.recipe, steps=None, epochs=6)
     assert more.labelled == replace(setting.recipe, steps=None, epochs=8, patience=5)  # 36 steps and 24, five an epoch
 
 
