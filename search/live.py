@@ -60,13 +60,18 @@ class Generation(str):
         text += f"{left:4.0f} s left  "
         if found:
             size, loss = min(found, key=lambda member: member[1])
-            text += f"front {len(found):>3}, best loss {loss:.4f} at {size:.0%} of dense's {measure}"
+            text += f"front {len(found):>3}, best loss {loss:.4f} at {share(size)} of dense's {measure}"
         else:
             text += "nothing within the budget yet"
         self = super().__new__(cls, text)
         self.done, self.total, self.left, self.measure, self.front = done, total, left, measure, tuple(found)
         self.candidates, self.images = candidates / took, images / took
         return self
+
+
+def share(size: float) -> str:
+    """In per cent, with a decimal where there are few."""
+    return f"{size:.0%}" if size > 0.095 else f"{size:.1%}"
 
 
 class View:
@@ -124,9 +129,9 @@ def _front(at: Generation) -> list[Text]:
         return [Text("nothing within the budget yet")]
     size, loss = min(at.front, key=lambda member: member[1])
     spread = np.unique(np.linspace(0, len(at.front) - 1, SHOWN).round().astype(int))
-    members = "   ".join(f"{at.front[i][0]:.0%} {at.front[i][1]:.4f}" for i in spread)
+    members = "   ".join(f"{share(at.front[i][0])} {at.front[i][1]:.4f}" for i in spread)
     return [
-        Text(f"best loss {loss:.4f} at {size:.0%} of dense's {at.measure}", style="bold green"),
+        Text(f"best loss {loss:.4f} at {share(size)} of dense's {at.measure}", style="bold green"),
         Text(f"front of {len(at.front)}, size and loss: {members}"),
     ]
 

@@ -30,6 +30,8 @@ def test_a_generation_is_a_line():
         "generation   1/4    3.0 candidates/s   1,500 images/s     6 s left  "
         "front   3, best loss 0.3000 at 75% of dense's params"
     )
+    small = Scored(FRONT.genomes, FRONT.objectives * np.array([0.01, 1], np.float32), FRONT.violation)
+    assert generation(4, small).endswith("best loss 0.3000 at 0.7% of dense's params")
     nothing = Scored(FRONT.genomes, FRONT.objectives, np.ones(4, np.float32))
     assert generation(4, nothing).endswith("0 s left  nothing within the budget yet")
 
