@@ -58,7 +58,8 @@ POINTS = {
          "layer3_1": ("layer3_1", None), "before linear": ("layer3_2", None)},
     ),
     "vgg11": (
-        ["before conv3", "conv3", "before conv4", "conv4", "conv5", "before conv7", "conv7", "before dense1", "dense1"],
+        ["before conv3", "conv3", "before conv4", "conv4", "conv5", "before conv7", "conv7", "before dense0",
+         "before dense1", "dense1"],
         {"conv3": ("bn3", relu), "conv5": ("bn5", relu), "before dense1": ("dense0", relu), "dense1": ("dense1", relu)},
     ),
     "vit": (
@@ -73,7 +74,7 @@ POINTS = {
     ),
     "bert": (
         ["before layer0/attention", "layer0/attention", "layer0/mlp", "layer1/attention", "layer1/mlp",
-         "before linear"],
+         "before pooler", "before linear"],
         {"before layer0/attention": ("norm", None), "layer0/attention": ("layer0/norm1", None),
          "layer0/mlp": ("layer0", None), "layer1/mlp": ("layer1", None), "before linear": ("pooler", np.tanh)},
     ),
