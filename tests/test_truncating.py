@@ -16,7 +16,7 @@ from orbax.checkpoint import v1 as ocp
 from treesurgeon import engine, models
 from treesurgeon.engine.shortened import HEAD
 from treesurgeon.models import presets
-from treesurgeon.search import Config, RunError, contenders, depth, hidden, run, truncating
+from treesurgeon.search import Config, RunError, contenders, depth, finalists, hidden, run, truncating
 from treesurgeon.search.budget import Budget, make_budget
 from treesurgeon.search.evolve import Scored
 from treesurgeon.search.exits import ending, make_exit, moved, paths, restricted
@@ -243,6 +243,17 @@ def test_finalists_are_picked_of_every_end(setting, exits):
     found = [genome for genome, _ in pick(setting, space, budget, front, lambda line: None)]
     np.testing.assert_array_equal(found, genomes[[0, 1, 3]])
     assert len(pick(setting, space, budget, Scored(genomes[4:], front.objectives[4:], np.zeros(1)), print)) == 0
+
+
+def test_where_nothing_meets_a_measured_budget_a_resumed_run_knows_it(setting, exits, tmp_path, monkeypatch):
+    setting, space = ended(setting, exits)
+    budget = Budget(setting.subject.graph, {"latency": 1.0}, {}, {"latency": np.zeros(1)})
+    halves = space.encode({name: size // 2 for name, size in space.sizes.items()})[None]
+    given = setting, space, budget, Scored(halves, np.ones((1, 2)), np.zeros(1)), States(tmp_path / "state"), print
+    monkeypatch.setattr(finalists, "pick", lambda *_: [])  # truncations may be within it
+    assert finalists.picked_once(*given) == []
+    monkeypatch.setattr(finalists, "pick", None)
+    assert finalists.picked_once(*given) == []
 
 
 def test_a_search_starts_at_every_exit(setting, exits):
