@@ -189,7 +189,8 @@ def _within_measured(
         say(f"measured {found.latency:.2f} ms and {found.memory / 2**20:.1f} MB, within the budget ({wanted})")
     if failed:
         least = in_words({name: min(getattr(found, name) for _, found in failed) for name in budget.measured})
-        say(f"{len(failed)} candidates were within the budget as predicted, and not as measured: {least} at least")
+        tried = len(failed) + len(passed)
+        say(f"{len(failed)} of {tried} candidates were not within the budget as measured: {least} at least")
     return [(genome, {name: getattr(found, name) for name in budget.measured}) for genome, found in passed]
 
 

@@ -21,6 +21,7 @@ from treesurgeon.search.budget import Budget, make_budget
 from treesurgeon.search.evolve import Scored
 from treesurgeon.search.exits import ending, make_exit, moved, paths, restricted
 from treesurgeon.search.finalists import Pick, part, pick, picked, variant
+from treesurgeon.search.latency import Profile
 from treesurgeon.search.pipeline import build_space, opened, smallest
 from treesurgeon.search.scoring import make_evaluator, with_ends
 from treesurgeon.search.setting import prepare
@@ -209,19 +210,44 @@ def test_candidates_that_end_early_are_scored_and_cost_as_what_they_become(setti
         assert np.isfinite(losses[i]).all()
 
 
-def test_heads_move_towards_what_they_answer_to_the_dense_model(setting, exits):
+def test_costs_beyond_int32_where_a_part_has_nothing_to_prune():
+    def fn(p, x):
+        return jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"]
+
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, "float32")
+    leaves = {"a": shape(3000, 1000), "b": shape(1000, 40), "c": shape(40, 3)}
+    x = shape(1000, 3000)
+    graph = engine.trace(fn, leaves, x)
+    end = engine.trace(lambda p, x: x @ p["a"], {"a": leaves["a"]}, x)
+    assert not end.groups
+    units = jax.tree.map(lambda mask: np.stack([mask, mask]), graph.masks(engine.Plan())["units"])
+    masks = {"units": units, "blocks": {}, "exit": np.int32([0, 1])}
+    found = jax.jit(Budget(graph, {}, {}, {}, [end]).costs)(masks)
+    exact = [engine.cost(each, engine.Plan()).macs for each in (graph, end)]
+    assert exact[1] == 3 * 10**9
+    np.testing.assert_allclose(np.asarray(found["macs"], float), exact, rtol=1e-6)
+
+
+@pytest.mark.parametrize("reestimated", [False, True])
+def test_heads_move_towards_what_they_answer_to_the_dense_model(setting, exits, reestimated):
+    """The target stays where it is, whatever statistics candidates have."""
     setting, space = ended(setting, exits)
     subject, x = setting.subject, jnp.asarray(setting.roles.train.images)
+    own = subject.variables
+    if reestimated:
+        own = jax.jit(engine.reestimate(subject.train, subject.momenta))(own, x, jax.random.key(0))
     genome = space.encode({name: size // 2 for name, size in space.sizes.items()})
     masks = jax.tree.map(lambda leaf: leaf[0], space.stacked(genome[None]))
-    heads = jax.jit(partial(moved, subject, exits))({**masks, "maps": {}}, subject.variables, x)
+    heads = jax.jit(partial(moved, subject, exits))({**masks, "maps": {}}, own, x)
     test = setting.roles.test.images
     for i, end in enumerate(exits, 1):
         want = engine.features(subject.infer, subject.graph)(subject.variables, test)[end.point] @ end.linear.kernel
         here = {**masks, "exit": np.int32(i)}
-        answers = [ending(subject, exits)(subject.variables, here, own, test) for own in ({}, heads)]
+        answers = [ending(subject, exits)(own, here, given, test) for given in ({}, heads)]
         off = [np.abs(answer - end.linear.bias - want).mean() for answer in answers]
         assert off[1] < 0.5 * off[0]
+    if reestimated:
+        return
     dense = jax.tree.map(lambda leaf: leaf[0], space.stacked(space.dense_genome()[None]))
     same = moved(subject, exits, {**dense, "maps": {}}, subject.variables, x)
     for end in exits:
@@ -243,6 +269,32 @@ def test_finalists_are_picked_of_every_end(setting, exits):
     found = [genome for genome, _ in pick(setting, space, budget, front, lambda line: None)]
     np.testing.assert_array_equal(found, genomes[[0, 1, 3]])
     assert len(pick(setting, space, budget, Scored(genomes[4:], front.objectives[4:], np.zeros(1)), print)) == 0
+
+
+def test_an_early_end_meets_a_measured_budget_where_the_whole_depth_does_not(setting, exits, monkeypatch):
+    setting, space = ended(replace(setting, config=replace(setting.config, finalists=1)), exits)
+    ends = [each.subject(setting.subject).graph for each in exits]
+    budget = Budget(setting.subject.graph, {"latency": 2.0}, {"latency": 9.0}, {"latency": np.zeros(1)}, ends)
+    halves = space.encode({name: size // 2 for name, size in space.sizes.items()})
+    genomes = np.array([halves] * 4)
+    genomes[:, -1] = 0, 1, 2, 2
+    front = Scored(genomes, np.stack([np.ones(4), np.array([0.1, 0.2, 0.4, 0.3])], 1), np.zeros(4))
+    ms = {"": 8.0, exits[0].point: 4.0, exits[1].point: 1.5}
+
+    def profile(infer, *_):
+        model = infer.__self__
+        return Profile(ms["" if model is setting.subject else model.spec.at], 1)
+
+    monkeypatch.setattr(finalists, "profile_plan", profile)
+    said = []
+    ((genome, measured),) = pick(setting, space, budget, front, said.append)
+    np.testing.assert_array_equal(genome, genomes[3])
+    assert measured == {"latency": 1.5}
+    failed = "1 of 1 candidates were not within the budget as measured: latency {} at least"
+    assert said[:2] == [failed.format(8), failed.format(4)]
+    front, space = Scored(genomes[:1, :-1], front.objectives[:1], np.zeros(1)), replace(space, exits=())
+    with pytest.raises(RunError, match=r"none of the candidates .* met the budget \(latency 2\) when measured"):
+        pick(setting, space, replace(budget, ends=()), front, said.append)
 
 
 def test_where_nothing_meets_a_measured_budget_a_resumed_run_knows_it(setting, exits, tmp_path, monkeypatch):

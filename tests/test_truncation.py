@@ -277,7 +277,6 @@ def test_under_masks_points_hold_what_the_narrowed_part_returns(name):
     module, fn, graph, params, args = opened(name)
     both = jax.jit(engine.gated_features(fn, graph))
     every = engine.points(fn, graph, *args)
-    compared = 0
     for seed in range(2):
         plan = random_plan(graph, seed)
         masks = graph.masks(plan)
@@ -290,13 +289,10 @@ def test_under_masks_points_hold_what_the_narrowed_part_returns(name):
             short = engine.Shortened(module, point, 3, args[0])
             given = short.with_head(short.take(params), kernel, np.zeros(3, np.float32))
             part = engine.trace(short.apply, given, args[0])
-            if len(counterparts(graph, part)[0]) < len(part.groups):
-                continue  # a later layer numbers their units anew
+            assert len(counterparts(graph, part)[0]) == len(part.groups)
             mine = restricted(Plan(closed, plan.drop), graph, part)
             small = engine.narrow(short.apply, part, mine)(engine.cut(given, part, mine), *args)
             np.testing.assert_allclose(table[point] @ kernel, small, rtol=1e-3, atol=1e-4)
-            compared += 1
-    assert compared > 1
 
 
 @pytest.mark.parametrize(("name", "at"), [("vit", "layer0/attention+norm1"), ("mixer", "layer0/tokens")])
