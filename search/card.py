@@ -7,6 +7,7 @@ from typing import Any
 
 from treesurgeon.search import report
 from treesurgeon.search.crossval import Estimate
+from treesurgeon.search.selection import PLAIN, title
 from treesurgeon.search.setting import Setting
 
 
@@ -65,5 +66,6 @@ def _estimates(setting: Setting, estimates: Mapping[str, Estimate]) -> str:
         f"{metric.amount(found.high, sign=True)})"
         for name, found in estimates.items()
     ]
-    head = f"\n**Not certified.** The {metric.noun} less the dense model's, in cross-validation:\n\n"
+    dense = title(PLAIN if setting.tuned_reference else "dense")
+    head = f"\n**Not certified.** The {metric.noun} less {dense}'s, in cross-validation:\n\n"
     return head + "\n".join(rows) + "\n" if rows else ""

@@ -79,7 +79,7 @@ class Certificate:
 
     Attributes:
         valid: whether `certify` was opened, once, and the tests were made.
-        selected: the last that passed, "dense" if none did; with a budget the one that was tested.
+        selected: the last that passed, the dense model if none did; with a budget the one that was tested.
         passed: whether the selected variant passed. The dense model does by definition, but for an absolute allowance:
             that it keeps it is not tested.
         steps: the tests in their order.
@@ -207,15 +207,15 @@ def _sentence(
     if gap_max is not None:
         gap = f"is less than {metric.scale * gap_max:g} {metric.unit}"
     claim = (
-        f"its {metric.noun} on new data exceeds the dense model's by less than {metric.scale * epsilon:g} "
+        f"its {metric.noun} on new data exceeds {dense.title}'s by less than {metric.scale * epsilon:g} "
         f"{metric.unit}, and its gap {gap}"
     )
     trust = f"at level {delta:g}, on {count:,} images opened once" + (f", {metric.trust}" if metric.trust else "")
     by_name = {step.name: step for step in steps}
     if selected == dense.name:
         first = f"; {steps[0].name}, the largest variant tested, {_failure(steps[0], delta, metric)}" if steps else ""
-        own = "" if gap_max is None else " Whether the dense model's own gap is within the allowance was not tested."
-        return f"Certified: nothing smaller than the dense model can be claimed {trust}{first}.{own}"
+        own = "" if gap_max is None else f" Whether {dense.title}'s own gap is within the allowance was not tested."
+        return f"Certified: nothing smaller than {dense.title} can be claimed {trust}{first}.{own}"
     step = by_name[selected]
     if step.passed:
         after = next((s for s in steps if not s.passed), None)

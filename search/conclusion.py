@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ from treesurgeon.search.activity import Looked
 from treesurgeon.search.budget import Budget, example, measured_dense
 from treesurgeon.search.card import card
 from treesurgeon.search.certificate import Certificate, Step, certify, not_certified, undominated, wilson
-from treesurgeon.search.crossval import Estimate, cross_validate
-from treesurgeon.search.data import Split
-from treesurgeon.search.evaluate import answering, measurer
+from treesurgeon.search.crossval import Estimate
+from treesurgeon.search.evaluate import answering
 from treesurgeon.search.exits import counterparts
-from treesurgeon.search.metrics import ACCURACY, Metric
-from treesurgeon.search.openings import REGISTER, claim_opening, record_opening
+from treesurgeon.search.frozen import alike, estimate, judged, measure, reference, register
+from treesurgeon.search.metrics import ACCURACY
+from treesurgeon.search.openings import claim_opening
 from treesurgeon.search.selection import Finalist, Verdict, WithinMargins
 from treesurgeon.search.selective import write_selective
 from treesurgeon.search.setting import Setting
@@ -83,24 +83,30 @@ def conclude(
 ) -> Conclusion:
     """Measure the frozen finalists, select and certify, train the baselines, measure on test once, and write tables."""
     config, roles, metric = setting.config, setting.roles, setting.config.judged_by
-    whole = untouched(setting)
-    whole = replace(whole, cost={**whole.cost, **measured_dense(setting, budget)})
-    measured = {each.name: measure(setting, each) for each in (whole, *tuned)}
-    dense, others = measured["dense"], [measured[each.name] for each in tuned]
-    rule = WithinMargins(config.epsilon, config.eta, config.gap_max, budget.measure, metric)
-    estimates = estimate(setting, whole, tuned)
+    extra = measured_dense(setting, budget)
+    models = [replace(each, cost={**each.cost, **extra}) for each in (untouched(setting), reference(setting))]
+    whole, against = models
+    measured = {each.name: measure(setting, each) for each in (*{each.name: each for each in models}.values(), *tuned)}
+    dense, others = measured[against.name], [measured[each.name] for each in tuned]
+    rule = WithinMargins(
+        config.epsilon, config.eta, config.gap_max, budget.measure, metric, alike=partial(alike, setting)
+    )
+    estimates = estimate(setting, against, tuned)
     if estimates:
         rule = replace(rule, where="in cross-validation")
-    verdict = rule.select(*_judged(others, dense, estimates), budget=budget.limits, clean=roles.clean)
+    verdict = rule.select(*judged(others, dense, estimates), budget=budget.limits, clean=roles.clean)
     certificate = find_certificate(setting, budget, others, dense, verdict)
     selected = measured[certificate.selected if certificate.valid and not budget.limits else verdict.selected.name]
     outcome = _outcome(verdict, certificate, bool(budget.limits))
     if estimates:
-        outcome["sentence"] += " " + crossval.sentence(setting, estimates.get(selected.name), selected.name)
+        found = estimates.get(selected.name)
+        outcome["sentence"] += " " + crossval.sentence(setting, found, selected.name, dense.title)
     chosen: Tuned = selected.ref
     trained = contenders.train(setting, chosen, whole, say)
+    trained.pop(chosen.name, None)
     lines, results, on_test = [], [], {}
-    everyone = [dense, *sorted(others, key=lambda f: -f.cost["params"])]
+    everyone = [measured.pop("dense"), *sorted(measured.values(), key=lambda f: -f.cost["params"])]
+    everyone = [f for f in everyone if f.name not in trained]
     for finalist in (*everyone, *(measure(setting, each) for each, _ in trained.values())):
         each: Tuned = finalist.ref
         on_test[each.name] = metric.observe(answering(each.infer, roles.test)(each.variables))
@@ -149,7 +155,7 @@ def conclude(
     report.write_table(
         config.directory / "curves.csv",
         report.CURVE_COLUMNS,
-        _curves([*tuned, *(each for each, _ in trained.values())]),
+        _curves([*tuned, *(f.ref for f in everyone if f not in others), *(each for each, _ in trained.values())]),
     )
     report.write_table(
         config.directory / "certificate.csv", report.CERTIFICATE_COLUMNS, certificate_rows(certificate.steps)
@@ -161,14 +167,18 @@ def conclude(
     return Conclusion(
         Outcome(tuple(lines), outcome, path, baselines["sentence"]),
         chosen.name,
-        {**_manifest(setting, chosen, outcome, lines, certificate, estimates), "baselines": baselines},
+        {
+            **_manifest(setting, chosen, outcome, lines, certificate, estimates),
+            "baselines": baselines,
+            "reference": dense.name,
+        },
         card(setting, outcome, lines, estimates, baselines["sentence"]) + formats.markdown(forms),
     )
 
 
 def save(setting: Setting, tuned: Sequence[Tuned], found: Conclusion) -> None:
     """Save the selected model; all processes of a run take part in this."""
-    chosen = {each.name: each for each in (untouched(setting), *tuned)}[found.selected]
+    chosen = {each.name: each for each in (untouched(setting), reference(setting), *tuned)}[found.selected]
     hosts.check_room(found.outcome.path.parent, chosen.variables)
     variables = in_units(chosen.subject, chosen.variables, setting.units) if setting.units else chosen.variables
     engine.save(
@@ -195,7 +205,7 @@ def looked_at(setting: Setting, model: Tuned) -> Looked:
 def measure_formats(setting: Setting, chosen: Tuned, whole: Tuned, say: Callable[[str], None]) -> list[formats.Form]:
     """What the selected model takes in every format, into `formats.csv` as well; nothing where it is the dense one."""
     config, subject = setting.config, setting.subject
-    if not config.formats or chosen is whole:
+    if not config.formats or (chosen.subject is whole.subject and chosen.plan == whole.plan):
         return []
     say(f"writing {chosen.name} in every format, and timing it beside dense (--no-formats leaves this out)")
     spec = {"input_shape": subject.spec.input_shape, "input_dtype": subject.spec.input_dtype}
@@ -206,52 +216,6 @@ def measure_formats(setting: Setting, chosen: Tuned, whole: Tuned, say: Callable
     forms = formats.measure(small, dense, example(setting).astype(subject.spec.input_dtype), say)
     report.write_table(config.directory / "formats.csv", report.FORMAT_COLUMNS, [asdict(form) for form in forms])
     return forms
-
-
-def measure(setting: Setting, model: Tuned) -> Finalist:
-    """A frozen model as the rule sees it."""
-    metric, roles = setting.config.judged_by, setting.roles
-    on_train, on_search = (error_on(model, split, metric) for split in (roles.train, roles.search))
-    return Finalist(model.name, model.cost, on_train, on_search, model)
-
-
-def estimate(setting: Setting, dense: Tuned, tuned: Sequence[Tuned]) -> dict[str, Estimate]:
-    """By cross-validation, for each finalist by name, where `certify` is too small; this opens it."""
-    if not tuned or not crossval.needed(setting):
-        return {}
-    config, certify = setting.config, setting.roles.certify
-    record_opening(*register(setting), certify.digests)
-    answers = answering(dense.infer, crossval.pool(setting))(dense.variables)
-    shape = {"folds": crossval.fold_count(setting), "repeats": config.cv_repeats, "judges": setting.held}
-    return {
-        each.name: cross_validate(each.trail, answers, config.judged_by, **shape, seed=config.seed, delta=config.delta)
-        for each in tuned
-    }
-
-
-def _judged(
-    finalists: Sequence[Finalist], dense: Finalist, estimates: Mapping[str, Estimate]
-) -> tuple[list[Finalist], Finalist]:
-    """The models as the rule is to see them: with errors from cross-validation, where there are any."""
-    if not estimates:
-        return list(finalists), dense
-    error = next(iter(estimates.values())).dense_error
-    return [replace(f, search_error=estimates[f.name].error) for f in finalists], replace(dense, search_error=error)
-
-
-def register(setting: Setting, finalists: Sequence[Finalist] = ()) -> tuple[Path, str, str, str]:
-    """Of opened images: the file, what would be opened, which run this is and what it tests, and where."""
-    directory, timed = setting.config.directory, setting.config.measured  # which differ where a run is repeated
-    costs = [sorted((name, cost) for name, cost in each.cost.items() if name not in timed) for each in finalists]
-    tested = [(f.name, cost, f.train_error, f.search_error) for f, cost in zip(finalists, costs, strict=True)]
-    identity = hashlib.sha256((directory / "config.json").read_bytes() + repr(tested).encode()).hexdigest()
-    fingerprint = setting.roles.fingerprints["certify"]
-    return directory.parent / REGISTER, fingerprint, identity, str(directory)
-
-
-def error_on(each: Tuned, split: Split, metric: Metric) -> float:
-    """The metric's error of a finalist on a split."""
-    return measurer(each.infer, split, metric=metric)(each.variables)[1]
 
 
 def find_certificate(

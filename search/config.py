@@ -86,6 +86,9 @@ class Config:
     """How large its gap may be, whatever the dense model's is, likewise; then `eta` says nothing."""
     delta: float = 0.05
     """Chance at most that the certificate makes a false claim."""
+    reference: Literal["dense", "fine-tuned"] | None = None
+    """The dense model that variants are compared with: as it is, or fine-tuned to the labels as they are. Default: as
+    it is; fine-tuned where the labels ask for a new head, with which nobody would use it as it is."""
     certify: bool = True
     """Whether the finalists are tested on `certify`, which can be opened once; otherwise it stays closed."""
     cv_folds: int = 5
@@ -215,7 +218,8 @@ class Config:
     baselines: bool = True
     """Whether to train what the selected variant has to beat, on the same data for as many steps: the dense model
     fine-tuned (with --unlabelled once more, on these as well), dense and selected from scratch, and a linear head on
-    the dense model's features. They are reported beside it, and no choice goes by them. Without epochs none are."""
+    the dense model's features. They are reported beside it, and no choice goes by them but for --reference. Without
+    epochs none are."""
     pictures: bool = True
     """Whether the report shows images of `search` that the selected model's most selective units answer to."""
     formats: bool = True
@@ -296,6 +300,8 @@ class Config:
             raise RunError(f"--metric {self.metric}: expected one of {', '.join(METRICS)}")
         if not self.eta > 0:
             raise RunError(f"--eta {self.eta}: expected more than 0: no test shows that two gaps are the same")
+        if self.reference == "fine-tuned" and self.epochs == 0:
+            raise RunError("--reference fine-tuned: with --epochs 0 nothing is fine-tuned")
         if self.gap_max is not None and not self.gap_max > 0:
             raise RunError(f"--gap-max {self.gap_max}: expected more than 0: no test shows that there is no gap at all")
         if not 0 < self.delta < 1:

@@ -9,7 +9,9 @@
 | linear probe | the checkpoint | a linear head on its features, without a learning rate; nothing else |
 
 With enough data they can win. As for a finalist, the epoch that is best on `search` is kept; `test` then says how they
-compare with the variant, image by image, and no choice goes by that. Intervals are for each baseline by itself.
+compare with the variant, image by image, and no choice goes by that. Intervals are for each
+baseline by itself. Where the dense model as fine-tuned is the reference (frozen.py), it is compared with before as well,
+on other images.
 
 A pruned architecture from scratch: Z. Liu et al.: "Rethinking the value of network pruning", ICLR 2019.
 """
@@ -30,9 +32,9 @@ from treesurgeon.engine import StructureError
 from treesurgeon.search.heads import HeadError, best_head
 from treesurgeon.search.metrics import Metric
 from treesurgeon.search.paired import interval
+from treesurgeon.search.selection import PLAIN
 from treesurgeon.search.setting import Setting
 from treesurgeon.search.subject import Subject, SubjectError
-from treesurgeon.search.teaching import PLAIN
 from treesurgeon.search.transfer import head_features, put_head, replaceable
 from treesurgeon.search.tuning import Tuned, best_tuned, tune
 
@@ -112,7 +114,7 @@ def train(setting: Setting, selected: Tuned, whole: Tuned, say: Callable[[str], 
         say(f"no linear probe: {error}")
     else:
         out[PROBE] = replace(whole, name=PROBE, variables=variables), "a linear head on the dense model's features"
-    if selected.name != whole.name:
+    if selected.name not in (whole.name, PLAIN):
         start = scratch(selected.subject, selected.plan, config.seed)
         add(f"{selected.name} from scratch", f"its architecture {words}", selected, start, tune, **how)
     return out

@@ -7,7 +7,8 @@ chose the frozen one; nothing is fitted to the pool, by which a variant would le
 one fine-tuning serves all folds, since they share its steps. Without fine-tuning nothing was chosen, and the folds
 serve the interval alone.
 
-The dense model answers the same folds. Folds share most of the images that epochs are chosen on, so the variance of the
+The dense model answers the same folds, where it is fine-tuned itself from the epoch that `search` chose: as it is
+frozen, which is in its favour. Folds share most of the images that epochs are chosen on, so the variance of the
 mean over K folds, repeated R times, is taken as s² (1/(K R) + 1/(K - 1)): C. Nadeau, Y. Bengio: "Inference for the
 generalization error", Machine Learning 2003; for repeats R. Bouckaert, E. Frank, PAKDD 2004.
 
@@ -131,14 +132,14 @@ def cross_validate(
     return Estimate(mean, mean - half, mean + half, float(np.mean(dense_errors)), tuple(kept))
 
 
-def sentence(setting: Setting, estimate: Estimate | None, name: str) -> str:
-    """What was done, and what it found of the chosen variant; None where that is the dense model."""
+def sentence(setting: Setting, estimate: Estimate | None, name: str, dense: str) -> str:
+    """What was done, and what it found of the chosen variant; None where that is what variants are compared with."""
     config, metric = setting.config, setting.config.judged_by
     count = len(setting.roles.search) + len(setting.roles.certify)
     times = "once" if config.cv_repeats == 1 else f"{config.cv_repeats} times"
     how = (
         f"Instead {fold_count(setting)}-fold cross-validation, {times}, on the {count:,} images of search and certify "
-        "compared the variants with the dense model"
+        f"compared the variants with {dense}"
     )
     found = ""
     if estimate is not None:

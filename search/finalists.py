@@ -212,11 +212,7 @@ def appraise(setting: Setting, pick: Pick, epochs: int = 0, start: Tuned | None 
     if epochs:
         how = as_finalists(setting)
         found = tune(setting, start, lambda line: None, policy=setting.policy, epochs=epochs, **how)
-    answers = answering(found.infer, judging(setting))(found.variables)
-    task, logits = answers.task, jnp.asarray(answers.logits)
-    wanted = task.wanted(jnp.asarray(answers.labels), logits.shape[-1])
-    factor = task.sharpness(logits, wanted, jnp.ones(len(logits)))
-    return float(task.losses(logits * factor, jnp.asarray(answers.labels)).mean()), start
+    return answering(found.infer, judging(setting))(found.variables).calibrated_loss, start
 
 
 def prepared(setting: Setting, subject: Subject, plan: engine.Plan) -> Any:

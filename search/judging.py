@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 
 from treesurgeon.engine.errors import TreesurgeonError
@@ -45,6 +46,13 @@ class Answers:
     def wrong(self) -> np.ndarray:
         """How wrong the answer to each image is, see `Task.wrong`: `[N]`."""
         return self.task.wrong(self.logits, self.labels)
+
+    @property
+    def calibrated_loss(self) -> float:
+        """The mean loss in nats at the temperature that suits the model best."""
+        task, logits, labels = self.task, jnp.asarray(self.logits), jnp.asarray(self.labels)
+        factor = task.sharpness(logits, task.wanted(labels, logits.shape[-1]), jnp.ones(len(logits)))
+        return float(task.losses(logits * factor, labels).mean())
 
     def __getitem__(self, rows: np.ndarray) -> Answers:
         return Answers(self.logits[rows], self.labels[rows], self.task)

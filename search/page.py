@@ -159,7 +159,7 @@ def certificate(run: Run) -> Html:
             (row["variant"], *(run.metric.amount(known(row, f"cv_{name}"), sign=True) for name in ENDS))
             for row in compared
         ]
-        caption = f"Cross-validation: {run.metric.noun} less the dense model's, and the ends of its interval"
+        caption = f"Cross-validation: {run.metric.noun} less {run.reference}'s, and the ends of its interval"
         out.append(table(caption, ("variant", *ENDS), cells, "wnnn"))
     return join(out)
 

@@ -136,6 +136,8 @@ def choices(setting: Setting) -> list[str]:
         )
         rare = counts.max() >= UNEVEN * counts.min() and not config.judged_by.per_class
         lines = [f"judged by {config.metric} (--metric){uneven if rare else ''}"]
+    if setting.tuned_reference:
+        lines.append("variants are compared with the dense model as it is once it is fine-tuned (--reference)")
     if recipe.epochs:
         lines.append(
             f"finalists are fine-tuned for {recipe.epochs} epochs in batches of {recipe.batch_size}, at a peak rate of "
@@ -174,7 +176,7 @@ def go_on(setting: Setting, say: Say, pool: Pool, layout: Layout | None, timings
     text = json.dumps(asdict(shifted), indent=1) + "\n"
     hosts.together(lambda: (config.directory / "shift.json").write_text(text))
     states = States(config.directory / "state")
-    if setting.distill:
+    if setting.distill or setting.tuned_reference:
         with timings.part("fine-tuning the dense model"):
             setting = with_teacher(setting, states, say)
     if setting.unlabelled:

@@ -15,6 +15,7 @@ from treesurgeon.search import report
 from treesurgeon.search.config import RunError
 from treesurgeon.search.data import SHARES, DataError, Split, open_source, split_roles
 from treesurgeon.search.metrics import METRICS, Metric
+from treesurgeon.search.selection import PLAIN, title
 from treesurgeon.search.tasks import TASKS, Task, Units
 
 TABLES: Mapping[str, Sequence[str]] = {
@@ -77,9 +78,14 @@ class Run:
         found = self.manifest["certificate"]
         if not found["valid"]:
             return NONE
-        if found["selected"] == "dense":
+        if found["selected"] in ("dense", PLAIN):
             return DENSE
         return PASSED if found["passed"] else FAILS
+
+    @property
+    def reference(self) -> str:
+        """What variants were compared with, in words; older versions had the dense model as it is."""
+        return title(self.manifest.get("reference", "dense"))
 
     @property
     def baselines(self) -> Mapping[str, Any]:

@@ -5,7 +5,7 @@ point estimates on `search`, the data that the search itself was scored on: a fi
 without a claim about new data, and it says so. A rule that opens `certify` has the same shape (`Rule`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from treesurgeon.engine.errors import TreesurgeonError
 from treesurgeon.search.metrics import ACCURACY, Metric
 
 SLACK = 1e-9  # errors are counts divided by sizes: a difference of exactly ε must not fail by rounding
+PLAIN = "dense fine-tuned"
 
 
 class SelectionError(TreesurgeonError, ValueError):
@@ -28,6 +29,8 @@ class Finalist:
         cost: `params`, `macs` and whatever else a budget may name.
         train_error: the metric's error on all of `train`, in inference mode: for accuracy the share of wrong answers.
         search_error: likewise on `search`.
+        search_loss: on what judges, at the temperature that suits the model best; decides among those whose errors are
+            alike.
         ref: the caller's handle (genome, plan, file); rules do not look at it.
     """
 
@@ -35,7 +38,13 @@ class Finalist:
     cost: Mapping[str, float]
     train_error: float
     search_error: float
+    search_loss: float = 0.0
     ref: Any = field(default=None, compare=False)
+
+    @property
+    def title(self) -> str:
+        """What sentences call it."""
+        return title(self.name)
 
     @property
     def gap(self) -> float:
@@ -82,9 +91,22 @@ class Rule(Protocol):
         ...
 
 
+def title(name: str) -> str:
+    """What sentences call a model that others are compared with."""
+    return {"dense": "the dense model", PLAIN: "the fine-tuned dense model"}.get(name, name)
+
+
+def level(model: Finalist, best: Finalist) -> bool:
+    """Whether the errors are the same."""
+    return model.search_error <= best.search_error
+
+
 @dataclass(frozen=True)
 class WithinMargins:
     """The smallest within margins of the dense model on `search`; with a budget, the best within it.
+
+    The best is the one of least error; where few images leave several that it is not clearly better than, that of
+    these with the lowest loss, which every image moves a little: the sign of an answer says less than how sure it is.
 
     Attributes:
         epsilon: by how much the error on `search` may exceed the dense model's.
@@ -93,6 +115,7 @@ class WithinMargins:
         measure: the entry of `cost` that "smallest" goes by.
         metric: what errors are of.
         where: what `search_error` was measured on or by, in words.
+        alike: `(model, best) -> bool`: whether the images leave it open which of the two has the lower error.
     """
 
     epsilon: float = 0.01
@@ -101,6 +124,7 @@ class WithinMargins:
     measure: str = "params"
     metric: Metric = ACCURACY
     where: str = "on search"
+    alike: Callable[[Finalist, Finalist], bool] = level
 
     def select(
         self,
@@ -126,12 +150,15 @@ class WithinMargins:
         if not allowed:
             raise SelectionError(_unmet(everyone, budget or {}))
         if budget:
-            chosen = min(allowed, key=lambda f: (_worst_if_nan(f.search_error), f.cost[self.measure]))
+            best = min(allowed, key=lambda f: (_worst_if_nan(f.search_error), f.cost[self.measure]))
+            near = [f for f in allowed if f is best or self.alike(f, best)]
+            chosen = min(near, key=lambda f: (_worst_if_nan(f.search_loss), f.cost[self.measure]))
         else:
+            best = None
             passing = [f for f in allowed if not faults[f.name]] or [dense]
             chosen = min(passing, key=lambda f: (f.cost[self.measure], f.search_error))
         passed = not faults[chosen.name]
-        sentence = self._sentence(chosen, dense, faults[chosen.name], budget, clean, len(finalists))
+        sentence = self._sentence(chosen, best, dense, faults[chosen.name], budget, clean, len(finalists))
         return Verdict(chosen, passed, reasons, sentence)
 
     def _faults(self, model: Finalist, dense: Finalist, clean: bool) -> list[str]:
@@ -139,19 +166,20 @@ class WithinMargins:
         worse = model.search_error - dense.search_error
         if model is not dense and not worse <= self.epsilon + SLACK:
             above, allowed = self.metric.amount(worse), self.metric.amount(self.epsilon)
-            faults.append(f"{self.metric.noun} {self.where} is {above} above dense, allowed {allowed}")
+            faults.append(f"{self.metric.noun} {self.where} is {above} above {dense.name}, allowed {allowed}")
         wider = model.gap - dense.gap
         if clean and self.gap_max is not None:
             if not model.gap <= self.gap_max + SLACK:
                 faults.append(f"gap is {self.metric.amount(model.gap)}, allowed {self.metric.amount(self.gap_max)}")
         elif clean and model is not dense and not wider <= self.eta + SLACK:
             more, allowed = self.metric.amount(wider), self.metric.amount(self.eta)
-            faults.append(f"gap is {more} wider than dense's, allowed {allowed}")
+            faults.append(f"gap is {more} wider than {dense.name}'s, allowed {allowed}")
         return faults
 
     def _sentence(
         self,
         chosen: Finalist,
+        best: Finalist | None,
         dense: Finalist,
         faults: Sequence[str],
         budget: Mapping[str, float] | None,
@@ -161,7 +189,7 @@ class WithinMargins:
         share = chosen.cost[self.measure] / dense.cost[self.measure]
         named = ", ".join(f"{key} ≤ {value:,.0f}" for key, value in (budget or {}).items())
         if chosen is dense:
-            what = f"The dense model stays: none of {count} smaller variants " + (
+            what = f"{dense.title.capitalize()} stays: none of the smaller variants ({count}) " + (
                 "has a lower error within the budget" if budget else "passed"
             )
         else:
@@ -170,8 +198,13 @@ class WithinMargins:
             what = (
                 f"Selected: {chosen.name}, {role}; {share:.1%} of dense's {self.measure}, "
                 f"{self.metric.noun} {self.where} {self.metric.show(chosen.search_error)} "
-                f"({self.metric.amount(worse, sign=True)} against dense)"
+                f"({self.metric.amount(worse, sign=True)} against {dense.name})"
             )
+            if best is not None and best is not chosen:
+                what += (
+                    f", which these images do not tell from the {self.metric.show(best.search_error)} of {best.name}, "
+                    f"and a lower loss"
+                )
         if faults:
             what += f"; it fails: {'; '.join(faults)}"
         claim = (

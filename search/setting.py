@@ -122,6 +122,12 @@ class Setting:
         return (default if config.distill is None else config.distill) if self.recipe.epochs else 0.0
 
     @property
+    def tuned_reference(self) -> bool:
+        """Whether variants are compared with the dense model as it is fine-tuned, and not as it is."""
+        wanted = self.config.reference or ("fine-tuned" if self.head else "dense")
+        return wanted == "fine-tuned" and self.recipe.epochs > 0
+
+    @property
     def mirrored(self) -> bool:
         """Whether mirror images mean the same."""
         return self.config.augment != "none"

@@ -20,18 +20,19 @@ from treesurgeon import engine
 from treesurgeon.search.augment import AUGMENTATIONS
 from treesurgeon.search.evaluate import answering, with_leaves
 from treesurgeon.search.finetune import Epoch, FitResult
+from treesurgeon.search.selection import PLAIN
 from treesurgeon.search.setting import Setting
 from treesurgeon.search.state import States
 from treesurgeon.search.tuning import best_tuned, untouched
 from treesurgeon.search.unlabelled import weight
 
-PLAIN = "dense fine-tuned"  # its name among the baselines
 HISTORY = "history"  # no path of a leaf: those of variables have a collection's name before them
 
 
 def with_teacher(setting: Setting, states: States, say: Callable[[str], None]) -> Setting:
-    """The setting, with the teacher that finalists learn from."""
-    say(how_taught(setting))
+    """The setting, with the fine-tuned dense model: finalists learn from it, or are compared with it."""
+    if setting.distill:
+        say(how_taught(setting))
     found = states.arrays("teacher", lambda: as_arrays(plain(setting, say)))
     history = tuple(
         Epoch(int(number), None if np.isnan(train) else float(train), float(loss), float(error))
@@ -39,7 +40,7 @@ def with_teacher(setting: Setting, states: States, say: Callable[[str], None]) -
     )
     best = int(found[HISTORY][-1, 0])
     if not best:
-        say("fine-tuning made the dense model no better on search: it teaches as it was")
+        say("fine-tuning made the dense model no better on search: it stays as it was")
     subject, train = setting.subject, setting.roles.train
     params = jax.tree.map(np.asarray, with_leaves(subject.variables, found))
     answered = None if AUGMENTATIONS[setting.config.augment] else answering(subject.infer, train)(params).logits

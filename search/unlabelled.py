@@ -32,7 +32,7 @@ def taught(setting: Setting) -> Mapping[str, np.ndarray]:
     assert setting.unlabelled
     images = setting.calibration(0 if setting.head else setting.config.statistics_images)
     teacher = setting.teacher
-    tuned = [teacher.params] if teacher and teacher.best_epoch else []
+    tuned = [teacher.params] if setting.distill and teacher and teacher.best_epoch else []
     return {"logits": answers(setting.subject, setting.unlabelled, images, setting.mirrored, tuned)}
 
 

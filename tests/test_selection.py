@@ -1,6 +1,7 @@
 """The first selection rule: honest about margins, budgets, unclean data and the dense model."""
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -60,11 +61,33 @@ def test_with_a_budget_the_best_within_it_and_whether_it_passes(finalists, macs)
     assert verdict.passed == (verdict.selected is DENSE or slow_passes(verdict.selected, DENSE, True))
 
 
+def test_of_those_whose_errors_are_alike_the_one_with_the_lowest_loss():
+    a, b, c = finalist("a", 400, 0.10), finalist("b", 300, 0.11), finalist("c", 200, 0.30)
+    a, b, c = (replace(f, search_loss=loss) for f, loss in ((a, 0.5), (b, 0.4), (c, 0.1)))
+    near = replace(RULE, alike=lambda model, best: model.search_error <= best.search_error + 0.05)
+    assert RULE.select([a, b, c], DENSE, budget={"macs": 50}).selected is a
+    verdict = near.select([a, b, c], DENSE, budget={"macs": 50})
+    assert verdict.selected is b
+    assert "which these images do not tell from the 10.00% of a, and a lower loss" in verdict.sentence
+    assert near.select([a, b, c], DENSE, budget={"macs": 35}).selected is b
+    assert near.select([a, c], DENSE, budget={"macs": 50}).selected is a
+    assert near.select([replace(b, search_loss=math.nan), a], DENSE, budget={"macs": 50}).selected is a
+    assert near.select([a, b, c], DENSE).selected is RULE.select([a, b, c], DENSE).selected  # without a budget: margins
+
+
+def test_what_variants_are_compared_with_is_named():
+    tuned = replace(DENSE, name="dense fine-tuned")
+    verdict = RULE.select([finalist("bad", 20, 0.2)], tuned)
+    assert verdict.selected is tuned
+    assert verdict.sentence.startswith("The fine-tuned dense model stays: none of the smaller variants (1) passed")
+    assert verdict.reasons["bad"].startswith("error on search is 10.00 points above dense fine-tuned, allowed")
+
+
 def test_only_dense_passes():
     verdict = RULE.select([finalist("half", 500, 0.2), finalist("over", 600, 0.10, train=-0.1)], DENSE)
     assert verdict.selected is DENSE
     assert verdict.passed
-    assert verdict.sentence == ("The dense model stays: none of 2 smaller variants passed (chosen on search).")
+    assert verdict.sentence == ("The dense model stays: none of the smaller variants (2) passed (chosen on search).")
     assert verdict.reasons == {
         "half": "error on search is 10.00 points above dense, allowed 1.00 points; "
         "gap is 10.00 points wider than dense's, allowed 2.00 points",
@@ -94,7 +117,7 @@ def test_what_keeps_no_allowance_is_said():
     assert not verdict.passed
     assert verdict.reasons == dict.fromkeys(("half", "dense"), "gap is 8.00 points, allowed 5.00 points")
     assert verdict.sentence == (
-        "The dense model stays: none of 1 smaller variants passed; it fails: gap is 8.00 points, allowed 5.00 points "
+        "The dense model stays: none of the smaller variants (1) passed; it fails: gap is 8.00 points, allowed 5.00 points "
         "(chosen on search)."
     )
 

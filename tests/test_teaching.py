@@ -14,9 +14,10 @@ from treesurgeon.search.augment import AUGMENTATIONS
 from treesurgeon.search.evaluate import answering, measurer
 from treesurgeon.search.finalists import Pick, fine_tuned, variant
 from treesurgeon.search.finetune import fit, objective
+from treesurgeon.search.selection import PLAIN
 from treesurgeon.search.setting import prepare
 from treesurgeon.search.state import States
-from treesurgeon.search.teaching import PLAIN, with_teacher
+from treesurgeon.search.teaching import with_teacher
 
 
 def silent(line):

@@ -1,0 +1,98 @@
+"""What variants are compared with, and which of them the images do not tell apart."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from test_truncating import config, furnished
+
+from treesurgeon import engine
+from treesurgeon.search import RunError, frozen, run
+from treesurgeon.search.judging import Answers
+from treesurgeon.search.records import DENSE, open_run
+from treesurgeon.search.selection import PLAIN, Finalist
+from treesurgeon.search.setting import prepare
+from treesurgeon.search.tuning import Tuned
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A checkpoint whose labels are others than the data's."""
+    return furnished(tmp_path_factory.mktemp("frozen"))
+
+
+def answers(split, wrong):
+    """Logits of a model that gets the first so many images wrong, or those at some places."""
+    logits = np.zeros((len(split), 3), np.float32)
+    logits[np.arange(len(split)), split.labels] = 1
+    logits[wrong] = np.roll(logits[wrong], 1, axis=1)
+    return Answers(logits, split.labels, split.task)
+
+
+def test_alike_is_a_paired_test_at_one_standard_error(place, monkeypatch):
+    setting = prepare(config(place, epsilon=0.5))  # which certify can show
+    split = setting.roles.search
+
+    def finalist(wrong):
+        model = Tuned("", engine.Plan(), wrong, None, None, {}, setting.subject)
+        return Finalist("", {}, 0.0, len(wrong) / len(split), 0.0, model)
+
+    monkeypatch.setattr(frozen, "answering", lambda infer, split: lambda wrong: answers(split, wrong))
+    some = lambda *places: finalist(np.array(places, int))
+    best = some(*range(10))
+    assert frozen.alike(setting, best, best)
+    assert frozen.alike(setting, some(*range(5, 16)), best)  # loses six, gains five
+    assert not frozen.alike(setting, some(*range(5, 30)), best)  # loses twenty, gains five
+    assert not frozen.alike(setting, some(*range(12)), best)  # loses two, gains none
+    for _ in range(20):
+        mine, theirs = (RNG.random(len(split)) < share for share in (0.3, 0.25))
+        worse, better = (mine & ~theirs).sum(), (theirs & ~mine).sum()
+        apart = (worse - better) / np.sqrt(max(worse + better, 1))  # in standard errors
+        if abs(apart - 1) > 0.25:
+            given = finalist(np.flatnonzero(mine)), finalist(np.flatnonzero(theirs))
+            assert frozen.alike(setting, *given) == (apart < 1)
+
+
+def test_what_variants_are_compared_with(place, tmp_path):
+    setting = prepare(config(place))
+    assert setting.head
+    assert setting.tuned_reference
+    for changes in ({"reference": "dense"}, {"epochs": 0}):
+        other = prepare(config(place, **changes))
+        assert not other.tuned_reference
+        assert frozen.reference(other).name == "dense"
+    own = replace(setting, head=None)
+    assert not own.tuned_reference
+    assert replace(own, config=replace(own.config, reference="fine-tuned")).tuned_reference
+    with pytest.raises(RunError, match="--reference fine-tuned: with --epochs 0 nothing is fine-tuned"):
+        config(place, reference="fine-tuned", epochs=0).check()
+
+
+def test_where_nothing_passes_the_fine_tuned_dense_model_is_selected(place, tmp_path):
+    """Without teacher or baselines as well; a resumed run says the same."""
+    said = []
+    given = config(place, out=str(tmp_path / "run"), epsilon=0.02, eta=1e-6, gap_max=1e-9, baselines=False,
+                   truncations=0, epochs=2, shares=(0.2, 0.2, 0.5, 0.1))  # fmt: skip
+    outcome = run(given, said.append)
+    assert "variants are compared with the dense model as it is once it is fine-tuned (--reference)" in said
+    assert not any(line.startswith("finalists learn") for line in map(str, said))
+    model = engine.load(outcome.path)
+    manifest = model.manifest
+    assert (manifest["selected"], manifest["reference"]) == (PLAIN, PLAIN)
+    assert [line.variant for line in outcome.lines] == ["dense", PLAIN, "v1"]
+    assert [line.selected for line in outcome.lines] == [False, True, False]
+    assert outcome.sentence.startswith(("Certified: nothing smaller than the fine-tuned", "The fine-tuned dense model"))
+    roles = prepare(given).roles
+    score = (np.asarray(model(roles.test.images)).argmax(1) == roles.test.labels).mean()
+    assert score == pytest.approx(manifest["metrics"][PLAIN]["test_accuracy"])
+    assert score > 0.9
+    found = open_run(outcome.path.parent)
+    assert found.reference == "the fine-tuned dense model"
+    assert found.selected["variant"] == PLAIN
+    assert {row["variant"] for row in found.tables["curves"]} == {PLAIN, "v1"}
+    again = run(given, lambda line: None)
+    assert again.lines == outcome.lines
+    assert json.loads((outcome.path / "manifest.json").read_text())["certificate"]["valid"] == (found.status == DENSE)
