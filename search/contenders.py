@@ -9,9 +9,8 @@
 | linear probe | the checkpoint | a linear head on its features, without a learning rate; nothing else |
 
 With enough data they can win. As for a finalist, the epoch that is best on `search` is kept; `test` then says how they
-compare with the variant, image by image, and no choice goes by that. Intervals are for each
-baseline by itself. Where the dense model as fine-tuned is the reference (frozen.py), it is compared with before as well,
-on other images.
+compare with the variant, image by image, and no choice goes by that. Intervals are for each baseline
+by itself. Where the dense model as fine-tuned is what variants are compared with (frozen.py), that is on other images.
 
 A pruned architecture from scratch: Z. Liu et al.: "Rethinking the value of network pruning", ICLR 2019.
 """

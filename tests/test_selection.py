@@ -117,8 +117,8 @@ def test_what_keeps_no_allowance_is_said():
     assert not verdict.passed
     assert verdict.reasons == dict.fromkeys(("half", "dense"), "gap is 8.00 points, allowed 5.00 points")
     assert verdict.sentence == (
-        "The dense model stays: none of the smaller variants (1) passed; it fails: gap is 8.00 points, allowed 5.00 points "
-        "(chosen on search)."
+        "The dense model stays: none of the smaller variants (1) passed; it fails: gap is 8.00 points, allowed 5.00 "
+        "points (chosen on search)."
     )
 
 
