@@ -115,12 +115,21 @@ def pareto(candidates: Sequence[Point], models: Sequence[Point], x_name: str, y_
     for point in candidates:
         x, y = plane.at(point.x, point.y)
         out.append(f'<circle class="dot{" best" * (point in on_edge)}" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>')
+    names: list[tuple[float, float, str]] = []
     for model in models:
         x, y = plane.at(model.x, model.y)
         kind = "selected" if model.selected else "model"
         out.append(f'<path class="{kind}" d="M{x:.1f} {y - 7:.1f}l7 7l-7 7l-7 -7z"/>')
-        out.append(text(x, y - 10, model.name, "name middle"))
+        names.append((x, _free(names, x, y - 10, model.name), model.name))
+        out.append(text(*names[-1], "name middle"))
     return Chart(*size, label, "".join(out))
+
+
+def _free(names: Sequence[tuple[float, float, str]], x: float, y: float, name: str) -> float:
+    """From a height upwards, the first one at which a name does not stand on another."""
+    while any(abs(x - at) < CHAR * (len(name) + len(other)) / 2 and abs(y - up) < 12 for at, up, other in names):
+        y -= 12
+    return y
 
 
 def front(points: Sequence[Point]) -> list[Point]:

@@ -97,11 +97,15 @@
     }
     const best = new Set(edge);
     for (const p of points) draw("circle", { class: best.has(p) ? "dot best" : "dot", cx: p.x, cy: p.y, r: 3.5 });
+    const names = [];
     for (const item of models) {
       const [x, y] = [across(item[xName]), up(item[yName])];
       draw("path", { class: item.selected ? "selected" : "model", d: `M${x} ${y - 7}l7 7l-7 7l-7 -7z` });
       const end = x > width - 60 ? "end" : "middle";
-      draw("text", { class: `name ${end}`, x: end === "end" ? x + 8 : x, y: y - 10 }, svg, item.name);
+      const [half, free] = [3.3 * item.name.length, { x, y: y - 10 }];
+      while (names.some((n) => Math.abs(n.x - x) < n.half + half && Math.abs(n.y - free.y) < 12)) free.y -= 12;
+      names.push({ ...free, half });
+      draw("text", { class: `name ${end}`, x: end === "end" ? x + 8 : x, y: free.y }, svg, item.name);
       points.push({ item, x, y });
     }
     points.sort((a, b) => a.x - b.x || b.y - a.y);

@@ -202,8 +202,8 @@ class WithinMargins:
             )
             if best is not None and best is not chosen:
                 what += (
-                    f", which these images do not tell from the {self.metric.show(best.search_error)} of {best.name}, "
-                    f"and a lower loss"
+                    f"; {best.name} has {self.metric.show(best.search_error)}, which these images do not tell apart, "
+                    f"and a higher loss"
                 )
         if faults:
             what += f"; it fails: {'; '.join(faults)}"

@@ -68,7 +68,7 @@ def test_of_those_whose_errors_are_alike_the_one_with_the_lowest_loss():
     assert RULE.select([a, b, c], DENSE, budget={"macs": 50}).selected is a
     verdict = near.select([a, b, c], DENSE, budget={"macs": 50})
     assert verdict.selected is b
-    assert "which these images do not tell from the 10.00% of a, and a lower loss" in verdict.sentence
+    assert "; a has 10.00%, which these images do not tell apart, and a higher loss" in verdict.sentence
     assert near.select([a, b, c], DENSE, budget={"macs": 35}).selected is b
     assert near.select([a, c], DENSE, budget={"macs": 50}).selected is a
     assert near.select([replace(b, search_loss=math.nan), a], DENSE, budget={"macs": 50}).selected is a
