@@ -14,6 +14,7 @@ from xml.sax.saxutils import escape, quoteattr
 
 CSS = Path(__file__).with_name("chart.css").read_text(encoding="utf-8")
 CHAR, LABEL = 6.6, 46  # pixels a character, characters of a label
+LINE = 12  # pixels from one name to the next
 
 
 @dataclass(frozen=True)
@@ -120,16 +121,31 @@ def pareto(candidates: Sequence[Point], models: Sequence[Point], x_name: str, y_
         x, y = plane.at(model.x, model.y)
         kind = "selected" if model.selected else "model"
         out.append(f'<path class="{kind}" d="M{x:.1f} {y - 7:.1f}l7 7l-7 7l-7 -7z"/>')
-        names.append((x, _free(names, x, y - 10, model.name), model.name))
+        at = min(x, size[0] - CHAR * len(model.name) / 2 - 2)
+        names.append((at, _free(names, at, y, model.name, plane.top), model.name))
         out.append(text(*names[-1], "name middle"))
     return Chart(*size, label, "".join(out))
 
 
-def _free(names: Sequence[tuple[float, float, str]], x: float, y: float, name: str) -> float:
-    """From a height upwards, the first one at which a name does not stand on another."""
-    while any(abs(x - at) < CHAR * (len(name) + len(other)) / 2 and abs(y - up) < 12 for at, up, other in names):
-        y -= 12
-    return y
+def _free(names: Sequence[tuple[float, float, str]], at: float, y: float, name: str, top: float) -> float:
+    """A height for a name centred there that stands on no other: above a diamond's centre if there is room, or below.
+
+    Args:
+        names: those that stand, by their centre and height.
+        at: its centre.
+        y: the diamond's height.
+        name: the name.
+        top: the least height of a name.
+    """
+
+    def covered(height: float) -> bool:
+        return any(
+            abs(at - x) < CHAR * (len(name) + len(other)) / 2 and abs(height - up) < LINE for x, up, other in names
+        )
+
+    above = (y - 10 - LINE * k for k in range(len(names) + 1) if y - 10 - LINE * k >= top)
+    below = (y + 19 + LINE * k for k in range(len(names) + 1))
+    return next(height for height in (*above, *below) if not covered(height))
 
 
 def front(points: Sequence[Point]) -> list[Point]:

@@ -36,7 +36,7 @@ def compare(options: Comparison, say: Callable[[str], None]) -> None:
     said, metrics, tests = [], [], set()
     for name, run in zip(names, runs, strict=True):
         with reading(run.directory):
-            rows += [_line(name, run, run.selected), _line("", run, run.dense)]
+            rows += [_line(name, run, run.selected), _line("", run, run.compared)]
             said.append(f"{name} ({run.config['model']}): {run.manifest['verdict']['sentence']}")
             metrics.append(run.metric.name)
             tests.add(run.manifest["data"]["fingerprints"]["test"])

@@ -20,7 +20,7 @@ from treesurgeon.search.certificate import Certificate, Step, certify, not_certi
 from treesurgeon.search.crossval import Estimate
 from treesurgeon.search.evaluate import answering
 from treesurgeon.search.exits import counterparts
-from treesurgeon.search.frozen import alike, estimate, judged, measure, reference, register
+from treesurgeon.search.frozen import alike, estimate, judged, loss, measure, reference, register
 from treesurgeon.search.metrics import ACCURACY
 from treesurgeon.search.openings import claim_opening
 from treesurgeon.search.selection import Finalist, Verdict, WithinMargins
@@ -89,7 +89,13 @@ def conclude(
     measured = {each.name: measure(setting, each) for each in (*{each.name: each for each in models}.values(), *tuned)}
     dense, others = measured[against.name], [measured[each.name] for each in tuned]
     rule = WithinMargins(
-        config.epsilon, config.eta, config.gap_max, budget.measure, metric, alike=partial(alike, setting)
+        config.epsilon,
+        config.eta,
+        config.gap_max,
+        budget.measure,
+        metric,
+        alike=partial(alike, setting),
+        loss=partial(loss, setting),
     )
     estimates = estimate(setting, against, tuned)
     if estimates:

@@ -213,8 +213,8 @@ class Config:
     augment."""
     distill: float | None = None
     """Weight in the fine-tuning loss, 0 to 1, of what the dense model answers, once it is fine-tuned itself: the
-    baseline is trained before the finalists then, and teaches them. Default: 0.5 where baselines are trained, else
-    0."""
+    baseline is trained before the finalists then, and teaches them. Default: 0.5 where baselines are trained or
+    it is the --reference, else 0."""
     baselines: bool = True
     """Whether to train what the selected variant has to beat, on the same data for as many steps: the dense model
     fine-tuned (with --unlabelled once more, on these as well), dense and selected from scratch, and a linear head on

@@ -11,8 +11,8 @@ The dense model answers the same folds, where it is fine-tuned itself from the e
 frozen, which is in its favour. Folds share most of the images that epochs are chosen on, so the variance of the
 mean over K folds, repeated R times, is taken as s² (1/(K R) + 1/(K - 1)): C. Nadeau, Y. Bengio: "Inference for the
 generalization error", Machine Learning 2003; for repeats R. Bouckaert, E. Frank, PAKDD 2004. Where hardly an answer
-differs that variance is next to 0, which so many images do not show: no interval is narrower than what a test on them
-could (`Metric.smallest_margin`).
+differs that variance is next to 0, which so many images do not show: no interval of counted
+answers is narrower than what a test on them could show (`Metric.smallest_margin`).
 
 What stays optimistic: the plans themselves were searched on images of `search`, which also chose from a shortlist,
 where to truncate, a new head's hidden units and the epoch of the dense model that teaches; none of this is repeated. Of
@@ -131,7 +131,7 @@ def cross_validate(
     tries, mean = len(differences), float(np.mean(differences))
     deviation = math.sqrt(np.var(differences, ddof=1) * (1 / tries + 1 / (folds - 1)))
     least = metric.smallest_margin(dense.labels[:count], delta)  # no images show less, not even of the same answers
-    half = max(float(stdtrit(tries - 1, 1 - delta)) * deviation, least)
+    half = max(float(stdtrit(tries - 1, 1 - delta)) * deviation, 0.0 if metric.loss else least)
     return Estimate(mean, mean - half, mean + half, float(np.mean(dense_errors)), tuple(kept))
 
 

@@ -1,8 +1,7 @@
 """Frozen models as a rule sees them: their errors, what they are compared with, and where the images leave it open.
 
 What variants are compared with is the dense model: as the checkpoint has it where its labels are the data's; where it
-has a new head, and nobody could use it as it is, fine-tuned as the finalists are, which is what a user would have
-otherwise.
+has a new head, and nobody would use it as it is, fine-tuned to the labels for as many steps, as the baseline is.
 """
 
 from __future__ import annotations
@@ -18,12 +17,10 @@ from treesurgeon.search.data import Split
 from treesurgeon.search.evaluate import answering, measurer
 from treesurgeon.search.metrics import Metric
 from treesurgeon.search.openings import REGISTER, record_opening
-from treesurgeon.search.selection import PLAIN, Finalist
+from treesurgeon.search.selection import PLAIN, Finalist, level
 from treesurgeon.search.setting import Setting
 from treesurgeon.search.tuning import Tuned, untouched
 from treesurgeon.search.unlabelled import judging, merged
-
-OPEN = 0.16  # the p-value above which it is open which of two is better: one standard error of their difference
 
 
 def reference(setting: Setting) -> Tuned:
@@ -39,9 +36,7 @@ def measure(setting: Setting, model: Tuned) -> Finalist:
     """A frozen model as the rule sees it."""
     metric, roles = setting.config.judged_by, setting.roles
     on_train, on_search = (error_on(model, split, metric) for split in (roles.train, roles.search))
-    split = crossval.pool(setting) if crossval.needed(setting) else judging(setting)
-    loss = answering(model.infer, split)(model.variables).calibrated_loss
-    return Finalist(model.name, model.cost, on_train, on_search, loss, model)
+    return Finalist(model.name, model.cost, on_train, on_search, model)
 
 
 def estimate(setting: Setting, dense: Tuned, tuned: Sequence[Tuned]) -> dict[str, Estimate]:
@@ -69,11 +64,21 @@ def judged(
 
 
 def alike(setting: Setting, model: Finalist, best: Finalist) -> bool:
-    """Whether the images leave it open which of two has the lower error: those of `search`, or of the pool."""
+    """Whether the images leave it open which of two has the lower error: those of `search`, or of the pool.
+
+    Where the error is a loss itself, it decides alone.
+    """
     metric, roles = setting.config.judged_by, setting.roles
+    if metric.loss:
+        return level(model, best)
     split = merged(roles.search, roles.certify) if crossval.needed(setting) else roles.search
-    seen = [metric.observe(answering(each.ref.infer, split)(each.ref.variables)) for each in (best, model)]
-    return metric.compare(*seen).p_value(0.0) > OPEN
+    return metric.alike(*(metric.observe(answering(f.ref.infer, split)(f.ref.variables)) for f in (model, best)))
+
+
+def loss(setting: Setting, model: Finalist) -> float:
+    """On what judges, at the temperature that suits the model best."""
+    split = crossval.pool(setting) if crossval.needed(setting) else judging(setting)
+    return answering(model.ref.infer, split)(model.ref.variables).calibrated_loss
 
 
 def register(setting: Setting, finalists: Sequence[Finalist] = ()) -> tuple[Path, str, str, str]:

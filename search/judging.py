@@ -16,6 +16,7 @@ import numpy as np
 from treesurgeon.engine.errors import TreesurgeonError
 from treesurgeon.search.tasks import CLASSIFICATION, Task, TaskName
 
+OPEN = 0.16  # the p-value of a difference of one standard error
 MetricName = Literal["accuracy", "balanced_accuracy", "label_accuracy", "f1", "auroc", "cross_entropy", "r2"]
 
 
@@ -90,6 +91,7 @@ class Metric(ABC):
         unit: of differences between errors.
         scale: of that unit in one.
         reach: the largest difference there can be.
+        loss: whether the error is what fine-tuning minimises, or as good as that.
         description: the metric in words, for a card.
     """
 
@@ -104,6 +106,7 @@ class Metric(ABC):
     unit: str = "points"
     scale: float = 100.0
     reach: float = 1.0
+    loss: bool = False
     description: str
 
     @abstractmethod
@@ -117,6 +120,10 @@ class Metric(ABC):
     @abstractmethod
     def compare(self, seen: Any, dense: Any) -> Comparison:
         """A variant against the dense model on the same images, both as observed."""
+
+    def alike(self, seen: Any, best: Any) -> bool:
+        """Whether the images leave it open which of two models has the lower error: within one standard error."""
+        return self.compare(best, seen).p_value(0.0) > OPEN
 
     @abstractmethod
     def absolute(self, seen: Any) -> Callable[[float], float]:

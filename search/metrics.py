@@ -150,6 +150,11 @@ class Mean(Metric):
         test = partial(betting, differences, self.reach)
         return Comparison(worse, better, float(differences.mean()), test)
 
+    def alike(self, seen: np.ndarray, best: np.ndarray) -> bool:
+        """By the mean square: betting has no power to tell that a difference is not 0."""
+        differences = seen - best
+        return bool(differences.mean() <= np.sqrt((differences**2).mean() / len(differences)))
+
     def absolute(self, seen: np.ndarray) -> Callable[[float], float]:
         """By betting as well: no error is below 0."""
         return partial(betting, seen, self.reach)
@@ -179,6 +184,7 @@ class CrossEntropy(Mean):
     unit = "nats"
     scale = 1.0
     reach = MOST_NATS
+    loss = True
     description = f"Cross-entropies are means in nats, lower is better, a loss above {MOST_NATS:g} counts as that"
 
     def of_each(self, answers: Answers) -> np.ndarray:
@@ -207,6 +213,7 @@ class R2(Mean):
     noun = "unexplained variance (1 - R²)"
     trust = f"{Mean.trust} (a squared error above {MOST_SQUARED:g} variances counts as that)"
     reach = MOST_SQUARED
+    loss = True
     description = (
         "R² is one less the mean squared error in variances of the targets on train, where one above "
         f"{MOST_SQUARED:g} on an image counts as that; points are percent of the variance"

@@ -101,11 +101,14 @@
     for (const item of models) {
       const [x, y] = [across(item[xName]), up(item[yName])];
       draw("path", { class: item.selected ? "selected" : "model", d: `M${x} ${y - 7}l7 7l-7 7l-7 -7z` });
-      const end = x > width - 60 ? "end" : "middle";
-      const [half, free] = [3.3 * item.name.length, { x, y: y - 10 }];
-      while (names.some((n) => Math.abs(n.x - x) < n.half + half && Math.abs(n.y - free.y) < 12)) free.y -= 12;
-      names.push({ ...free, half });
-      draw("text", { class: `name ${end}`, x: end === "end" ? x + 8 : x, y: free.y }, svg, item.name);
+      const half = 3.3 * item.name.length;
+      const at = Math.min(x, width - half - 2);
+      const covered = (line) => names.some((n) => Math.abs(n.at - at) < n.half + half && Math.abs(n.line - line) < 12);
+      let line = y - 10;
+      while (covered(line) && line - 12 >= room.top) line -= 12;
+      if (covered(line) || line < room.top) for (line = y + 19; covered(line);) line += 12;
+      names.push({ at, line, half });
+      draw("text", { class: "name middle", x: at, y: line }, svg, item.name);
       points.push({ item, x, y });
     }
     points.sort((a, b) => a.x - b.x || b.y - a.y);

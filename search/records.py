@@ -98,6 +98,12 @@ class Run:
         return next(row for row in self.tables["results"] if row["variant"] == "dense")
 
     @property
+    def compared(self) -> Row:
+        """The row of the model that variants were compared with."""
+        name = self.manifest.get("reference", "dense")
+        return next(row for row in self.tables["results"] if row["variant"] == name)
+
+    @property
     def selected(self) -> Row:
         """The selected model's row of `results.csv`."""
         return next(row for row in self.tables["results"] if row["selected"] == "True")

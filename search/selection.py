@@ -29,8 +29,6 @@ class Finalist:
         cost: `params`, `macs` and whatever else a budget may name.
         train_error: the metric's error on all of `train`, in inference mode: for accuracy the share of wrong answers.
         search_error: likewise on `search`.
-        search_loss: on what judges, at the temperature that suits the model best; decides among those whose errors are
-            alike.
         ref: the caller's handle (genome, plan, file); rules do not look at it.
     """
 
@@ -38,7 +36,6 @@ class Finalist:
     cost: Mapping[str, float]
     train_error: float
     search_error: float
-    search_loss: float = 0.0
     ref: Any = field(default=None, compare=False)
 
     @property
@@ -101,12 +98,17 @@ def level(model: Finalist, best: Finalist) -> bool:
     return model.search_error <= best.search_error
 
 
+def unknown(model: Finalist) -> float:
+    """No loss, so that cost decides."""
+    return 0.0
+
+
 @dataclass(frozen=True)
 class WithinMargins:
     """The smallest within margins of the dense model on `search`; with a budget, the best within it.
 
     The best is the one of least error; where few images leave several that it is not clearly better than, that of
-    these with the lowest loss, which every image moves a little: the sign of an answer says less than how sure it is.
+    these with the lowest loss: whether an answer is right says less than how sure of it the model is.
 
     Attributes:
         epsilon: by how much the error on `search` may exceed the dense model's.
@@ -116,6 +118,7 @@ class WithinMargins:
         metric: what errors are of.
         where: what `search_error` was measured on or by, in words.
         alike: `(model, best) -> bool`: whether the images leave it open which of the two has the lower error.
+        loss: of a model, on what judges, at the temperature that suits it best.
     """
 
     epsilon: float = 0.01
@@ -125,6 +128,7 @@ class WithinMargins:
     metric: Metric = ACCURACY
     where: str = "on search"
     alike: Callable[[Finalist, Finalist], bool] = level
+    loss: Callable[[Finalist], float] = unknown
 
     def select(
         self,
@@ -151,8 +155,9 @@ class WithinMargins:
             raise SelectionError(_unmet(everyone, budget or {}))
         if budget:
             best = min(allowed, key=lambda f: (_worst_if_nan(f.search_error), f.cost[self.measure]))
-            near = [f for f in allowed if f is best or self.alike(f, best)]
-            chosen = min(near, key=lambda f: (_worst_if_nan(f.search_loss), f.cost[self.measure]))
+            near = [f for f in allowed if f is best or (f is not dense and self.alike(f, best))]
+            losses = {f.name: _worst_if_nan(self.loss(f)) for f in near} if len(near) > 1 else {best.name: 0.0}
+            chosen = min(near, key=lambda f: (losses[f.name], f.cost[self.measure]))
         else:
             best = None
             passing = [f for f in allowed if not faults[f.name]] or [dense]
@@ -203,7 +208,7 @@ class WithinMargins:
             if best is not None and best is not chosen:
                 what += (
                     f"; {best.name} has {self.metric.show(best.search_error)}, which these images do not tell apart, "
-                    f"and a higher loss"
+                    f"and no lower loss at the temperature that suits it"
                 )
         if faults:
             what += f"; it fails: {'; '.join(faults)}"

@@ -56,7 +56,8 @@ class Setting:
         original: the model as the checkpoint has it, where its head and its statistics were replaced.
         unlabelled: images without a role, like those of `train`; their labels mean nothing.
         taught: what the dense model answers to them, `[N, outputs]`, once that is known; see unlabelled.py.
-        teacher: the dense model fine-tuned, once it is, where finalists learn its answers; see teaching.py.
+        teacher: the dense model fine-tuned, once it is, where finalists learn from it or are compared with it; see
+            teaching.py.
         answered: what the teacher answers to `train`, `[N, outputs]`; None where it sees the images of each batch.
         policies: other ways to fine-tune, by what they say: configuration, policy and recipe.
         exits: points at which candidates may end, once they are chosen; see exits.py.
@@ -118,7 +119,7 @@ class Setting:
     def distill(self) -> float:
         """Weight of the fine-tuned dense model's answers in the loss of finalists; 0 where there is no fine-tuning."""
         config = self.config
-        default = DISTILL if config.baselines else 0.0
+        default = DISTILL if config.baselines or self.tuned_reference else 0.0
         return (default if config.distill is None else config.distill) if self.recipe.epochs else 0.0
 
     @property

@@ -43,7 +43,8 @@ def with_teacher(setting: Setting, states: States, say: Callable[[str], None]) -
         say("fine-tuning made the dense model no better on search: it stays as it was")
     subject, train = setting.subject, setting.roles.train
     params = jax.tree.map(np.asarray, with_leaves(subject.variables, found))
-    answered = None if AUGMENTATIONS[setting.config.augment] else answering(subject.infer, train)(params).logits
+    seen = setting.distill and not AUGMENTATIONS[setting.config.augment]
+    answered = answering(subject.infer, train)(params).logits if seen else None
     return replace(setting, teacher=FitResult(params, history, best), answered=answered)
 
 

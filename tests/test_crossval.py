@@ -96,7 +96,8 @@ def test_every_metric_can_be_cross_validated(name):
     dense, ours = (Answers(rng.normal(size=(120, 3)) + k * np.eye(3)[labels], labels) for k in (3, 0.5))
     found = cross_validate([ours, dense], dense, METRICS[name], **SETTINGS)
     assert set(found.epochs) == {1}
-    least = METRICS[name].smallest_margin(labels, SETTINGS["delta"])  # which the same answers leave open
+    metric = METRICS[name]  # of counted answers, the same ones leave open what no test on so many images shows
+    least = 0 if metric.loss else metric.smallest_margin(labels, SETTINGS["delta"])
     assert (found.difference, found.low, found.high) == (0, -least, least)
     assert cross_validate([ours], dense, METRICS[name], **SETTINGS).low > 0
 

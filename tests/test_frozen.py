@@ -10,10 +10,12 @@ from test_truncating import config, furnished
 from treesurgeon import engine
 from treesurgeon.search import RunError, frozen, run
 from treesurgeon.search.judging import Answers
+from treesurgeon.search.metrics import METRICS
 from treesurgeon.search.records import DENSE, open_run
 from treesurgeon.search.selection import PLAIN, Finalist
 from treesurgeon.search.setting import prepare
-from treesurgeon.search.tuning import Tuned
+from treesurgeon.search.tasks import TASKS
+from treesurgeon.search.tuning import Tuned, untouched
 
 RNG = np.random.default_rng(0)
 
@@ -38,7 +40,7 @@ def test_alike_is_a_paired_test_at_one_standard_error(place, monkeypatch):
 
     def finalist(wrong):
         model = Tuned("", engine.Plan(), wrong, None, None, {}, setting.subject)
-        return Finalist("", {}, 0.0, len(wrong) / len(split), 0.0, model)
+        return Finalist("", {}, 0.0, len(wrong) / len(split), model)
 
     monkeypatch.setattr(frozen, "answering", lambda infer, split: lambda wrong: answers(split, wrong))
     some = lambda *places: finalist(np.array(places, int))
@@ -56,7 +58,49 @@ def test_alike_is_a_paired_test_at_one_standard_error(place, monkeypatch):
             assert frozen.alike(setting, *given) == (apart < 1)
 
 
-def test_what_variants_are_compared_with(place, tmp_path):
+def test_where_a_cross_validation_takes_its_place_both_splits_tell(place, monkeypatch):
+    setting = prepare(config(place, epsilon=1e-6))
+    roles, seen = setting.roles, []
+
+    def answering(infer, split):
+        seen.append(split)
+        return lambda wrong: answers(split, wrong)
+
+    monkeypatch.setattr(frozen, "answering", answering)
+    model, best = (Finalist("", {}, 0, 0, replace(untouched(setting), variables=np.arange(k))) for k in (11, 10))
+    assert frozen.alike(setting, model, best)
+    assert frozen.loss(setting, model) > frozen.loss(setting, best)
+    assert {len(split) for split in seen} == {len(roles.search) + len(roles.certify)}
+
+
+def test_a_loss_decides_alone(place, monkeypatch):
+    setting = prepare(config(place, metric="cross_entropy"))
+    monkeypatch.setattr(frozen, "answering", None)
+    worse, better = (Finalist("", {}, 0, error, None) for error in (0.3001, 0.3))
+    assert not frozen.alike(setting, worse, better)
+    assert frozen.alike(setting, better, better)
+
+
+@pytest.mark.parametrize("name", ["balanced_accuracy", "label_accuracy", "f1", "auroc"])
+def test_every_metric_tells_what_is_clear_and_leaves_open_what_is_not(name):
+    several = name == "label_accuracy"
+    task = TASKS["multilabel" if several else "classification"]
+    labels = np.arange(300) % 3
+    wanted = np.eye(3, dtype=np.float32)[labels]
+    metric = METRICS[name]
+
+    def seen(noise, seed):
+        logits = 2 * wanted + noise * np.random.default_rng(seed).normal(size=wanted.shape)
+        return metric.observe(Answers(logits, wanted if several else labels, task))
+
+    one, other, far = seen(1.0, 0), seen(1.0, 1), seen(3.0, 2)
+    assert metric.alike(one, one)
+    assert metric.alike(one, other) or metric.alike(other, one)
+    assert not metric.alike(far, one)
+    assert metric.alike(one, far)
+
+
+def test_what_variants_are_compared_with(place):
     setting = prepare(config(place))
     assert setting.head
     assert setting.tuned_reference
@@ -75,7 +119,7 @@ def test_where_nothing_passes_the_fine_tuned_dense_model_is_selected(place, tmp_
     """Without teacher or baselines as well; a resumed run says the same."""
     said = []
     given = config(place, out=str(tmp_path / "run"), epsilon=0.02, eta=1e-6, gap_max=1e-9, baselines=False,
-                   truncations=0, epochs=2, shares=(0.2, 0.2, 0.5, 0.1))  # fmt: skip
+                   truncations=0, epochs=2, distill=0, shares=(0.2, 0.2, 0.5, 0.1))  # fmt: skip
     outcome = run(given, said.append)
     assert "variants are compared with the dense model as it is once it is fine-tuned (--reference)" in said
     assert not any(line.startswith("finalists learn") for line in map(str, said))

@@ -1,13 +1,14 @@
 """Charts as PNG: what stands where in the SVG stands there in the picture, in light mode's colours."""
 
 import io
+import xml.etree.ElementTree as ET
 
 import pytest
 from PIL import Image
 from rundir import make_run
 
 from treesurgeon.search import charts
-from treesurgeon.search.charts import Bar, Chart, Point
+from treesurgeon.search.charts import Bar, Chart, Point, document
 from treesurgeon.search.page import write_page
 from treesurgeon.search.pictures import DENSITY, png
 
@@ -75,6 +76,24 @@ def test_what_is_not_understood_is_refused():
         png([chart('<ellipse cx="1"/>')])
     with pytest.raises(ValueError, match="a path with 'C' cannot be drawn"):
         png([chart('<path class="search" d="M0 0C1 1 2 2 3 3"/>')])
+
+
+def test_names_of_models_stand_beside_each_other_and_inside():
+    models = [Point(9, 9.9 - 0.01 * k, "dense fine-tuned" if k == 4 else f"v{k}") for k in range(12)]
+    models += [Point(0, 0, "t1"), Point(8.9, 9.9, "t2")]
+    root = ET.fromstring(document([charts.pareto([Point(0, 0), Point(9, 9)], models, "x", "y", "l")]))
+    named = {model.name for model in models}
+    texts = [node for node in root.iter() if node.text in named]
+    assert {node.text for node in texts} == named
+    boxes = []
+    for node in texts:
+        x, y, half = float(node.get("x")), float(node.get("y")), charts.CHAR * len(node.text) / 2
+        assert x - half >= 0
+        assert x + half <= 720
+        assert 12 <= y <= 400
+        boxes.append((x, y, half))
+    for i, (x, y, half) in enumerate(boxes):
+        assert all(abs(x - a) >= half + b or abs(y - c) >= 11.9 for a, c, b in boxes[:i])
 
 
 def test_every_chart_of_a_report_is_drawn(tmp_path):

@@ -63,15 +63,24 @@ def test_with_a_budget_the_best_within_it_and_whether_it_passes(finalists, macs)
 
 def test_of_those_whose_errors_are_alike_the_one_with_the_lowest_loss():
     a, b, c = finalist("a", 400, 0.10), finalist("b", 300, 0.11), finalist("c", 200, 0.30)
-    a, b, c = (replace(f, search_loss=loss) for f, loss in ((a, 0.5), (b, 0.4), (c, 0.1)))
-    near = replace(RULE, alike=lambda model, best: model.search_error <= best.search_error + 0.05)
+    losses = {"a": 0.5, "b": 0.4, "c": 0.1, "dense": 0.0}
+    near = replace(
+        RULE,
+        alike=lambda model, best: model.search_error <= best.search_error + 0.05,
+        loss=lambda f: losses[f.name],
+    )
     assert RULE.select([a, b, c], DENSE, budget={"macs": 50}).selected is a
     verdict = near.select([a, b, c], DENSE, budget={"macs": 50})
     assert verdict.selected is b
-    assert "; a has 10.00%, which these images do not tell apart, and a higher loss" in verdict.sentence
+    assert "; a has 10.00%, which these images do not tell apart, and no lower loss at the" in verdict.sentence
     assert near.select([a, b, c], DENSE, budget={"macs": 35}).selected is b
     assert near.select([a, c], DENSE, budget={"macs": 50}).selected is a
-    assert near.select([replace(b, search_loss=math.nan), a], DENSE, budget={"macs": 50}).selected is a
+    assert near.select([a, b], DENSE, budget={"macs": 100}).selected is b  # dense is within it, and no smaller variant
+    alone = near.select([c], DENSE, budget={"macs": 100})
+    assert alone.selected is DENSE
+    assert alone.sentence.startswith("The dense model stays: none of the smaller variants (1) has a lower error")
+    losses["b"] = math.nan
+    assert near.select([b, a], DENSE, budget={"macs": 50}).selected is a
     assert near.select([a, b, c], DENSE).selected is RULE.select([a, b, c], DENSE).selected  # without a budget: margins
 
 
