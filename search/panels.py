@@ -232,7 +232,8 @@ def before_and_after(run: Run) -> Html:
     units = table(f"Units that {run.selected['variant']} keeps of each group", ("group", "units", "kept"), cells, "www")
     drop, left = _gone(run), run.manifest.get("left")
     if left:
-        said = f"The network is cut in depth: {left['at']} is the last that it computes before its head."
+        where = left["at"] if left["at"].startswith("before ") else f"behind {left['at']}"
+        said = f"The network is cut in depth, {where}: its head reads what stands there."
         units = join([element("p", said), units])
     blocks = [
         element("li", join([element("del", row["block"]), " dropped"]) if i in drop else row["block"])

@@ -480,7 +480,7 @@ def test_a_model_that_is_cut_in_depth_and_calls_what_is_left_otherwise(tmp_path)
     path.write_text(json.dumps(manifest))
     text = re.sub(r"<[^>]*>", " ", before_and_after(open_run(tmp_path)))
     said = " ".join(text.split())
-    assert "layer1 is the last that it computes before its head" in said
+    assert "cut in depth, behind layer1: its head" in said
     assert "layer0/conv 16 of 16" in said
     assert re.search(r"layer1/conv 2 of \d+", said)
     assert "layer2/conv dropped" in said
