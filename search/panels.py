@@ -108,8 +108,7 @@ def _taught(run: Run) -> int:
 
 def finished(run: Run) -> list[Row]:
     """The models that the search made, and dense, as compared with too: what belongs in the plot of its candidates."""
-    own = run.manifest.get("reference")
-    return [row for row in run.tables["results"] if row["variant"] == own or row["variant"] not in run.baselines]
+    return [row for row in run.tables["results"] if row is run.compared or row["variant"] not in run.baselines]
 
 
 def front(run: Run) -> Html:

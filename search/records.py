@@ -85,7 +85,7 @@ class Run:
     @property
     def reference(self) -> str:
         """What variants were compared with, in words; older versions had the dense model as it is."""
-        return title(self.manifest.get("reference", "dense"))
+        return title(self.compared["variant"])
 
     @property
     def baselines(self) -> Mapping[str, Any]:
