@@ -208,14 +208,18 @@ def trained(graph: Graph) -> Iterator[tuple[str, int, list[Member]]]:
 
 def per_unit(values: Any, member: Member, size: int) -> jax.Array:
     """Sum an array over all but the member's axis, then over the positions of each unit: [size]."""
-    rest = tuple(d for d in range(values.ndim) if d != member.axis)
-    return spread(values.sum(rest), member.units, size)
+    return _per_unit(values, member.units, member.axis, size)
 
 
-def spread(along: Any, index: np.ndarray, size: int) -> jax.Array:
-    """Sum values at positions into the units that stand there: [size]."""
-    there = np.flatnonzero(index >= 0)
-    return jnp.zeros(size, along.dtype).at[index[there]].add(along[there])
+@partial(jax.jit, static_argnums=(2, 3))
+def _per_unit(values: jax.Array, units: jax.Array, axis: int, size: int) -> jax.Array:
+    return spread(values.sum(tuple(d for d in range(values.ndim) if d != axis)), units, size)
+
+
+@partial(jax.jit, static_argnums=2)
+def spread(along: Any, index: Any, size: int) -> jax.Array:
+    """Sum values at positions into the units that stand there, -1 for none: [size]."""
+    return jnp.zeros(size, along.dtype).at[jnp.where(index < 0, size, index)].add(along, mode="drop")
 
 
 def filters(kernel: Any, member: Member, size: int) -> jax.Array:

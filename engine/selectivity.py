@@ -8,6 +8,7 @@ selectivity: it says what a unit answers to, and not how much the network needs 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -76,6 +77,7 @@ def activity_maps(fn: Callable, graph: Graph) -> Callable:
     return measure
 
 
+@partial(jax.jit, static_argnums=2)
 def class_means(activity: Any, labels: Any, classes: int) -> jax.Array:
     """The mean activity of each unit on the examples of each class, `float[classes, size]`; NaN where there are none.
 
@@ -90,6 +92,7 @@ def class_means(activity: Any, labels: Any, classes: int) -> jax.Array:
     return jnp.where(counts > 0, means, jnp.nan)
 
 
+@jax.jit
 def selectivity_index(means: Any) -> jax.Array:
     """The class selectivity of each unit, `float[size]`, from 0 (answers to all alike) to 1 (to one class alone).
 
@@ -127,6 +130,7 @@ def class_selectivity(fn: Callable, graph: Graph, classes: int) -> Callable:
     return measure
 
 
+@jax.jit
 def participation_ratio(activity: Any) -> jax.Array:
     """How many directions the activity of a group takes up, a number from 1 to its size; 0 if it never changes.
 

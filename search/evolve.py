@@ -23,6 +23,7 @@ is all that a tournament has to know.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +98,11 @@ def init(
     cards = np.asarray(cardinality, np.int32)
     _check(cards, population, seeds)
     starts = None if seeds is None else jnp.asarray(seeds, jnp.int32)
+    return _first(key, cards, starts, population, objectives, archive)
+
+
+@partial(jax.jit, static_argnums=(3, 4, 5))
+def _first(key: Array, cards: Array, starts: Array | None, population: int, objectives: int, archive: int) -> State:
     seed, scatter = jax.random.split(key)
     keys = jax.random.split(scatter, population)
     if starts is None:
@@ -221,7 +227,7 @@ def everyone(state: State) -> Scored:
 
 def distinct(found: Scored, canonical: Canonical = itself) -> Scored:
     """Every candidate once, by its canonical genome."""
-    found = replace(found, genomes=jax.vmap(canonical)(jnp.asarray(found.genomes)))
+    found = replace(found, genomes=jax.jit(jax.vmap(canonical))(jnp.asarray(found.genomes)))
     _, first = np.unique(np.asarray(found.genomes), axis=0, return_index=True)
     return jax.tree.map(lambda leaf: np.asarray(leaf)[np.sort(first)], found)
 

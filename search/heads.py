@@ -244,10 +244,15 @@ def best_logistic(
     rest = np.arange(len(x)) >= held
     for l2 in penalties if len(penalties) > 1 and rest.any() else ():
         head = logistic(x, y, classes, l2, known=known, free=free, weights=rest)
-        logits = jnp.asarray(known[:held]).at[:, columns].set(head(x[:held]))
-        losses.append(float(optax.softmax_cross_entropy_with_integer_labels(logits, y[:held]).mean()))
+        losses.append(float(_held_loss(head, x[:held], y[:held], known[:held], columns)))
     best = penalties[int(np.nanargmin(losses))] if losses else penalties[0]
     return logistic(x, y, classes, best, known=known, free=free)
+
+
+@jax.jit
+def _held_loss(head: LinearHead, x: Array, y: Array, known: Array, columns: Array) -> Array:
+    logits = jnp.asarray(known).at[:, columns].set(head(x))
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
 
 def best_binary(x: Any, y: Any, penalties: Sequence[float] = PENALTIES) -> LinearHead:
@@ -298,6 +303,7 @@ def quick_head(task: Task, x: Any, y: Any, outputs: int) -> LinearHead:
     return ridge(x, 2 * y - 1 if task.name == "multilabel" else y)
 
 
+@jax.jit
 def standard(x: Array) -> tuple[Array, Array, Array]:
     """Features of mean 0 and variance 1, the means and the deviations; what never changes becomes 0."""
     centre = x.mean(0)

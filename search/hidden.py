@@ -78,7 +78,8 @@ def hidden(
     penalties = jnp.array([penalty for _, penalty in rows], jnp.float32)
     held = max(len(x) // 5, 1)
     train, test = ((z[held:], y[held:]), (z[:held], y[:held])) if len(x) > held else ((z, y), (z, y))
-    losses, found = _train(train, test, masks, penalties, jax.random.key(seed), classes, task)
+    losses, found = jax.device_get(_train(train, test, masks, penalties, jax.random.key(seed), classes, task))
+    centre, scale = jax.device_get((centre, scale))
     out = []
     for i, width in enumerate(widths):
         at = i * len(PENALTIES) + int(np.nanargmin(losses[i * len(PENALTIES) : (i + 1) * len(PENALTIES)]))

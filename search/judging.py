@@ -8,8 +8,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -51,12 +53,16 @@ class Answers:
     @property
     def calibrated_loss(self) -> float:
         """The mean loss in nats at the temperature that suits the model best."""
-        task, logits, labels = self.task, jnp.asarray(self.logits), jnp.asarray(self.labels)
-        factor = task.sharpness(logits, task.wanted(labels, logits.shape[-1]), jnp.ones(len(logits)))
-        return float(task.losses(logits * factor, labels).mean())
+        return float(_calibrated_loss(self.task, self.logits, self.labels))
 
     def __getitem__(self, rows: np.ndarray) -> Answers:
         return Answers(self.logits[rows], self.labels[rows], self.task)
+
+
+@partial(jax.jit, static_argnums=0)
+def _calibrated_loss(task: Task, logits: jax.Array, labels: jax.Array) -> jax.Array:
+    factor = task.sharpness(logits, task.wanted(labels, logits.shape[-1]), jnp.ones(len(logits)))
+    return task.losses(logits * factor, labels).mean()
 
 
 @dataclass(frozen=True, eq=False)

@@ -109,5 +109,5 @@ def starting_points(
     ended = [each for few in zip_longest(*ended) for each in few if each is not None]  # the first of each exit first
     every = [*chosen[:half], *ended, *chosen[half:], *fitting(space.seeds())]
     rows = np.array(every, np.int32)
-    _, first = np.unique(np.asarray(jax.vmap(space.canonical)(jnp.asarray(rows))), axis=0, return_index=True)
+    _, first = np.unique(np.asarray(jax.jit(jax.vmap(space.canonical))(rows)), axis=0, return_index=True)
     return rows[np.sort(first)]
