@@ -2,21 +2,25 @@
 
 import json
 from dataclasses import replace
+from unittest.mock import Mock
 
+import fewer
 import numpy as np
 import pytest
+from smallrun import small_config
 from test_truncating import config, furnished
 
 from treesurgeon import engine
-from treesurgeon.search import RunError, frozen, run
+from treesurgeon.search import RunError, conclusion, frozen, run
 from treesurgeon.search.judging import Answers
 from treesurgeon.search.metrics import METRICS
-from treesurgeon.search.records import DENSE, open_run
+from treesurgeon.search.records import DENSE, images_again, open_run
 from treesurgeon.search.selection import PLAIN, Finalist
 from treesurgeon.search.setting import prepare
 from treesurgeon.search.tasks import TASKS
 from treesurgeon.search.tuning import Tuned, untouched
 
+fewer_layers = fewer.fewer_layers
 RNG = np.random.default_rng(0)
 
 
@@ -24,6 +28,11 @@ RNG = np.random.default_rng(0)
 def place(tmp_path_factory):
     """A checkpoint whose labels are others than the data's."""
     return furnished(tmp_path_factory.mktemp("frozen"))
+
+
+@pytest.fixture(scope="module")
+def setting(place):
+    return prepare(config(place, epsilon=0.5))  # which certify can show
 
 
 def answers(split, wrong):
@@ -34,8 +43,7 @@ def answers(split, wrong):
     return Answers(logits, split.labels, split.task)
 
 
-def test_alike_is_a_paired_test_at_one_standard_error(place, monkeypatch):
-    setting = prepare(config(place, epsilon=0.5))  # which certify can show
+def test_alike_is_a_paired_test_at_one_standard_error(setting, monkeypatch):
     split = setting.roles.search
 
     def finalist(wrong):
@@ -100,12 +108,25 @@ def test_every_metric_tells_what_is_clear_and_leaves_open_what_is_not(name):
     assert metric.alike(one, far)
 
 
-def test_what_variants_are_compared_with(place):
-    setting = prepare(config(place))
+def test_a_run_within_a_budget_asks_both(tmp_path, monkeypatch):
+    """Of what the images leave open (here all), that of the lowest loss (here the largest)."""
+    alike = Mock(return_value=True)
+    monkeypatch.setattr(conclusion, "alike", alike)
+    monkeypatch.setattr(conclusion, "loss", lambda setting, model: -model.cost["macs"])
+    outcome = run(small_config(tmp_path, macs=0.9, generations=1), lambda line: None)
+    macs = {row["variant"]: int(row["macs"]) for row in open_run(outcome.path.parent).tables["front"]}
+    chosen = json.loads((outcome.path / "manifest.json").read_text())["selected"]
+    assert macs[chosen] == max(macs.values()) > min(macs.values())
+    assert "no lower loss" in outcome.sentence
+    assert alike.called
+
+
+def test_what_variants_are_compared_with(place, setting):
     assert setting.head
     assert setting.tuned_reference
-    for changes in ({"reference": "dense"}, {"epochs": 0}):
-        other = prepare(config(place, **changes))
+    undone = {"recipe": replace(setting.recipe, epochs=0)}
+    for changes in ({"config": replace(setting.config, reference="dense")}, undone):
+        other = replace(setting, **changes)
         assert not other.tuned_reference
         assert frozen.reference(other).name == "dense"
     own = replace(setting, head=None)
@@ -119,7 +140,7 @@ def test_where_nothing_passes_the_fine_tuned_dense_model_is_selected(place, tmp_
     """Without teacher or baselines as well; a resumed run says the same."""
     said = []
     given = config(place, out=str(tmp_path / "run"), epsilon=0.02, eta=1e-6, gap_max=1e-9, baselines=False,
-                   truncations=0, epochs=2, distill=0, shares=(0.2, 0.2, 0.5, 0.1))  # fmt: skip
+                   pictures=False, truncations=0, epochs=2, distill=0, shares=(0.2, 0.2, 0.5, 0.1))  # fmt: skip
     outcome = run(given, said.append)
     assert "variants are compared with the dense model as it is once it is fine-tuned (--reference)" in said
     assert not any(line.startswith("finalists learn") for line in map(str, said))
@@ -129,8 +150,8 @@ def test_where_nothing_passes_the_fine_tuned_dense_model_is_selected(place, tmp_
     assert [line.variant for line in outcome.lines] == ["dense", PLAIN, "v1"]
     assert [line.selected for line in outcome.lines] == [False, True, False]
     assert outcome.sentence.startswith(("Certified: nothing smaller than the fine-tuned", "The fine-tuned dense model"))
-    roles = prepare(given).roles
-    score = (np.asarray(model(roles.test.images)).argmax(1) == roles.test.labels).mean()
+    test = images_again(manifest, "test", given.data, "")
+    score = (np.asarray(model(test.images)).argmax(1) == test.labels).mean()
     assert score == pytest.approx(manifest["metrics"][PLAIN]["test_accuracy"])
     assert score > 0.9
     found = open_run(outcome.path.parent)

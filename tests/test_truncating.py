@@ -359,17 +359,15 @@ def deep(tmp_path, monkeypatch):
     preset = presets.get("digits_cnn")
     factory = partial(preset.factory, stages=((16, 16), (48,)), residual=(0, 48))
     monkeypatch.setattr(presets, "ZOO", {**presets.ZOO, preset.name: replace(preset, factory=factory)})
-    place = furnished(tmp_path)
-    return place, 1000 / engine.cost(prepare(config(place)).subject.graph, engine.Plan()).params
+    return furnished(tmp_path)
 
 
 def test_a_budget_that_only_an_early_end_meets(deep, tmp_path):
-    place, limit = deep
     with pytest.raises(RunError, match=r"budget of 1,000 cannot be met, the smallest variant .* has 1,371; raise"):
-        opened(config(place, params=limit, truncations=0), None)
+        opened(config(deep, params=1000, truncations=0), None)
     with pytest.raises(RunError, match=r"cannot be met, the smallest variant of the space has 227; raise"):
-        opened(config(place, params=0.001), None)
-    setting = opened(config(place, params=limit, out=str(tmp_path)), None)
+        opened(config(deep, params=2), None)
+    setting = opened(config(deep, params=1000, out=str(tmp_path)), None)
     states = States(tmp_path / "state")
     exits = find_exits(setting, smallest(setting), states, lambda line: None)
     assert {end.point for end in exits} <= {"before stage1_1", "stage1_1"}
@@ -383,8 +381,7 @@ def test_a_budget_that_only_an_early_end_meets(deep, tmp_path):
 
 @pytest.mark.slow
 def test_a_search_for_a_budget_that_only_an_early_end_meets(deep, tmp_path):
-    place, limit = deep
-    outcome = run(config(place, params=limit, out=str(tmp_path / "out")))
+    outcome = run(config(deep, params=1000, out=str(tmp_path / "out")))
     manifest = json.loads((outcome.path / "manifest.json").read_text())
     assert manifest["model"]["at"] in ("before stage1_1", "stage1_1")
     assert manifest["metrics"][manifest["selected"]]["params"] <= 1000
