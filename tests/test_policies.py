@@ -77,6 +77,7 @@ def test_a_cross_validation_repeats_the_choice_among_them(tmp_path):
     assert set(estimate.epochs) == {3}
 
 
+@pytest.mark.slow
 def test_a_run_says_which(tmp_path):
     said = []
     run(small_config(tmp_path, epochs=1, generations=1, learning_rate=0.001, policies=(HELPFUL,)), said.append)

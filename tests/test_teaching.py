@@ -79,6 +79,7 @@ def test_where_fine_tuning_makes_it_no_better_that_is_said(tmp_path, rate, best)
     assert said[-1].startswith("trained" if best else "fine-tuning made the dense model no better on search")
 
 
+@pytest.mark.slow
 def test_it_is_the_baseline_of_the_run(tmp_path):
     config, said = small_config(tmp_path, epochs=2, distill=0.5, generations=1, finalists=1), []
     outcome = run(config, said.append)

@@ -159,7 +159,8 @@ def test_with_no_label_in_common_the_dense_layers_after_the_pool_go(place, monke
     assert "on 48 features, with a hidden layer of 64; fitted to" in deep.head.sentence
 
 
-@pytest.mark.parametrize("width", [pytest.param(0, marks=pytest.mark.slow), 16])
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [0, 16])
 def test_a_search_from_there_is_saved_and_loaded(place, tmp_path, monkeypatch, width):
     """Truncated once more among the finalists, its hidden layer searched like any other."""
     if width:

@@ -362,6 +362,7 @@ def deep(tmp_path, monkeypatch):
     return furnished(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_budget_that_only_an_early_end_meets(deep, tmp_path):
     with pytest.raises(RunError, match=r"budget of 1,000 cannot be met, the smallest variant .* has 1,371; raise"):
         opened(config(deep, params=1000, truncations=0), None)

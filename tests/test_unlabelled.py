@@ -330,7 +330,8 @@ def test_the_baselines_take_as_many_steps(tmp_path):
     assert more.labelled == replace(setting.recipe, steps=None, epochs=8, patience=5)  # 36 steps and 24, five an epoch
 
 
-@pytest.mark.parametrize("name", [pytest.param("multilabel", marks=pytest.mark.slow), "regression"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["multilabel", "regression"])
 def test_other_tasks_and_a_new_head(tmp_path, name):
     config = with_more(tmp_path, epochs=1, baselines=False)
     with np.load(tmp_path / "data.npz") as found:
