@@ -25,7 +25,8 @@ EIGHT = AbstractMesh((4, 2), EVERY)
 MODEL = {"kernel": np.ones((512, 128), np.float32), "bias": np.ones(128, np.float32)}
 
 
-@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_device_holds_its_part_and_the_layers_at_work(precision):
     command = [sys.executable, str(Path(__file__).parent / "sharded.py"), precision]
     done = subprocess.run(command, env=environment(8), capture_output=True, text=True, check=False)

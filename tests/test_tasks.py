@@ -332,7 +332,7 @@ def test_units_turn_numbers_and_heads_there_and_back(place, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("data", ["several", "numbers"])
+@pytest.mark.parametrize("data", [pytest.param("several", marks=pytest.mark.slow), "numbers"])
 def test_a_search_on_labels_or_numbers(place, data, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(place))
     lines = []
