@@ -251,7 +251,7 @@ def best_logistic(
 
 @jax.jit
 def _held_loss(head: LinearHead, x: Array, y: Array, known: Array, columns: Array) -> Array:
-    logits = jnp.asarray(known).at[:, columns].set(head(x))
+    logits = known.at[:, columns].set(head(x))
     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
 

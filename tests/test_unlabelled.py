@@ -405,8 +405,7 @@ def test_a_run_learns_from_them_and_says_so(tmp_path):
     metrics = json.loads((outcome.path / "manifest.json").read_text())["metrics"]
     assert "240 images of" in (outcome.path / "README.md").read_text()
     assert "on search and unlabelled images" in (config.directory / "report.html").read_text()
-    plain, more = (dict(metrics[name]) for name in ("dense fine-tuned", "dense, unlabelled too"))
-    assert plain != more
+    assert metrics["dense fine-tuned"] != metrics["dense, unlabelled too"]
 
 
 @pytest.mark.parametrize(("changes", "message"), [
